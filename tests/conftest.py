@@ -1,0 +1,64 @@
+"""The tiny checkpoint, the goldens, and the two backends, for every test."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+BACKEND_PACKAGES = {"mlx": "mlx.core", "torch": "torch"}
+
+
+def installed(package: str) -> bool:
+    """Whether a package can be imported, without importing it."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # the parent package is absent
+        return False
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The checkout's root folder."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def tiny_folder() -> Path:
+    """The tiny reference checkpoint in Google's layout, bf16; it is also the embedded demo model. Read only."""
+    return REPOSITORY / "g3n_mlx" / "demo"
+
+
+@pytest.fixture(scope="session")
+def golden_arrays() -> Callable[[str], dict[str, np.ndarray]]:
+    """golden_arrays("text_logits"): all arrays of one golden .npz."""
+
+    def read(name: str) -> dict[str, np.ndarray]:
+        with np.load(GOLDEN / f"{name}.npz") as stored:
+            return dict(stored)
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def golden_json() -> Callable[[str], Any]:
+    """golden_json("chat_template"): one golden .json."""
+
+    def read(name: str) -> Any:
+        return json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
+
+    return read
+
+
+@pytest.fixture(params=["mlx", "torch"], scope="session")
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each installed backend's name in turn; the other one's tests are skipped with the reason."""
+    name = request.param
+    if not installed(BACKEND_PACKAGES[name]):
+        pytest.skip(f"{BACKEND_PACKAGES[name]} is not installed")
+    return name
