@@ -1,0 +1,136 @@
+"""Where models are: a folder, the Hugging Face hub, this machine's caches, or the package's own demo."""
+
+import re
+from pathlib import Path
+
+import platformdirs
+
+from g3n_mlx.config import read_json
+
+SUGGESTED_MODEL = "google/gemma-3n-E2B-it"
+# Never pickles; chat_template.jinja is what conversions hand on to peers.
+_WANTED_FILES = ["*.json", "*.safetensors", "*.jinja"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+def cache_folder() -> Path:
+    """The user's cache folder of this program; it may not exist yet."""
+    return platformdirs.user_cache_path("g3n_mlx", appauthor=False)
+
+
+def demo_folder() -> Path:
+    """The folder of the embedded demo model."""
+    return Path(__file__).parent / "demo"
+
+
+def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a model, given as a folder or as a hub id like google/gemma-3n-E2B-it.
+
+    A hub id is downloaded (resumable, with a progress bar on stderr) unless it is in the hub cache already;
+    HF_HUB_OFFLINE, HF_HOME and the like are respected. revision: a branch, tag or commit; of a hub id only.
+    Raises FileNotFoundError, PermissionError (gated), ConnectionError or ValueError.
+    """
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision {revision!r} was given for the folder {folder}; only a hub id has revisions")
+        return folder
+    if folder.exists():
+        raise NotADirectoryError(f"{folder} is a file; give the folder that holds it and its config.json")
+    hub_id = path_or_id.as_posix() if isinstance(path_or_id, Path) else path_or_id
+    if not _HUB_ID.fullmatch(hub_id):
+        raise FileNotFoundError(
+            f"no model folder at {str(path_or_id)!r}, and it is no hub id either; give an existing folder, "
+            f"or owner/name as in {SUGGESTED_MODEL}"
+        )
+    return _download(hub_id, revision)
+
+
+def default_model() -> tuple[Path, str]:
+    """The model to use when none was named, and the line that says which one it is.
+
+    The newest complete Gemma 3n of this program's conversions and of the hub cache, else the embedded demo.
+    """
+    found = [*_cached_conversions(), *_hub_snapshots()]
+    if found:
+        folder, name = max(found, key=lambda entry: (entry[0] / "config.json").stat().st_mtime)
+        return folder, f"no --model given: using the newest Gemma 3n on this machine, {name}"
+    return demo_folder(), (
+        "no --model given and no Gemma 3n on this machine: using the embedded demo model, which is tiny and untrained "
+        f"(its answers are noise); for the real one: --model {SUGGESTED_MODEL}, after accepting its licence at "
+        f"https://huggingface.co/{SUGGESTED_MODEL} and `hf auth login`"
+    )
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    # Imported here: the hub client takes a third of a second to import, and a local folder does not need it.
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    version = "" if revision is None else f" at revision {revision!r}"
+    try:
+        folder = huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=_WANTED_FILES)
+    except errors.HfHubHTTPError as error:
+        raise _hub_error(error, hub_id, revision) from error
+    except errors.LocalEntryNotFoundError as error:
+        cause = error.__cause__
+        # A refusal (gated, unknown) reaches us as the cause of "not in the cache" as well.
+        if isinstance(cause, errors.HfHubHTTPError):
+            raise _hub_error(cause, hub_id, revision) from error
+        reason = "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else "the hub can't be reached"
+        raise ConnectionError(
+            f"{hub_id}{version} is not in the cache {huggingface_hub.constants.HF_HUB_CACHE} as a whole, and {reason}; "
+            "go online once, or give a local folder"
+        ) from error
+    except errors.HFValidationError as error:
+        raise ValueError(f"{hub_id!r} is no hub id: {error}") from error
+    if not (Path(folder) / "config.json").is_file():
+        raise FileNotFoundError(f"{hub_id}{version} has no config.json; is it a model in safetensors format?")
+    return Path(folder)
+
+
+def _hub_error(error: Exception, hub_id: str, revision: str | None) -> OSError:
+    """The hub's refusal, in one sentence that says what to do."""
+    from huggingface_hub import errors
+
+    page = f"https://huggingface.co/{hub_id}"
+    match error:
+        case errors.GatedRepoError():
+            return PermissionError(
+                f"{hub_id} is gated: accept its licence at {page}, log in with `hf auth login`, then try again"
+            )
+        case errors.RevisionNotFoundError():
+            return FileNotFoundError(f"{hub_id} has no revision {revision!r}; its branches and tags are listed at {page}")
+        case errors.RepositoryNotFoundError():
+            return FileNotFoundError(
+                f"there is no model {hub_id!r} on the hub, or it is private (then log in with `hf auth login`), "
+                "nor a folder of that name here"
+            )
+    return ConnectionError(f"the hub refused to give {hub_id}: {error}")
+
+
+def _cached_conversions() -> list[tuple[Path, str]]:
+    folders = (path.parent for path in cache_folder().glob("**/config.json"))
+    return [(folder, str(folder)) for folder in folders if _is_complete_gemma3n(folder)]
+
+
+def _hub_snapshots() -> list[tuple[Path, str]]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return [
+        (path.parent, path.parts[-4].removeprefix("models--").replace("--", "/", 1))
+        for path in Path(HF_HUB_CACHE).glob("models--*/snapshots/*/config.json")
+        if _is_complete_gemma3n(path.parent)
+    ]
+
+
+def _is_complete_gemma3n(folder: Path) -> bool:
+    """Whether a folder holds all files of a Gemma 3n; half a download or a broken file is no candidate."""
+    try:
+        if read_json(folder / "config.json").get("model_type") not in ("gemma3n", "gemma3n_text"):
+            return False
+        index = folder / "model.safetensors.index.json"
+        shards = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+    return (folder / "tokenizer.json").is_file() and all((folder / shard).is_file() for shard in shards)

@@ -1,0 +1,132 @@
+"""Text to ids and back, by the checkpoint's own tokenizer.json.
+
+Control tokens are never read out of a text: `encode` takes their names for the letters they are
+made of, and whoever means one asks for its id by name. `StreamDecoder` turns ids into text one at a
+time; all that it gave, joined, is what `Tokenizer.decode` gives for the same ids.
+Source of the decoding rules: huggingface/tokenizers, decoders Replace, ByteFallback and Fuse.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+# What the chat template and the media blocks put into a prompt: text that spells one of these stays text,
+# also in files that do not flag them as special.
+CONTROL_WORDS = (
+    "<bos>",
+    "<eos>",
+    "<pad>",
+    "<unk>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<start_of_image>",
+    "<end_of_image>",
+    "<image_soft_token>",
+    "<start_of_audio>",
+    "<end_of_audio>",
+    "<audio_soft_token>",
+)
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+class Tokenizer:
+    """A checkpoint's vocabulary: text to ids, ids to text, control tokens by name."""
+
+    def __init__(self, inner: tokenizers.Tokenizer, where: str):
+        """inner: as read from the file; where: that file, for errors."""
+        inner.no_truncation()
+        inner.no_padding()
+        inner.encode_special_tokens = True
+        self._inner, self._where = inner, where
+        self._skipped = {token_id for token_id, token in inner.get_added_tokens_decoder().items() if token.special}
+        self.bos_id = self.id_of("<bos>")
+        self.eos_id = self.id_of("<eos>")
+        self.pad_id = self.id_of("<pad>")
+        self.start_of_turn_id = self.id_of("<start_of_turn>")
+        self.end_of_turn_id = self.id_of("<end_of_turn>")
+
+    @staticmethod
+    def from_folder(folder: Path) -> "Tokenizer":
+        """Reads `folder`/tokenizer.json; raises FileNotFoundError or ValueError when there is no usable one."""
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; a checkpoint needs its tokenizer.json beside config.json")
+        try:
+            inner = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the tokenizers package raises nothing more special
+            raise ValueError(f"{path} is not a usable tokenizer: {error}") from error
+        unflagged = [
+            tokenizers.AddedToken(token.content, normalized=False, special=True)
+            for token in inner.get_added_tokens_decoder().values()
+            if token.content in CONTROL_WORDS and not token.special
+        ]
+        inner.add_special_tokens(unflagged)
+        return Tokenizer(inner, str(path))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids that have a token."""
+        return self._inner.get_vocab_size()
+
+    def id_of(self, word: str) -> int:
+        """The id of a token, by its name; raises ValueError when the vocabulary has no such token."""
+        token_id = self._inner.token_to_id(word)
+        if token_id is None:
+            raise ValueError(f"{self._where} has no token {word!r}; is it the tokenizer of a Gemma 3n?")
+        return token_id
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a plain text, without `<bos>`; control words inside it are text.
+
+        Raises ValueError when the text has a lone surrogate, which UTF-8 can't express.
+        """
+        try:
+            return self._inner.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            place = re.search("[\ud800-\udfff]", text)
+            if place is None:
+                raise
+            raise ValueError(
+                f"the text has {place.group()!a} at position {place.start()}: half of a surrogate pair is no character"
+            ) from None
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of some ids; control tokens are left out unless `skip_special` is False, unknown ids always."""
+        return self._inner.decode(list(ids), skip_special_tokens=skip_special)
+
+    def stream(self) -> "StreamDecoder":
+        """A decoder for ids that come one at a time."""
+        return StreamDecoder(self._inner, self._skipped)
+
+
+class StreamDecoder:
+    """Decodes ids one at a time: the joined text equals `Tokenizer.decode` of all of them.
+
+    A run of byte tokens is held back until it ends, because its last byte decides how all of it is
+    shown: an invalid run becomes one replacement character a byte. So no half character is ever given.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer, skipped: set[int]):
+        """skipped: ids of the control tokens, which have no text."""
+        self._inner, self._skipped = inner, skipped
+        self._bytes: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        """Takes the next id; returns the text that is now certain, often one token's, possibly ''."""
+        if token_id in self._skipped:
+            return ""
+        token = self._inner.id_to_token(token_id)
+        if token is None:
+            return ""
+        if _BYTE.fullmatch(token):
+            self._bytes.append(token_id)
+            return ""
+        return self.finish() + self._inner.decode([token_id], skip_special_tokens=False)
+
+    def finish(self) -> str:
+        """The text still held back; the decoder is then as new."""
+        text = self._inner.decode(self._bytes, skip_special_tokens=False)
+        self._bytes = []
+        return text
