@@ -70,20 +70,23 @@ def _download(hub_id: str, revision: str | None) -> Path:
     version = "" if revision is None else f" at revision {revision!r}"
     try:
         folder = huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=_WANTED_FILES)
-    except errors.HfHubHTTPError as error:
-        raise _hub_error(error, hub_id, revision) from error
     except errors.LocalEntryNotFoundError as error:
-        cause = error.__cause__
-        # A refusal (gated, unknown) reaches us as the cause of "not in the cache" as well.
-        if isinstance(cause, errors.HfHubHTTPError):
-            raise _hub_error(cause, hub_id, revision) from error
+        # A refusal (gated, unknown) can reach us as the cause of "not in the cache" as well.
+        if isinstance(error.__cause__, errors.HfHubHTTPError):
+            raise _hub_error(error.__cause__, hub_id, revision) from error
         reason = "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else "the hub can't be reached"
         raise ConnectionError(
             f"{hub_id}{version} is not in the cache {huggingface_hub.constants.HF_HUB_CACHE} as a whole, and {reason}; "
             "go online once, or give a local folder"
         ) from error
+    except errors.HfHubHTTPError as error:
+        raise _hub_error(error, hub_id, revision) from error
     except errors.HFValidationError as error:
         raise ValueError(f"{hub_id!r} is no hub id: {error}") from error
+    except (errors.HTTPError, errors.XetDownloadError) as error:
+        raise ConnectionError(
+            f"the download of {hub_id}{version} broke off ({error}); the same command goes on where it stopped"
+        ) from error
     if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"{hub_id}{version} has no config.json; is it a model in safetensors format?")
     return Path(folder)
@@ -100,7 +103,9 @@ def _hub_error(error: Exception, hub_id: str, revision: str | None) -> OSError:
                 f"{hub_id} is gated: accept its licence at {page}, log in with `hf auth login`, then try again"
             )
         case errors.RevisionNotFoundError():
-            return FileNotFoundError(f"{hub_id} has no revision {revision!r}; its branches and tags are listed at {page}")
+            return FileNotFoundError(
+                f"{hub_id} has no revision {revision!r}; its branches and tags are listed at {page}"
+            )
         case errors.RepositoryNotFoundError():
             return FileNotFoundError(
                 f"there is no model {hub_id!r} on the hub, or it is private (then log in with `hf auth login`), "
