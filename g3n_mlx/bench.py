@@ -1,0 +1,215 @@
+"""`python -m g3n_mlx.bench`: how fast a model loads, reads and writes here, beside a peer if asked.
+
+Every run is a process of its own (see measure.py). With `--against`, runs alternate, A B A B, so that a machine
+that warms up or is disturbed treats both alike; the ratios are those of the medians.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from g3n_mlx.config import ModelConfig, read_json
+from g3n_mlx.hub import default_model, resolve
+from g3n_mlx.measure import ENGINES, Request, Run
+
+OURS, *PEERS = ENGINES
+PROMPT_SEED = 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the flags, runs, prints; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        requests = _requests(arguments)
+        runs = _run_all(requests, arguments.num_trials)
+    except (OSError, ValueError, ChildFailed) as error:
+        print(f"g3n-bench: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    summary = {
+        "prompt_tokens": arguments.prompt_tokens,
+        "generation_tokens": arguments.generation_tokens,
+        "engines": {engine: _summary(results) for engine, results in runs.items()},
+    }
+    if arguments.against:
+        summary["ratios"] = _ratios(*summary["engines"].values())
+    print(json.dumps(summary, indent=2) if arguments.json else _table(summary))
+    return 0
+
+
+class ChildFailed(Exception):
+    """A run's process ended without figures; the message says which engine's, and its last words."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="g3n-bench", description="Measures load time, prefill, decode and memory, each run in its own process."
+    )
+    parser.add_argument("--model", help="folder or hub id; default: the newest Gemma 3n here, else the demo model")
+    parser.add_argument("--matformer", metavar="SLICE", help="MatFormer slice to take at load, by name or short form")
+    parser.add_argument("--backend", choices=["auto", "mlx", "torch"], default="auto")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: the backend's best")
+    parser.add_argument("--prompt-tokens", type=_positive, default=512, metavar="N")
+    parser.add_argument("--generation-tokens", type=_positive, default=128, metavar="N")
+    parser.add_argument("--num-trials", type=_positive, default=3, metavar="N")
+    parser.add_argument("--against", choices=PEERS, help="measure this peer too, in turn")
+    parser.add_argument("--peer-model", metavar="PATH", help="the peer's checkpoint, where it cannot read --model")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def _requests(arguments: argparse.Namespace) -> list[Request]:
+    if arguments.peer_model and not arguments.against:
+        raise ValueError("--peer-model needs --against")
+    if arguments.generation_tokens < 2:
+        raise ValueError("--generation-tokens is 1, expected at least 2: the first token is counted to the prompt")
+    if arguments.model is None:
+        folder, line = default_model()
+        print(line, file=sys.stderr)
+    else:
+        folder = resolve(arguments.model)
+    config = ModelConfig.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+    # Text ids alone: those of the media ranges take another path, which not every peer has.
+    borders = [sub.vocab_offset for sub in (config.vision, config.audio) if sub]
+    limit = min([config.text.vocab_size, config.text.vocab_size_per_layer_input, *borders])
+    ids = np.random.default_rng(PROMPT_SEED).integers(0, limit, arguments.prompt_tokens)
+    prompt = tuple(int(token) for token in ids)
+    ours = Request(
+        engine=OURS,
+        model=str(folder),
+        prompt_ids=prompt,
+        generation_tokens=arguments.generation_tokens,
+        backend=arguments.backend,
+        matformer=arguments.matformer,
+        device=arguments.device,
+    )
+    if not arguments.against:
+        return [ours]
+    peer_folder = resolve(arguments.peer_model) if arguments.peer_model else folder
+    peer = Request(arguments.against, str(peer_folder), prompt, arguments.generation_tokens, device=arguments.device)
+    return [ours, peer]
+
+
+def _run_all(requests: list[Request], trials: int) -> dict[str, list[Run]]:
+    runs: dict[str, list[Run]] = {request.engine: [] for request in requests}
+    for trial in range(trials):
+        for request in requests:
+            print(f"run {trial + 1} of {trials}, {request.engine} ...", file=sys.stderr)
+            runs[request.engine].append(_run(request))
+    return runs
+
+
+def _run(request: Request) -> Run:
+    child = subprocess.run(
+        [sys.executable, "-m", "g3n_mlx.measure"],
+        input=json.dumps(asdict(request)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if child.returncode:
+        last_words = child.stderr.strip().rpartition("\n")[2] or f"exit code {child.returncode}"
+        raise ChildFailed(f"{request.engine}: {last_words}")
+    return Run(**json.loads(child.stdout))
+
+
+def _summary(runs: list[Run]) -> dict[str, Any]:
+    """Median, smallest and largest of every rate and time; peaks are the largest seen."""
+    first = runs[0]
+
+    def spread(field: str) -> dict[str, float]:
+        values = [getattr(run, field) for run in runs]
+        return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+    def largest(field: str) -> int | None:
+        return max((getattr(run, field) for run in runs if getattr(run, field) is not None), default=None)
+
+    generation = spread("generation_tps")
+    return {
+        "engine": first.description,
+        "load_s": spread("load_s"),
+        "time_to_first_token_s": spread("time_to_first_token_s"),
+        "prompt_tps": spread("prompt_tps"),
+        "generation_tps": generation,
+        "peak_memory_bytes": largest("peak_memory_bytes"),
+        "peak_device_bytes": largest("peak_device_bytes"),
+        "weight_bytes_per_token": first.weight_bytes_per_token,
+        "weight_bandwidth": generation["median"] * first.weight_bytes_per_token,
+        "read_bandwidth": max(run.read_bandwidth for run in runs),
+        "graph_operations": first.graph_operations,
+        "graph_kernels": first.graph_kernels,
+    }
+
+
+def _ratios(ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, float | None]:
+    """How many times the peer's speed ours is, and its share of the peer's memory."""
+    memory = [ours["peak_memory_bytes"], peer["peak_memory_bytes"]]
+    return {
+        "prompt_tps": ours["prompt_tps"]["median"] / peer["prompt_tps"]["median"],
+        "generation_tps": ours["generation_tps"]["median"] / peer["generation_tps"]["median"],
+        "decode_time": peer["generation_tps"]["median"] / ours["generation_tps"]["median"],
+        "load_s": ours["load_s"]["median"] / peer["load_s"]["median"],
+        "peak_memory_bytes": None if None in memory else memory[0] / memory[1],
+    }
+
+
+def _table(summary: dict[str, Any]) -> str:
+    lines = []
+    for figures in summary["engines"].values():
+        lines += [
+            f"{figures['engine']}: {summary['prompt_tokens']} tokens in, {summary['generation_tokens']} out",
+            _row("load", figures["load_s"], "s"),
+            _row("time to first token", figures["time_to_first_token_s"], "s"),
+            _row("prefill", figures["prompt_tps"], "tok/s"),
+            _row("decode", figures["generation_tps"], "tok/s"),
+            f"  {'peak memory':<24}{_gigabytes(figures['peak_memory_bytes'])}",
+        ]
+        if figures["peak_device_bytes"] is not None:
+            lines.append(f"  {'peak device memory':<24}{_gigabytes(figures['peak_device_bytes'])}")
+        share = figures["weight_bandwidth"] / figures["read_bandwidth"]
+        lines += [
+            f"  {'weights read a token':<24}{_gigabytes(figures['weight_bytes_per_token'])}",
+            f"  {'so decode reads':<24}{_gigabytes(figures['weight_bandwidth'])}/s, {share:.0%} of the "
+            f"{_gigabytes(figures['read_bandwidth'])}/s that a plain reduction reads here",
+        ]
+        if figures["graph_operations"] is not None:
+            lines.append(
+                f"  {'one decode step':<24}{figures['graph_operations']} graph operations, "
+                f"{figures['graph_kernels']} of them not mere views"
+            )
+        lines.append("")
+    if "ratios" in summary:
+        ratios, peer = summary["ratios"], list(summary["engines"])[1]
+        lines += [
+            f"{OURS} against {peer}, medians: prefill {ratios['prompt_tps']:.2f} x, decode "
+            f"{ratios['generation_tps']:.2f} x the speed ({ratios['decode_time']:.2f} x the time a token)"
+            + (f", {ratios['peak_memory_bytes']:.2f} x the peak memory" if ratios["peak_memory_bytes"] else "")
+        ]
+    return "\n".join(lines).rstrip()
+
+
+def _row(name: str, spread: dict[str, float], unit: str) -> str:
+    return f"  {name:<24}{spread['median']:.3g} {unit}  (min {spread['min']:.3g}, max {spread['max']:.3g})"
+
+
+def _gigabytes(count: float | None) -> str:
+    return "not known on this system" if count is None else f"{count / 1e9:.3g} GB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
