@@ -1,0 +1,102 @@
+"""Importing is quick, and the core works where no array framework is installed."""
+
+import importlib.util
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+
+CORE = [
+    "cache",
+    "chat_template",
+    "checkpoint",
+    "config",
+    "convert",
+    "generate",
+    "hub",
+    "interface",
+    "matformer",
+    "model",
+    "prompt",
+    "quantization",
+    "sampling",
+    "tokenizer",
+    "load",
+    "chat",
+    "bench",
+    "measure",
+]
+
+HIDE = "import sys; sys.modules.update(dict.fromkeys(['mlx', 'mlx.core', 'torch', 'transformers']))\n"
+
+
+def python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_no_array_framework_is_imported():
+    code = "import sys, g3n_mlx; print([m for m in ('mlx', 'torch', 'numpy', 'transformers') if m in sys.modules])"
+    assert python(code).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_core_modules_import_without_a_framework(module):
+    done = python(f"{HIDE}import g3n_mlx.{module}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names():
+    import g3n_mlx
+
+    assert g3n_mlx.__all__ == ["Gemma3n", "SamplingParams", "__version__", "load"]
+    for name in g3n_mlx.__all__:
+        assert getattr(g3n_mlx, name) is not None
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = g3n_mlx.nonsense
+
+
+def test_load_is_the_function_whoever_imports_its_file_first():
+    code = "import g3n_mlx.load, g3n_mlx.model; from g3n_mlx import load; print(callable(load), callable(g3n_mlx.load))"
+    done = python(code)
+    assert done.stdout.strip() == "True True", done.stderr
+
+
+def test_no_backend_is_one_clear_message(tiny_folder):
+    code = f"""{HIDE}
+import g3n_mlx
+try:
+    g3n_mlx.load({str(tiny_folder)!r})
+except (ImportError, ValueError) as error:
+    print(error)
+"""
+    done = python(code)
+    assert "pip install" in done.stdout, done.stderr
+    assert len(done.stdout.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("code", "limit_s"), [("import g3n_mlx", 0.3), ("-m g3n_mlx.chat --help", 0.5)])
+def test_start_up_is_quick(code, limit_s):
+    command = [sys.executable, *(code.split() if code.startswith("-m") else ["-c", code])]
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        times.append(time.perf_counter() - started)
+    # The best of five, less nothing: a loaded machine slows Python itself as much as us.
+    assert min(times) < limit_s, statistics.median(times)
+
+
+def test_every_framework_import_is_in_the_backends(repository):
+    """What import-linter checks in CI, for those who run the tests alone."""
+    allowed = {"measure.py", "load.py"}
+    for path in (repository / "g3n_mlx").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if path.name not in allowed:
+            assert "import torch" not in text, path
+            assert "import mlx" not in text, path
+
+
+def test_the_import_of_convert_is_the_packages_own():
+    assert importlib.util.find_spec("g3n_mlx.convert") is not None

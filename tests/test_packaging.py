@@ -1,0 +1,122 @@
+"""The wheel holds real files where the checkout has links, and everything that runs from it."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+
+import pytest
+
+BUILD = "import sys, setuptools.build_meta as b; print(b.build_{kind}(sys.argv[1]))"
+
+
+def build(folder, kind, output):
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD.format(kind=kind), str(output)], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return output / done.stdout.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def source(repository, tmp_path_factory):
+    """A copy of the checkout's files, links kept, without the build folders of the checkout."""
+    pytest.importorskip("setuptools")
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(repository / name, copy / name)
+    for name in ("g3n_mlx", "convert", "matformer_configs"):
+        shutil.copytree(repository / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    return build(source, "wheel", tmp_path_factory.mktemp("wheel"))
+
+
+def test_the_checkout_has_relative_links(repository):
+    for name in ("convert", "matformer_configs"):
+        link = repository / "g3n_mlx" / name
+        assert link.is_symlink()
+        assert os.readlink(link) == f"../{name}"
+
+
+def test_wheel_contents(wheel, repository):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        table = archive.read("g3n_mlx/matformer_configs/gemma3n.csv")
+    top = {name.split("/")[0] for name in names}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"g3n_mlx"}
+    assert table == (repository / "matformer_configs" / "gemma3n.csv").read_bytes()
+    expected = {
+        str(path.relative_to(repository / "g3n_mlx").as_posix())
+        for pattern in ("**/*.py", "demo/*", "py.typed")
+        for path in (repository / "g3n_mlx").glob(pattern)
+        if "__pycache__" not in path.parts
+    } | {f"convert/{path.name}" for path in (repository / "convert").glob("*.py")}
+    assert {f"g3n_mlx/{name}" for name in expected} <= names
+    assert not any("tests" in name or "__pycache__" in name for name in names)
+
+
+def test_wheel_through_sdist_is_the_same(source, wheel, tmp_path):
+    sdist = build(source, "sdist", tmp_path)
+    shutil.unpack_archive(sdist, tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    through = build(unpacked, "wheel", tmp_path)
+    with zipfile.ZipFile(wheel) as direct, zipfile.ZipFile(through) as indirect:
+        assert set(direct.namelist()) == set(indirect.namelist())
+
+
+def test_commands_run_from_the_unpacked_wheel(wheel, tmp_path):
+    """As on Windows, where a checkout without links does not run but the wheel does."""
+    shutil.unpack_archive(wheel, tmp_path, "zip")
+    for module in ("chat", "convert", "bench"):
+        done = subprocess.run(
+            [sys.executable, "-m", f"g3n_mlx.{module}", "--help"], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "usage:" in done.stdout
+    code = "from g3n_mlx.matformer import read_slices; print(len(read_slices()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "16", done.stderr
+
+
+def test_the_right_framework_for_the_machine(repository):
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((repository / "pyproject.toml").read_text("utf-8"))["project"]
+    required = [Requirement(line) for line in project["dependencies"]]
+
+    def frameworks(platform, machine):
+        environment = {"sys_platform": platform, "platform_machine": machine}
+        return {
+            one.name
+            for one in required
+            if one.name in ("mlx", "torch") and (one.marker is None or one.marker.evaluate(environment))
+        }
+
+    assert frameworks("darwin", "arm64") == {"mlx"}
+    assert frameworks("linux", "x86_64") == frameworks("linux", "aarch64") == {"torch"}
+    assert frameworks("win32", "AMD64") == {"torch"}
+
+
+def test_constraints_pin_every_direct_dependency(repository):
+    from packaging.requirements import Requirement
+
+    pyproject = tomllib.loads((repository / "pyproject.toml").read_text("utf-8"))
+    pins = {}
+    for line in (repository / "constraints.txt").read_text("utf-8").splitlines():
+        if line and not line.startswith("#"):
+            pin = Requirement(line)
+            pins[pin.name.lower().replace("_", "-")] = pin
+    wanted = [line for group in pyproject["dependency-groups"].values() for line in group]
+    wanted += pyproject["project"]["dependencies"]
+    for line in wanted:
+        requirement = Requirement(line)
+        pin = pins[requirement.name.lower().replace("_", "-")]
+        (version,) = [specifier.version for specifier in pin.specifier]
+        assert str(pin.specifier).startswith("=="), pin
+        assert version in requirement.specifier, f"{pin} is outside {requirement}"
