@@ -1,0 +1,339 @@
+"""Chat with Gemma 3n in a terminal, or ask it once with `-p`.
+
+Answers go to stdout, everything else to stderr. In the terminal Ctrl-C stops the answer and keeps what was said;
+while the prompt is still being read it gives up the question. A session whose stdin is no terminal reads one message
+a line, so that a script can drive it. Heavy imports wait until they are needed: `--help` answers at once.
+"""
+
+import argparse
+import io
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from g3n_mlx.terminal import Interruption, message_lines, one_line, printable, say, typed_messages
+
+if TYPE_CHECKING:
+    from g3n_mlx.model import Gemma3n, Usage
+
+# What a user, a file or a network can cause; anything else is a bug, and its traceback is wanted.
+EXPECTED_FAILURES = (OSError, ValueError, ImportError, MemoryError)
+INTERRUPTED = 130  # exit codes of a shell: 128 + SIGINT, 128 + SIGPIPE
+PIPE_CLOSED = 141
+SETTINGS: dict[str, Callable[[str], int | float]] = {
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "repetition_penalty": float,
+    "frequency_penalty": float,
+    "presence_penalty": float,
+    "max_tokens": int,
+    "seed": int,
+    "prefill_step_size": int,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the flags, loads the model, chats; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(message)s")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A model's words must not fail on a terminal's letters; in a pipe they are UTF-8 everywhere.
+        sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")
+    try:
+        return _run(arguments)
+    except BrokenPipeError:
+        # The reader has gone. What is still buffered has nowhere to go, and Python would complain about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except EXPECTED_FAILURES as error:
+        say(f"g3n-chat: {one_line(error)}")
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="g3n-chat", description="Chat with Gemma 3n, or ask it once with -p.")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", help="folder or hub id; default: the newest Gemma 3n here, else the demo model")
+    model.add_argument("--revision", help="branch, tag or commit of a hub id")
+    model.add_argument("--matformer", metavar="SLICE", help="MatFormer slice to take at load, by name or short form")
+    model.add_argument("--matformer-config", type=Path, metavar="FILE", help="CSV table of slices of your own")
+    model.add_argument("--q-bits", type=int, metavar="N", help="quantize at first load, into the cache: 2 to 6, or 8")
+    model.add_argument("--backend", choices=["auto", "mlx", "torch"], default="auto")
+    model.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: the backend's best")
+    model.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="of activations; default: as stored")
+    answer = parser.add_argument_group("answer")
+    answer.add_argument("-p", "--prompt", help="ask once, print the answer and exit; - reads the prompt from stdin")
+    answer.add_argument("--system-prompt", metavar="TEXT", help="what the model is told before the conversation")
+    answer.add_argument("--max-tokens", type=int, metavar="N", help="of one answer; default: to the context limit")
+    answer.add_argument("--temperature", "--temp", type=float, metavar="X", help="0 takes the likeliest token always")
+    answer.add_argument("--top-p", type=float, metavar="X")
+    answer.add_argument("--top-k", type=int, metavar="N")
+    answer.add_argument("--min-p", type=float, metavar="X")
+    answer.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
+    answer.add_argument("--prefill-step-size", type=int, metavar="N", help="prompt tokens read at once")
+    parser.add_argument("--verbose", action="store_true", help="log lines, and figures after every answer")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    # Whatever is wrong with the flags or stdin is said before the model takes its time to load.
+    from g3n_mlx.sampling import SamplingParams
+
+    settings = {name: value for name in SETTINGS if (value := getattr(arguments, name, None)) is not None}
+    SamplingParams(**settings)
+    prompt = _one_shot_prompt(arguments.prompt)
+    if arguments.model is None:
+        from g3n_mlx.hub import default_model
+
+        arguments.model, line = default_model()
+        say(line)
+
+    from g3n_mlx.load import load
+
+    model = load(
+        arguments.model,
+        backend=arguments.backend,
+        matformer=arguments.matformer,
+        matformer_config=arguments.matformer_config,
+        q_bits=arguments.q_bits,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        revision=arguments.revision,
+    )
+    session = Session(model, arguments.system_prompt, settings, verbose=arguments.verbose)
+    if prompt is not None:
+        return INTERRUPTED if session.ask(prompt).stopped else 0
+    say(f"{model.name} on {model.backend} ({model.device}); /help lists the commands, Ctrl-D ends")
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        session.run(typed_messages())
+        return 0
+    session.run(message_lines())
+    return 1 if session.failures else 0
+
+
+def _one_shot_prompt(prompt: str | None) -> str | None:
+    """The text of `-p`; stdin's when it is a dash. Raises ValueError when there is none in it."""
+    if prompt is None:
+        return None
+    text = sys.stdin.buffer.read().decode("utf-8") if prompt == "-" else prompt
+    if not text.strip():
+        raise ValueError("the prompt is empty" + (" (stdin had no text)" if prompt == "-" else ""))
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came of one question."""
+
+    text: str
+    stopped: bool  # by Ctrl-C
+    finish_reason: str | None  # None when stopped
+    usage: "Usage | None"  # None when stopped
+
+
+class Session:
+    """One conversation with one model: its messages, its settings and the commands that change them."""
+
+    def __init__(self, model: "Gemma3n", system: str | None, settings: dict[str, Any], *, verbose: bool = False):
+        """settings: sampling keywords that differ from the model's defaults."""
+        self.model, self.system, self.settings, self.verbose = model, system, dict(settings), verbose
+        self.messages: list[dict[str, Any]] = []  # user and assistant in turn, without the system message
+        self.failures = 0
+        self._usage: Usage | None = None
+        self._unanswered: str | None = None
+        self._commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
+            "help": ("", "list the commands", self._help),
+            "system": ("[TEXT|-]", "show the system prompt, set it, or take it away with -", self._system),
+            "clear": ("", "forget the conversation, keep the system prompt", self._clear),
+            "undo": ("", "forget the last question and its answer", self._undo),
+            "retry": ("", "ask the last question again", self._retry),
+            "save": ("FILE", "write the conversation as JSON", self._save),
+            "load": ("FILE", "go on with a saved conversation", self._load),
+            "stats": ("", "show the figures of the last answer", self._stats),
+            "set": ("[NAME VALUE]", "show or change a setting, as in /set temperature 0.7", self._set),
+            "exit": ("", "end (Ctrl-D too)", self._help),  # the loop sees it first
+        }
+
+    def run(self, messages: Iterator[str]) -> None:
+        """Answers messages and obeys commands until there are no more; a failure is said and does not end it."""
+        for message in messages:
+            # "/usr/bin is what?" is a question: a command's name is one word of letters.
+            name, _, rest = message.strip().partition(" ")
+            if name == "/exit":
+                return
+            try:
+                if name[:1] == "/" and name[1:].isalpha():
+                    self._obey(name[1:], rest.strip())
+                elif message.strip():
+                    self.ask(message)
+            except BrokenPipeError:
+                raise
+            except KeyboardInterrupt:
+                say("[stopped]")
+            except EXPECTED_FAILURES as error:
+                self.failures += 1
+                say(f"error: {one_line(error)}")
+
+    def ask(self, text: str) -> Answer:
+        """Streams the answer to stdout and keeps it in the conversation, a stopped one as far as it came."""
+        self._unanswered = text
+        messages = [*self.messages, {"role": "user", "content": text}]
+        answer = self._stream([*self._system_message(), *messages])
+        if answer.text or not answer.stopped:
+            self.messages = [*messages, {"role": "assistant", "content": answer.text}]
+            self._unanswered = None
+        self._usage = answer.usage
+        if answer.stopped:
+            say("[stopped]" if answer.text else "[stopped before the answer began; /retry asks again]")
+        elif answer.finish_reason == "length":
+            say("[cut off: the limit of tokens was reached]")
+        if self.verbose:
+            self._stats("")
+        return answer
+
+    def _stream(self, messages: list[dict[str, Any]]) -> Answer:
+        parts: list[str] = []
+        finish_reason, usage, stopped = None, None, False
+        with Interruption() as interruption:
+            chunks = self.model.stream(messages, **self.settings)
+            try:
+                for chunk in chunks:
+                    interruption.answering = True
+                    parts.append(chunk.text)
+                    sys.stdout.write(printable(chunk.text))
+                    sys.stdout.flush()
+                    finish_reason, usage = chunk.finish_reason, chunk.usage
+                    if interruption.noted:
+                        stopped = True
+                        break
+            except KeyboardInterrupt:
+                stopped = True
+                self.model.reset()  # it may have stood in the middle of a write to its cache
+            finally:
+                chunks.close()
+            text = "".join(parts)
+            if not text.endswith("\n"):
+                sys.stdout.write("\n")
+                sys.stdout.flush()
+        return Answer(text, stopped, None if stopped else finish_reason, None if stopped else usage)
+
+    def _system_message(self) -> list[dict[str, Any]]:
+        return [{"role": "system", "content": self.system}] if self.system else []
+
+    def _obey(self, name: str, argument: str) -> None:
+        if name not in self._commands:
+            raise ValueError(f"there is no command /{name}; /help lists them")
+        self._commands[name][2](argument)
+
+    def _help(self, _: str) -> None:
+        for name, (argument, text, _do) in self._commands.items():
+            say(f"  {f'/{name} {argument}':<20} {text}")
+        say("  A new line in a message: Alt-Enter, or Enter after a backslash. Ctrl-C stops an answer.")
+
+    def _system(self, text: str) -> None:
+        if text:
+            self.system = None if text == "-" else text
+        say(f"system prompt: {self.system or 'none'}")
+
+    def _clear(self, _: str) -> None:
+        self.messages, self._unanswered = [], None
+        say("the conversation is empty")
+
+    def _undo(self, _: str) -> None:
+        if self._unanswered is None:
+            self._last_question()
+            self.messages = self.messages[:-2]
+        self._unanswered = None
+        say(f"forgotten; {len(self.messages) // 2} questions are left")
+
+    def _retry(self, _: str) -> None:
+        if self._unanswered is not None:
+            self.ask(self._unanswered)
+            return
+        question = self._last_question()
+        self.messages = self.messages[:-2]
+        self.ask(question)
+
+    def _last_question(self) -> Any:
+        if not self.messages:
+            raise ValueError("there is no question yet")
+        return self.messages[-2]["content"]
+
+    def _save(self, name: str) -> None:
+        path = _path(name, "save")
+        if path.exists() and _conversation(path) is None:
+            raise ValueError(f"{path} exists and is no saved conversation; choose another name")
+        document = {"model": self.model.name, "messages": [*self._system_message(), *self.messages]}
+        path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        say(f"saved {len(self.messages)} messages to {path}")
+
+    def _load(self, name: str) -> None:
+        path = _path(name, "load")
+        messages = _conversation(path)
+        if not messages:
+            raise ValueError(f"{path} is no saved conversation; expected JSON with a list of messages")
+        self.model.prepare(messages)  # raises if it can't be rendered
+        system = messages[0]["content"] if messages[0]["role"] == "system" else None
+        turns = messages[1:] if system is not None else messages
+        if len(turns) % 2:
+            raise ValueError(f"{path} ends with a question; expected an answer last")
+        self.system, self.messages, self._unanswered = system, turns, None
+        say(f"loaded {len(turns)} messages from {path}")
+
+    def _stats(self, _: str) -> None:
+        usage = self._usage
+        if usage is None:
+            say("no figures: there was no whole answer yet, or the last one was stopped")
+            return
+        say(
+            f"{usage.prompt_tokens} prompt tokens ({usage.cached_tokens} of them cached), "
+            f"{usage.completion_tokens} in the answer; first token after {usage.time_to_first_token_s:.2f} s, "
+            f"prefill {usage.prompt_tps:.1f} tok/s, decode {usage.generation_tps:.1f} tok/s, "
+            f"peak memory {usage.peak_memory_bytes / 2**30:.2f} GiB"
+        )
+
+    def _set(self, argument: str) -> None:
+        from g3n_mlx.sampling import SamplingParams
+
+        name, _, value = argument.partition(" ")
+        name = name.replace("-", "_")
+        if name and name not in SETTINGS:
+            raise ValueError(f"there is no setting {name!r}; there are {', '.join(SETTINGS)}")
+        if name and not value:
+            raise ValueError(f"/set {name} needs a value, a number or 'default'")
+        if value == "default":
+            self.settings.pop(name, None)
+        elif name:
+            changed = {**self.settings, name: SETTINGS[name](value)}
+            SamplingParams(**changed)
+            self.settings = changed
+        say(", ".join(f"{key} {setting}" for key, setting in self.settings.items()) or "all settings: the model's own")
+
+
+def _path(name: str, command: str) -> Path:
+    if not name:
+        raise ValueError(f"/{command} needs a file name")
+    return Path(name).expanduser()
+
+
+def _conversation(path: Path) -> list[dict[str, Any]] | None:
+    """The messages of a saved conversation; None when the file is something else."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    messages = document.get("messages") if isinstance(document, dict) else None
+    return messages if isinstance(messages, list) else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
