@@ -1,0 +1,260 @@
+"""MatFormer slices: the smaller models that lie inside a larger one, as arithmetic on names and shapes.
+
+A slice keeps the first units of each feed-forward block and leaves out whole layers, which then disappear from
+everything that is indexed by layer. The published slices are a CSV table (Hugging Face dataset
+google/gemma3n-slicing-configs); a user's own table in the same grammar works as well.
+Source: arXiv 2310.07707 (MatFormer); Google's MatFormer Lab notebook.
+"""
+
+import csv
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from g3n_mlx.config import TextConfig
+from g3n_mlx.manifest import PLE_TABLE, TEXT, effective_parameters
+
+PUBLISHED = Path(__file__).parent / "matformer_configs" / "gemma3n.csv"
+
+# Ranges [start, stop) along one axis, ascending.
+Ranges = tuple[tuple[int, int], ...]
+
+_COLUMNS = (
+    "name",
+    "# Layers",
+    "# Effective Params (B)",
+    "MMLU PT accuracy",
+    "FFN Hidden Dims",
+    "Layers Skipped",
+)
+_LAYER = re.compile(rf"^{re.escape(TEXT)}layers\.(\d+)\.(.*)$")
+_PER_LAYER_LISTS = ("layer_types", "activation_sparsity_pattern")
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """One row of the table."""
+
+    name: str
+    short_name: str  # what a command line takes: `e2.49b-block`, `e2b`
+    num_layers: int  # kept
+    effective_params_b: float | None  # billions, as published
+    mmlu: float | None  # percent, as published, of the pretrained model
+    ffn_hidden_dims: tuple[int, ...]  # one per kept layer
+    skipped_layers: tuple[int, ...]  # indices in the base model
+
+
+@dataclass(frozen=True, slots=True)
+class SlicePlan:
+    """A slice that was checked against a config: what to keep of this very checkpoint."""
+
+    slice_name: str
+    kept_layers: tuple[int, ...]  # indices in the checkpoint, ascending
+    intermediate_size: tuple[int, ...]  # one per kept layer
+
+    def source_name(self, name: str) -> str:
+        """The checkpoint's name for a tensor or module of the slice."""
+        match = _LAYER.match(name)
+        return name if match is None else f"{TEXT}layers.{self.kept_layers[int(match[1])]}.{match[2]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What a slice keeps of one matrix; None is everything. Counted in elements, before any packing."""
+
+    rows: Ranges | None = None
+    columns: Ranges | None = None
+
+
+def read_slices(path: Path | None = None) -> list[Slice]:
+    """The slices of a table in the published CSV grammar; None reads the published table.
+
+    Raises FileNotFoundError, or ValueError naming the line that does not fit.
+    """
+    path = PUBLISHED if path is None else path
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: expected a CSV table of MatFormer slices")
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, skipinitialspace=True)
+        header = tuple(title.strip() for title in next(rows, []))
+        if header != _COLUMNS:
+            raise ValueError(f"{path}: the columns are {', '.join(header)!r}, expected {', '.join(_COLUMNS)!r}")
+        slices = [_parse_row(row, f"{path}, line {rows.line_num}") for row in rows if any(map(str.strip, row))]
+    seen: dict[str, str] = {}
+    for entry in slices:
+        for name in {entry.name.casefold(), entry.short_name.casefold()}:
+            if name in seen:
+                raise ValueError(f"{path}: {entry.name!r} and {seen[name]!r} both go by the name {name!r}")
+            seen[name] = entry.name
+    if not slices:
+        raise ValueError(f"{path} holds no slices")
+    return slices
+
+
+def find_slice(name: str, slices: Sequence[Slice]) -> Slice:
+    """The slice of a full or short name, in any case; the error lists all names and the nearest."""
+    wanted = name.strip().casefold()
+    names = {known.casefold(): entry for entry in slices for known in (entry.name, entry.short_name)}
+    if wanted in names:
+        return names[wanted]
+    near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.0)
+    listing = ", ".join(f"{entry.short_name} = {entry.name!r}" for entry in slices)
+    raise ValueError(f"no slice is called {name!r}; did you mean {names[near[0]].short_name!r}? There are: {listing}")
+
+
+def plan_slice(config: TextConfig, chosen: Slice) -> SlicePlan:
+    """Checks a slice against the checkpoint that it is to be cut from.
+
+    Raises ValueError when it was made for another base model, is wider than the checkpoint, or leaves out a layer
+    whose keys and values others read.
+    """
+    where = f"slice {chosen.name!r}"
+    layers = config.num_hidden_layers
+    skipped = set(chosen.skipped_layers)
+    if len(skipped) != len(chosen.skipped_layers):
+        raise ValueError(f"{where}: skips a layer twice: {list(chosen.skipped_layers)}")
+    base_layers = chosen.num_layers + len(skipped)
+    if base_layers != layers:
+        raise ValueError(
+            f"{where}: made for a base model of {base_layers} layers, this checkpoint has {layers}; "
+            "was it sliced already, or is it another model?"
+        )
+    outside = sorted(layer for layer in skipped if not 0 <= layer < layers)
+    if outside:
+        raise ValueError(f"{where}: skips layers {outside}, the checkpoint's are 0 to {layers - 1}")
+    if len(chosen.ffn_hidden_dims) != chosen.num_layers:
+        raise ValueError(f"{where}: has {len(chosen.ffn_hidden_dims)} FFN widths for {chosen.num_layers} kept layers")
+    donors = set(config.kv_owners[config.first_kv_shared_layer :])
+    if skipped & donors:
+        raise ValueError(
+            f"{where}: skips layers {sorted(skipped & donors)}, whose keys and values the last "
+            f"{config.num_kv_shared_layers} layers read"
+        )
+    kept = tuple(layer for layer in range(layers) if layer not in skipped)
+    for layer, units in zip(kept, chosen.ffn_hidden_dims, strict=True):
+        if not 1 <= units <= config.intermediate_size[layer]:
+            raise ValueError(
+                f"{where}: wants {units} FFN units in layer {layer}, the checkpoint has "
+                f"{config.intermediate_size[layer]} there"
+            )
+    return SlicePlan(chosen.name, kept, chosen.ffn_hidden_dims)
+
+
+def slice_config(raw_config: dict[str, Any], plan: SlicePlan) -> dict[str, Any]:
+    """The config.json of a slice; every value follows from the checkpoint's own.
+
+    raw_config: with a nested text_config or flat. The argument is left as it is.
+    """
+    text = dict(raw_config.get("text_config", raw_config))
+    layers = text["num_hidden_layers"]
+    first_shared = layers - text["num_kv_shared_layers"]
+    for key in _PER_LAYER_LISTS:
+        if isinstance(text.get(key), list):  # a scalar holds for all layers, so for all kept ones
+            text[key] = [text[key][layer] for layer in plan.kept_layers]
+    text["intermediate_size"] = list(plan.intermediate_size)
+    text["num_kv_shared_layers"] = sum(layer >= first_shared for layer in plan.kept_layers)
+    text["num_hidden_layers"] = len(plan.kept_layers)
+    return {**raw_config, "text_config": text} if "text_config" in raw_config else text
+
+
+def cut(plan: SlicePlan, config: TextConfig, path: str) -> Cut:
+    """What the plan keeps of a module's weight; path and config (the unsliced one) are the checkpoint's."""
+    ple = config.hidden_size_per_layer_input
+    match = _LAYER.match(path)
+    if match is not None:
+        layer = int(match[1])
+        units = plan.intermediate_size[plan.kept_layers.index(layer)]
+        if units == config.intermediate_size[layer]:
+            return Cut()
+        if match[2] in ("mlp.gate_proj", "mlp.up_proj"):
+            return Cut(rows=((0, units),))
+        if match[2] == "mlp.down_proj":
+            return Cut(columns=((0, units),))
+    elif len(plan.kept_layers) < config.num_hidden_layers:
+        kept = _merged((layer * ple, (layer + 1) * ple) for layer in plan.kept_layers)
+        if path == PLE_TABLE:
+            return Cut(columns=kept)
+        if path == f"{TEXT}per_layer_model_projection":
+            return Cut(rows=kept)
+    return Cut()
+
+
+def _merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    """Neighbours that touch become one range."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], stop)
+        else:
+            merged.append((start, stop))
+    return tuple(merged)
+
+
+def _parse_row(row: list[str], where: str) -> Slice:
+    if len(row) != len(_COLUMNS):
+        raise ValueError(f"{where}: has {len(row)} fields, expected {len(_COLUMNS)}")
+    name, layers, params, mmlu, dims, skipped = (field.strip() for field in row)
+    if not name:
+        raise ValueError(f"{where}: the slice has no name")
+    return Slice(
+        name=name,
+        short_name=_short_name(name),
+        num_layers=_product(layers, f"{where}, {_COLUMNS[1]}"),
+        effective_params_b=_optional_number(params, f"{where}, {_COLUMNS[2]}"),
+        mmlu=_optional_number(mmlu.removesuffix("%"), f"{where}, {_COLUMNS[3]}"),
+        ffn_hidden_dims=_integers(dims, f"{where}, {_COLUMNS[4]}"),
+        skipped_layers=_integers(skipped, f"{where}, {_COLUMNS[5]}") if skipped else (),
+    )
+
+
+def _short_name(name: str) -> str:
+    """`Config for E2.49B (block-level)` -> `e2.49b-block`; other names in lower case with dashes."""
+    size = re.search(r"\bE\d+(?:\.\d+)?B\b", name, re.IGNORECASE)
+    if size is None:
+        return re.sub(r"[^a-z0-9.]+", "-", name.casefold()).strip("-")
+    level = re.search(r"\((\w+)-level\)", name)
+    return size[0].casefold() + (f"-{level[1].casefold()}" if level else "")
+
+
+def _integers(text: str, where: str) -> tuple[int, ...]:
+    """A bracketed list of integers or products of them."""
+    if not (text.startswith("[") and text.endswith("]")):
+        raise ValueError(f"{where}: is {text!r}, expected a list in brackets")
+    inside = text[1:-1].strip().removesuffix(",")
+    return tuple(_product(item, where) for item in inside.split(",")) if inside else ()
+
+
+def _product(text: str, where: str) -> int:
+    """An integer as Python writes it, or a product of such: `2_048 * 8`."""
+    factors = [factor.strip() for factor in text.split("*")]
+    if not all(re.fullmatch(r"\d+(?:_\d+)*", factor) for factor in factors):
+        raise ValueError(f"{where}: {text.strip()!r} is not an integer or a product of integers")
+    return prod(int(factor) for factor in factors)
+
+
+def _optional_number(text: str, where: str) -> float | None:
+    if not text.strip():
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{where}: {text!r} is not a number") from None
+
+
+__all__ = [
+    "PUBLISHED",
+    "Cut",
+    "Ranges",
+    "Slice",
+    "SlicePlan",
+    "cut",
+    "effective_parameters",
+    "find_slice",
+    "plan_slice",
+    "read_slices",
+    "slice_config",
+]

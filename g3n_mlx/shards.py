@@ -1,0 +1,209 @@
+"""Safetensors files: headers, plain positional reads, and maps of single tensors.
+
+Only what is asked for is read, into fresh memory: mapped pages would count as resident while a model is loaded
+or converted. Maps are for tables of which a run touches a few rows.
+Format: safetensors, README.md ("Format").
+"""
+
+import json
+import mmap
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+INDEX = "model.safetensors.index.json"
+
+DTYPES: dict[str, np.dtype] = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+    "U8": np.dtype("u1"),
+    "U16": np.dtype("<u2"),
+    "U32": np.dtype("<u4"),
+    "U64": np.dtype("<u8"),
+    "I8": np.dtype("i1"),
+    "I16": np.dtype("<i2"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+    "BOOL": np.dtype("?"),
+}
+
+# The format's own limit on the header.
+_MAX_HEADER_BYTES = 100_000_000
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class Shard:
+    """One open file. Reads are positional and may come from several threads."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = path.open("rb", buffering=0)
+        # Windows has no pread: seek and read belong together.
+        self._lock = threading.Lock()
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fills a buffer of bytes from a place in the file; raises ValueError where the file ends before."""
+        with self._lock:
+            self._file.seek(offset)
+            while len(buffer):
+                count = self._file.readinto(buffer)
+                if not count:
+                    raise ValueError(f"{self.path} ends early: was it changed while it was being read?")
+                buffer = buffer[count:]
+
+    def map(self, offset: int, num_bytes: int) -> tuple[mmap.mmap, int]:
+        """A read-only map that covers a range, and the place of the range in it."""
+        base = offset - offset % mmap.ALLOCATIONGRANULARITY
+        place = offset - base
+        return mmap.mmap(self._file.fileno(), place + num_bytes, access=mmap.ACCESS_READ, offset=base), place
+
+    def close(self) -> None:
+        """Closes the file; maps made before stay valid."""
+        self._file.close()
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where one tensor's bytes are."""
+
+    shard: Shard
+    offset: int  # bytes from the start of the file
+    dtype: str  # as in the header: "BF16", "U32", ...
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in the file."""
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+class MappedTensor:
+    """A two-dimensional tensor that stays on disk; its rows can be picked out of a memory map."""
+
+    def __init__(self, stored: StoredTensor):
+        self._map, place = stored.shard.map(stored.offset, stored.num_bytes)
+        if hasattr(self._map, "madvise"):
+            self._map.madvise(mmap.MADV_RANDOM)  # rows are far apart: reading ahead brings what nobody asks for
+        data = np.frombuffer(self._map, DTYPES[stored.dtype], prod(stored.shape), place)
+        self._rows = data.reshape(stored.shape)
+
+    def gather(self, ids: np.ndarray) -> np.ndarray:
+        """A copy of the rows named by ids."""
+        return self._rows[ids]
+
+    def release(self) -> None:
+        """Gives the pages back that were read so far; they come again from the file when needed."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows, which trims a process by itself
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def open_shards(folder: Path) -> tuple[list[Shard], dict[str, StoredTensor]]:
+    """The open files of a checkpoint folder, and its tensors under the names on disk.
+
+    Raises FileNotFoundError where there is nothing to read, ValueError for files that are damaged or contradict
+    each other.
+    """
+    shards: list[Shard] = []
+    tensors: dict[str, StoredTensor] = {}
+    with ExitStack() as opened:
+        for path in _shard_paths(folder):
+            shard = Shard(path)
+            opened.callback(shard.close)
+            shards.append(shard)
+            for name, stored in _read_header(shard):
+                if name in tensors:
+                    raise ValueError(f"{name} is in both {tensors[name].shard.path.name} and {path.name} of {folder}")
+                tensors[name] = stored
+        opened.pop_all()
+    return shards, tensors
+
+
+def _shard_paths(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise ValueError(f"{index} is not a safetensors index: expected an object with a weight_map") from None
+        if any(Path(name).name != name for name in names):
+            raise ValueError(f"{index} names files outside its folder")
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{folder} lacks {len(missing)} of {len(names)} weight files named by {INDEX}: "
+                f"{', '.join(missing[:10])}; is the download complete?"
+            )
+        return [folder / name for name in names]
+    # Files that start with a dot are not weights: macOS leaves such companions on foreign disks.
+    paths = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+    if not paths:
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+        if pickles:
+            raise FileNotFoundError(
+                f"{folder} holds only pickled weights ({', '.join(pickles[:3])}), which can run code when opened; "
+                "only *.safetensors files are read"
+            )
+        raise FileNotFoundError(f"{folder} holds no *.safetensors files: is it a model folder?")
+    return paths
+
+
+def _read_header(shard: Shard) -> Iterator[tuple[str, StoredTensor]]:
+    path = shard.path
+    size = path.stat().st_size
+    advice = "download it again"
+    if size < 8:
+        raise ValueError(f"{path} is {size} bytes long, too short for a safetensors file: {advice}")
+    prefix = bytearray(8)
+    shard.read_into(0, memoryview(prefix))
+    header_bytes = int.from_bytes(prefix, "little")
+    if header_bytes > _MAX_HEADER_BYTES:
+        raise ValueError(f"{path} is not a safetensors file (perhaps a Git LFS pointer): {advice}")
+    start = 8 + header_bytes
+    if start > size:
+        raise ValueError(f"{path} is truncated: {size} bytes, its header alone has {start}; {advice}")
+    raw = bytearray(header_bytes)
+    shard.read_into(8, memoryview(raw))
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise ValueError(f"{path} has a damaged header ({error}): {advice}") from None
+    end = start
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        stored, stop = _stored_tensor(shard, start, name, entry)
+        end = max(end, stop)
+        yield name, stored
+    if end != size:
+        kind = "truncated" if size < end else "longer than its header says"
+        raise ValueError(f"{path} is {kind}: {size} bytes, expected {end}; {advice}")
+
+
+def _stored_tensor(shard: Shard, start: int, name: str, entry: dict) -> tuple[StoredTensor, int]:
+    try:
+        dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        fits = 0 <= first <= last and last - first == prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else None
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{shard.path}: the header's entry for {name} is damaged: {entry!r}") from None
+    if fits is None:
+        raise ValueError(f"{shard.path}: {name} has dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if not fits:
+        raise ValueError(f"{shard.path}: {name} has shape {shape} and dtype {dtype}, but {last - first} bytes")
+    return StoredTensor(shard, start + first, dtype, shape), start + last
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"{', '.join(twice[:10])} given twice")
+    return found
