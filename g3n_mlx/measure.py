@@ -145,10 +145,11 @@ def _load_mlx_lm(request: Request) -> Loaded:
 
     if request.device == "cpu":
         mx.set_default_device(mx.cpu)
-    model, _ = load_model(Path(request.model))
+    model: Any = load_model(Path(request.model))[0]
+    weights: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # pyright: ignore[reportAssignmentType]
 
     def generate(prompt: list[int], count: int, on_token: Callable[[], None]) -> None:
-        with wired_limit(model, [generation_stream]):
+        with wired_limit(model, [generation_stream]):  # pyright: ignore[reportArgumentType]
             for _ in generate_step(mx.array(prompt), model, max_tokens=count):
                 on_token()
 
@@ -159,7 +160,7 @@ def _load_mlx_lm(request: Request) -> Loaded:
         return model(mx.array([[request.prompt_ids[-1]]]), cache=cache)
 
     reads = _decode_reads(request)
-    read = sum(weight.nbytes for name, weight in tree_flatten(model.parameters()) if reads(name))
+    read = sum(weight.nbytes for name, weight in weights if reads(name))
     device = "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu"
     return Loaded(f"mlx-lm, {device}", generate, read, "mlx", device, decode_graph)
 
@@ -172,7 +173,8 @@ def _load_transformers(request: Request) -> Loaded:
 
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
     # The text model alone, also from a checkpoint with towers: what is compared is text.
-    model = Gemma3nForCausalLM.from_pretrained(request.model, dtype=torch.bfloat16).to(device).eval()
+    model: Any = Gemma3nForCausalLM.from_pretrained(request.model, dtype=torch.bfloat16)
+    model = model.to(device).eval()
 
     def generate(prompt: list[int], count: int, on_token: Callable[[], None]) -> None:
         model.generate(
@@ -285,8 +287,9 @@ def _count_graph(output: Any) -> tuple[int, int]:
 
 def main() -> int:
     """Reads a request from stdin, prints a Run; a failure is one line on stderr and exit 1."""
-    fields = json.load(sys.stdin)
-    request = Request(**{**fields, "prompt_ids": tuple(fields["prompt_ids"])})
+    fields: dict[str, Any] = json.load(sys.stdin)
+    fields["prompt_ids"] = tuple(fields["prompt_ids"])
+    request = Request(**fields)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # the peers print
             run = measure(request)
