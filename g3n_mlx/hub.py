@@ -82,10 +82,11 @@ def _download(hub_id: str, revision: str | None) -> Path:
     except errors.HfHubHTTPError as error:
         raise _hub_error(error, hub_id, revision) from error
     except errors.HFValidationError as error:
-        raise ValueError(f"{hub_id!r} is no hub id: {error}") from error
+        raise ValueError(f"{hub_id!r} is no hub id: {_first_line(error)}") from error
     except (errors.HTTPError, errors.XetDownloadError) as error:
         raise ConnectionError(
-            f"the download of {hub_id}{version} broke off ({error}); the same command goes on where it stopped"
+            f"the download of {hub_id}{version} broke off ({_first_line(error)}); "
+            "the same command goes on where it stopped"
         ) from error
     if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"{hub_id}{version} has no config.json; is it a model in safetensors format?")
@@ -111,7 +112,11 @@ def _hub_error(error: Exception, hub_id: str, revision: str | None) -> OSError:
                 f"there is no model {hub_id!r} on the hub, or it is private (then log in with `hf auth login`), "
                 "nor a folder of that name here"
             )
-    return ConnectionError(f"the hub refused to give {hub_id}: {error}")
+    return ConnectionError(f"the hub refused to give {hub_id}: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _cached_conversions() -> list[tuple[Path, str]]:

@@ -1,0 +1,198 @@
+"""Folders, hub ids and the default model; the hub is a small real server on this machine."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from g3n_mlx import hub
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FILES = {
+    "config.json": b'{"model_type": "gemma3n"}',
+    "tokenizer.json": b"{}",
+    "model.safetensors": b"weights",
+    "pytorch_model.bin": b"a pickle",
+    "README.md": b"words",
+}
+# What the hub answers for repositories it does not give away: status and X-Error-Code.
+REFUSALS = {"owner/gated": (403, "GatedRepo"), "owner/absent": (401, "RepoNotFound"), "owner/down": (500, "")}
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    """The part of the hub's HTTP interface that a download uses."""
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        for repository, (status, code) in REFUSALS.items():
+            if repository in path:
+                return self.answer(status, b"{}", {"X-Error-Code": code, "X-Error-Message": "refused"})
+        if path.endswith("/revision/v9"):
+            return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        if "/revision/" in path:
+            return self.answer(200, json.dumps({"id": "owner/model", "sha": COMMIT, "siblings": []}).encode())
+        if "/tree/" in path:
+            entries = [
+                {"type": "file", "path": name, "size": len(data), "oid": f"{name}-oid"} for name, data in FILES.items()
+            ]
+            return self.answer(200, json.dumps(entries).encode())
+        if path.rpartition("/")[2] not in FILES:
+            return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+        data = FILES[path.rpartition("/")[2]]
+        if "owner/short" in path and self.command == "GET" and path.endswith(".safetensors"):
+            self.close_connection = True
+            return self.answer(200, data[:3], {"Content-Length": str(len(data))})
+        return self.answer(200, data, {"ETag": f'"{path.rpartition("/")[2]}-oid"', "X-Repo-Commit": COMMIT})
+
+    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), "Connection": "close", **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def resolve_in_child(home: Path, hub_id: str, revision: str | None = None, **environment: str) -> str:
+    """What resolve() returns or raises in a fresh process: the hub client reads its environment when imported."""
+    code = f"""
+from g3n_mlx import hub
+try:
+    print(hub.resolve({hub_id!r}, {revision!r}))
+except (OSError, ValueError) as error:
+    print(type(error).__name__ + ": " + str(error))
+"""
+    environment = {
+        **os.environ,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "2",
+        **environment,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1, done.stdout
+    return done.stdout.strip()
+
+
+def test_a_folder_is_itself(tmp_path, monkeypatch):
+    assert hub.resolve(tmp_path) == tmp_path
+    assert hub.resolve(str(tmp_path)) == tmp_path
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert hub.resolve("~") == tmp_path
+    with pytest.raises(ValueError, match="only a hub id has revisions"):
+        hub.resolve(tmp_path, "v1")
+
+
+def test_what_is_neither_folder_nor_hub_id(tmp_path):
+    for name in ("/no/such/folder", "nothing", "a/b/c", "../x/y", str(tmp_path / "x")):
+        with pytest.raises(FileNotFoundError, match=r"no model folder at .*no hub id either"):
+            hub.resolve(name)
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(NotADirectoryError, match=r"model\.gguf is a file; give the folder"):
+        hub.resolve(tmp_path / "model.gguf")
+
+
+def test_download_takes_the_needed_files_alone_and_once(endpoint, tmp_path):
+    folder = Path(resolve_in_child(tmp_path, "owner/model", HF_ENDPOINT=endpoint))
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert (folder / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+    assert resolve_in_child(tmp_path, "owner/model", HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="1") == str(folder)
+    assert resolve_in_child(tmp_path, "owner/model", COMMIT, HF_ENDPOINT=endpoint) == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "revision", "expected"),
+    [
+        ("owner/gated", None, ["PermissionError", "https://huggingface.co/owner/gated", "hf auth login"]),
+        ("owner/absent", None, ["FileNotFoundError", "no model 'owner/absent'"]),
+        ("owner/model", "v9", ["FileNotFoundError", "has no revision 'v9'"]),
+        ("owner/down", None, ["ConnectionError", "owner/down"]),
+    ],
+)
+def test_refusals_say_what_to_do(endpoint, tmp_path, hub_id, revision, expected):
+    line = resolve_in_child(tmp_path, hub_id, revision, HF_ENDPOINT=endpoint)
+    for words in expected:
+        assert words in line
+
+
+def test_a_download_that_breaks_off_can_go_on(endpoint, tmp_path):
+    line = resolve_in_child(tmp_path, "owner/short", HF_ENDPOINT=endpoint)
+    assert line.startswith("ConnectionError: the download of owner/short broke off"), line
+
+
+def test_offline_and_unreachable(tmp_path):
+    line = resolve_in_child(tmp_path, "google/gemma-3n-E2B-it", HF_HUB_OFFLINE="1")
+    assert line.startswith("ConnectionError: google/gemma-3n-E2B-it is not in the cache")
+    assert "HF_HUB_OFFLINE is set" in line
+    line = resolve_in_child(tmp_path, "google/gemma-3n-E2B-it", "v1", HF_ENDPOINT="http://127.0.0.1:9")
+    assert "google/gemma-3n-E2B-it at revision 'v1' is not in the cache" in line
+    assert "can't be reached" in line
+
+
+def default_model_in_child(home: Path) -> tuple[str, str]:
+    code = "from g3n_mlx import hub; print(*hub.default_model(), sep='\\n')"
+    environment = {**os.environ, "HF_HOME": str(home / "hf"), "XDG_CACHE_HOME": str(home / "cache"), "HOME": str(home)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    folder, line = done.stdout.splitlines()
+    return folder, line
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the cache folder is not set by HOME there")
+def test_default_model(tiny_folder, tmp_path):
+    folder, line = default_model_in_child(tmp_path)
+    assert Path(folder) == hub.demo_folder()
+    assert "untrained" in line
+    assert "--model google/gemma-3n-E2B-it" in line
+
+    snapshot = tmp_path / "hf" / "hub" / "models--owner--some--name" / "snapshots" / COMMIT
+    shutil.copytree(tiny_folder, snapshot)
+    os.utime(snapshot / "config.json", (1_000, 1_000))
+    assert default_model_in_child(tmp_path) == (
+        str(snapshot),
+        "no --model given: using the newest Gemma 3n on this machine, owner/some--name",
+    )
+
+    code = "from g3n_mlx import hub; print(hub.cache_folder())"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    conversion = Path(done.stdout.strip()) / "conversions" / "tiny"
+    shutil.copytree(tiny_folder, conversion)
+    os.utime(conversion / "config.json", (2_000, 2_000))
+    assert default_model_in_child(tmp_path)[0] == str(conversion)
+
+    for spoil in ("model.safetensors", "tokenizer.json", "config.json"):  # what is not whole is passed over
+        kept = (conversion / spoil).read_bytes()
+        (conversion / spoil).unlink()
+        assert default_model_in_child(tmp_path)[0] == str(snapshot)
+        (conversion / spoil).write_bytes(kept)
+        os.utime(conversion / "config.json", (2_000, 2_000))
+    (conversion / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1-of-2.safetensors"}}')
+    assert default_model_in_child(tmp_path)[0] == str(snapshot)
+    (conversion / "config.json").write_text('{"model_type": "llama"}')
+    (snapshot / "config.json").write_text("{")
+    assert Path(default_model_in_child(tmp_path)[0]) == hub.demo_folder()
