@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 EXPECTED_FAILURES = (OSError, ValueError, ImportError, MemoryError)
 INTERRUPTED = 130  # exit codes of a shell: 128 + SIGINT, 128 + SIGPIPE
 PIPE_CLOSED = 141
-SETTINGS: dict[str, Callable[[str], int | float]] = {
+SETTINGS: dict[str, type[int] | type[float]] = {
     "temperature": float,
     "top_p": float,
     "top_k": int,
@@ -313,7 +313,7 @@ class Session:
         if value == "default":
             self.settings.pop(name, None)
         elif name:
-            changed = {**self.settings, name: SETTINGS[name](value)}
+            changed: dict[str, Any] = {**self.settings, name: SETTINGS[name](value)}
             SamplingParams(**changed)
             self.settings = changed
         say(", ".join(f"{key} {setting}" for key, setting in self.settings.items()) or "all settings: the model's own")

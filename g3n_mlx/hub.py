@@ -83,7 +83,8 @@ def _download(hub_id: str, revision: str | None) -> Path:
         raise _hub_error(error, hub_id, revision) from error
     except errors.HFValidationError as error:
         raise ValueError(f"{hub_id!r} is no hub id: {_first_line(error)}") from error
-    except (errors.HTTPError, errors.XetDownloadError) as error:
+    # The HTTP client's own error, whichever client the installed version uses.
+    except (errors.HTTPError, errors.XetDownloadError) as error:  # pyright: ignore[reportPrivateImportUsage]
         raise ConnectionError(
             f"the download of {hub_id}{version} broke off ({_first_line(error)}); "
             "the same command goes on where it stopped"
@@ -112,7 +113,8 @@ def _hub_error(error: Exception, hub_id: str, revision: str | None) -> OSError:
                 f"there is no model {hub_id!r} on the hub, or it is private (then log in with `hf auth login`), "
                 "nor a folder of that name here"
             )
-    return ConnectionError(f"the hub refused to give {hub_id}: {_first_line(error)}")
+        case _:
+            return ConnectionError(f"the hub refused to give {hub_id}: {_first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:
