@@ -1,0 +1,127 @@
+"""Checkpoints written by mlx_lm.convert load here with our numerics; what we write loads there with the same logits."""
+
+import json
+
+import numpy as np
+import pytest
+
+from g3n_mlx.config import FULL, SLIDING
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("mlx_lm")
+
+CONVERT = """
+import json, sys
+from mlx_lm import convert
+source, target, options = sys.argv[1:]
+convert(source, target, **json.loads(options))
+"""
+
+LOGITS = """
+import json, sys
+from pathlib import Path
+import mlx.core as mx, numpy as np
+from mlx_lm.utils import load_model
+folder, ids, target = sys.argv[1:]
+model, _ = load_model(Path(folder), strict=True)
+np.save(target, np.array(model(mx.array([json.loads(ids)])).astype(mx.float32))[0])
+"""
+
+# What each conversion is asked for; mixed_3_6 gives modules of one checkpoint different bits.
+CONVERSIONS = {
+    "dense": {},
+    "4 bit": {"quantize": True, "q_bits": 4, "q_group_size": 64},
+    "8 bit, groups of 32": {"quantize": True, "q_bits": 8, "q_group_size": 32},
+    "3 bit": {"quantize": True, "q_bits": 3, "q_group_size": 64},
+    "mixed 3 and 6": {"quantize": True, "quant_predicate": "mixed_3_6"},
+}
+
+
+@pytest.fixture(scope="module", params=CONVERSIONS)
+def theirs(request, run_peer, tiny_folder, tmp_path_factory):
+    """A folder written by mlx_lm.convert, and whether it is quantized."""
+    target = tmp_path_factory.mktemp("mlx-lm") / "converted"
+    run_peer(CONVERT, tiny_folder, target, json.dumps(CONVERSIONS[request.param]))
+    return target, request.param != "dense"
+
+
+def test_their_conversion_gives_our_numerics(
+    theirs, backend, tiny_folder, prompt_ids, our_logits, write_dequantized, tmp_path
+):
+    folder, quantized = theirs
+    same_weights = write_dequantized(folder, tmp_path / "dense") if quantized else tiny_folder
+    expected = our_logits(same_weights, prompt_ids, backend)
+    # Only the sums' order differs: the products run on packed weights here and on dense ones there.
+    assert np.abs(our_logits(folder, prompt_ids, backend) - expected).max() <= 1e-4
+
+
+def spellings(raw: dict, weights: dict) -> dict[str, tuple[dict, dict]]:
+    """The reference checkpoint as Google writes it, re-saved by transformers 5, and text-only."""
+    text = dict(raw["text_config"])
+    first_shared = text["num_hidden_layers"] - text["num_kv_shared_layers"]
+    dead = {
+        f"model.language_model.layers.{layer}.self_attn.{part}.weight"
+        for layer in range(first_shared, text["num_hidden_layers"])
+        for part in ("k_proj", "v_proj", "k_norm")
+    }
+    alive = {name: array for name, array in weights.items() if name not in dead}
+    resaved = dict(text)
+    resaved["rope_parameters"] = {
+        FULL: {"rope_type": "default", "rope_theta": resaved.pop("rope_theta")},
+        SLIDING: {"rope_type": "default", "rope_theta": resaved.pop("rope_local_base_freq")},
+    }
+    flat = {**resaved, "architectures": ["Gemma3nForCausalLM"], "eos_token_id": raw["eos_token_id"]}
+    prefix = "model.language_model."
+    bare = {"model." + name.removeprefix(prefix): array for name, array in alive.items() if name.startswith(prefix)}
+    return {
+        "google": (raw, weights),
+        "transformers 5": ({**raw, "text_config": resaved}, alive),
+        "text only": (flat, bare),
+    }
+
+
+@pytest.mark.parametrize("spelling", ["google", "transformers 5", "text only"])
+@pytest.mark.parametrize("options", [{}, {"q_bits": 4}, {"q_bits": 3, "q_group_size": 32, "ple_bits": 6}], ids=str)
+def test_our_conversion_loads_there(
+    spelling, options, backend, run_peer, tiny_folder, prompt_ids, our_logits, tmp_path
+):
+    import mlx.core as mx
+
+    from g3n_mlx.convert import convert
+
+    raw = json.loads((tiny_folder / "config.json").read_text("utf-8"))
+    config, weights = spellings(raw, mx.load(str(tiny_folder / "model.safetensors")))[spelling]
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in tiny_folder.glob("*.json"):
+        (source / path.name).write_bytes(path.read_bytes())
+    (source / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(source / "model.safetensors"), weights, metadata={"format": "pt"})
+
+    folder = convert(source, tmp_path / "ours", dtype="float32", progress=False, **options)
+    run_peer(LOGITS, folder, json.dumps(prompt_ids), tmp_path / "theirs.npy")
+    theirs = np.load(tmp_path / "theirs.npy")
+    assert np.abs(theirs - our_logits(folder, prompt_ids, backend)).max() <= 1e-3
+
+
+def test_a_slice_of_ours_loads_there(backend, run_peer, tiny_folder, prompt_ids, our_logits, tmp_path):
+    """One width a layer, and a layer fewer: what a MatFormer slice is to a peer."""
+    from g3n_mlx.convert import convert
+
+    table = tmp_path / "slices.csv"
+    widths = [256, 128, 64, 192, 256, 128, 128, 64, 256]
+    table.write_text(
+        "name,# Layers,# Effective Params (B),MMLU PT accuracy,FFN Hidden Dims,Layers Skipped\n"
+        f'mixed,9,,,"{widths}","[7]"\n'
+    )
+    folder = convert(
+        tiny_folder,
+        tmp_path / "ours",
+        matformer="mixed",
+        matformer_config=table,
+        dtype="float32",
+        q_bits=4,
+        progress=False,
+    )
+    run_peer(LOGITS, folder, json.dumps(prompt_ids), tmp_path / "theirs.npy")
+    assert np.abs(np.load(tmp_path / "theirs.npy") - our_logits(folder, prompt_ids, backend)).max() <= 1e-3
