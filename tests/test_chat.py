@@ -360,7 +360,7 @@ class Typist:
 
     def __enter__(self) -> "Typist":
         self.child.expect("/help lists the commands, Ctrl-D ends")
-        self.child.expect("> ")
+        self.child.expect(r"\x1b\[\?2004h")  # bracketed paste is on: the prompt is ready
         return self
 
     def __exit__(self, *_: object) -> None:
