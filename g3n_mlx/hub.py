@@ -123,7 +123,8 @@ def _first_line(error: Exception) -> str:
 
 def _cached_conversions() -> list[tuple[Path, str]]:
     folders = (path.parent for path in cache_folder().glob("**/config.json"))
-    return [(folder, str(folder)) for folder in folders if _is_complete_gemma3n(folder)]
+    # A conversion under way has a folder whose name begins with a dot.
+    return [(folder, str(folder)) for folder in folders if folder.name[0] != "." and _is_complete_gemma3n(folder)]
 
 
 def _hub_snapshots() -> list[tuple[Path, str]]:

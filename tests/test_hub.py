@@ -185,6 +185,8 @@ def test_default_model(tiny_folder, tmp_path):
     os.utime(conversion / "config.json", (2_000, 2_000))
     assert default_model_in_child(tmp_path)[0] == str(conversion)
 
+    shutil.copytree(conversion, conversion.parent / ".tiny.partial")
+    assert default_model_in_child(tmp_path)[0] == str(conversion)
     for spoil in ("model.safetensors", "tokenizer.json", "config.json"):  # what is not whole is passed over
         kept = (conversion / spoil).read_bytes()
         (conversion / spoil).unlink()
