@@ -6,7 +6,7 @@ Convolution kernels are always given as published: output, input, height, width.
 is neither listed nor read.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import prod
@@ -116,6 +116,11 @@ class Checkpoint:
         """Shape and dtype of a tensor."""
         source = self._sources[name]
         return TensorInfo(source.shape, source.stored.dtype)
+
+    @property
+    def quantizations(self) -> Mapping[str, Quantization]:
+        """Module path -> how its weight is stored, for all that are quantized."""
+        return self._quantizations
 
     def quantization(self, path: str) -> Quantization | None:
         """How the weight of a module is stored; None is dense."""

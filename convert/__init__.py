@@ -1,0 +1,191 @@
+"""Conversion: a checkpoint in, a smaller one out (MatFormer slice, quantization), streamed block by block.
+
+Plain numpy and file access; no array framework is needed.
+"""
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.convert.quantize import FLOATS, choose_quantizations, plan_jobs
+from g3n_mlx.convert.write import (
+    appearing_folder,
+    check_free_name,
+    check_space,
+    copy_sidecars,
+    write_json,
+    write_shards,
+)
+from g3n_mlx.hub import cache_folder, resolve
+from g3n_mlx.layouts import open_layout
+from g3n_mlx.manifest import TEXT, dead_manifest
+from g3n_mlx.matformer import SlicePlan, find_slice, plan_slice, read_slices
+from g3n_mlx.quantization import Quantization
+
+logger = logging.getLogger(__name__)
+
+# What the rest of a checkpoint can bear is too coarse for the PLE table, which is never in memory anyway.
+DEFAULT_PLE_BITS = 8
+DEFAULT_GROUP_SIZE = 64
+
+# A cached conversion is made anew when what a conversion writes changes.
+_CACHE_VERSION = 1
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    *,
+    q_bits: int | None = None,
+    q_group_size: int = DEFAULT_GROUP_SIZE,
+    ple_bits: int | None = None,
+    matformer: str | None = None,
+    matformer_config: str | Path | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    progress: bool = True,
+) -> Path:
+    """Writes a checkpoint, sliced and quantized as asked, into a new folder; returns the folder.
+
+    source: a folder of any layout, or a hub id. q_bits: 2, 3, 4, 5, 6 or 8; None does not quantize. ple_bits: of the
+    PLE table, 8 when nothing is said. matformer: name of a slice in matformer_config, a CSV file (None: the published
+    table). dtype: "bfloat16" when nothing is said, "float16" or "float32"; of an already quantized source it stays
+    what it is. Raises ValueError or OSError when the source, the slice, the disk or the output folder does not fit.
+    """
+    folder = resolve(source, revision)
+    output = Path(output).expanduser()
+    plan = None if matformer is None else plan_for(folder, matformer, matformer_config)
+    checkpoint = Checkpoint.open(folder, plan)
+    try:
+        check_free_name(output)
+        _write(checkpoint, output, q_bits, q_group_size, ple_bits, dtype, progress, wait_for_others=False)
+    finally:
+        checkpoint.close()
+    return output
+
+
+def cached_conversion(
+    folder: Path,
+    *,
+    q_bits: int,
+    q_group_size: int = DEFAULT_GROUP_SIZE,
+    ple_bits: int | None = None,
+    plan: SlicePlan | None = None,
+    progress: bool = True,
+) -> Path:
+    """The quantized form of an unquantized checkpoint, from the user's cache folder; made on first use.
+
+    Raises as `convert` does; processes that want the same one wait for each other.
+    """
+    ple_bits = ple_bits or DEFAULT_PLE_BITS
+    key = hashlib.sha256(
+        repr((_CACHE_VERSION, fingerprint(folder), plan, q_bits, q_group_size, ple_bits)).encode()
+    ).hexdigest()
+    target = cache_folder() / "conversions" / f"{folder.resolve().name}-{q_bits}bit-{key[:16]}"
+    if not target.is_dir():
+        checkpoint = Checkpoint.open(folder, plan)
+        try:
+            logger.info("quantizing %s once, into %s", folder, target)
+            _write(checkpoint, target, q_bits, q_group_size, ple_bits, None, progress, wait_for_others=True)
+        except FileExistsError:
+            if not target.is_dir():
+                raise
+        finally:
+            checkpoint.close()
+    return target
+
+
+def plan_for(folder: Path, matformer: str, matformer_config: str | Path | None = None) -> SlicePlan:
+    """The plan of a named slice for the checkpoint in a folder."""
+    chosen = find_slice(matformer, read_slices(None if matformer_config is None else Path(matformer_config)))
+    checkpoint = Checkpoint.open(folder)
+    checkpoint.close()
+    return plan_slice(checkpoint.config.text, chosen)
+
+
+def fingerprint(folder: Path) -> str:
+    """What a checkpoint is, without reading all of it: config, and name, size, time and header of every shard."""
+    layout = open_layout(folder)
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for shard in layout.shards:
+        status = shard.path.stat()
+        digest.update(repr((shard.path.name, status.st_size, status.st_mtime_ns)).encode())
+        shard.close()
+    for name, stored in sorted(layout.tensors.items()):
+        digest.update(repr((name, stored.shard.path.name, stored.offset, stored.dtype, stored.shape)).encode())
+    return digest.hexdigest()
+
+
+def _write(
+    checkpoint: Checkpoint,
+    output: Path,
+    q_bits: int | None,
+    q_group_size: int,
+    ple_bits: int | None,
+    dtype: str | None,
+    progress: bool,
+    wait_for_others: bool,
+) -> None:
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(FLOATS)}")
+    present = checkpoint.quantizations
+    if present and (q_bits is not None or dtype is not None):
+        found = Counter(present.values()).most_common(1)[0][0]
+        raise ValueError(
+            f"{checkpoint.folder} is quantized already ({found.bits} bits in groups of {found.group_size}): it can be "
+            "sliced as it is; for other bits or another dtype start from the unquantized checkpoint"
+        )
+    if q_bits is None:
+        chosen, stored = present, None if present else FLOATS[dtype or "bfloat16"]
+    else:
+        shapes = {name: checkpoint.info(name).shape for name in checkpoint.names} | dead_manifest(
+            checkpoint.config.text
+        )
+        chosen = choose_quantizations(shapes, q_bits, q_group_size, ple_bits or DEFAULT_PLE_BITS)
+        stored = FLOATS[dtype or "bfloat16"]
+    jobs = plan_jobs(checkpoint, {} if present else chosen, stored)
+    with appearing_folder(output, wait_for_others) as partial:
+        check_space(output, jobs)
+        write_shards(partial, jobs, progress)
+        copy_sidecars(checkpoint.folder, partial)
+        # Last: a folder without config.json is none that anybody loads.
+        write_json(partial / "config.json", _config(checkpoint, chosen, stored))
+
+
+def _config(checkpoint: Checkpoint, quantizations: Mapping[str, Quantization], stored: str | None) -> dict[str, Any]:
+    """The new config.json: the source's, nested, its per-layer lists written out, and how modules are stored."""
+    text = checkpoint.config.text
+    inner = checkpoint.raw_config["text_config"] | {
+        "intermediate_size": list(text.intermediate_size),
+        "activation_sparsity_pattern": list(text.activation_sparsity_pattern),
+        "layer_types": list(text.layer_types),
+    }
+    config = checkpoint.raw_config | {"text_config": inner}
+    if stored is not None:
+        names = {spelled: name for name, spelled in FLOATS.items()}
+        config["torch_dtype"] = names[stored]
+        for entry in [config, *(value for value in config.values() if isinstance(value, dict))]:
+            entry |= {key: names[stored] for key in ("dtype", "torch_dtype") if key in entry}
+    if quantizations:
+        config["quantization"] = config["quantization_config"] = _quantization_entry(quantizations)
+    return config
+
+
+def _quantization_entry(quantizations: Mapping[str, Quantization]) -> dict[str, Any]:
+    """As mlx-lm writes it: what most modules have, then the others by path, for mlx-lm and for mlx-vlm."""
+    common = Counter(quantizations.values()).most_common(1)[0][0]
+    entry: dict[str, Any] = _as_dict(common)
+    for path, quantization in quantizations.items():
+        if quantization != common:
+            entry[f"model.{path}"] = _as_dict(quantization)
+            if path.startswith(TEXT):
+                entry[f"{TEXT}model.{path.removeprefix(TEXT)}"] = _as_dict(quantization)
+    return entry
+
+
+def _as_dict(quantization: Quantization) -> dict[str, Any]:
+    return {"group_size": quantization.group_size, "bits": quantization.bits, "mode": "affine"}

@@ -1,0 +1,131 @@
+"""`python -m g3n_mlx.convert`: slices and quantizes a checkpoint, or lists the slices there are."""
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.config import read_json
+from g3n_mlx.convert import DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS, convert
+from g3n_mlx.convert.quantize import FLOATS
+from g3n_mlx.convert.sizes import SizedSlice, largest_fitting, size_slices, table
+from g3n_mlx.hub import resolve
+from g3n_mlx.matformer import PUBLISHED, read_slices
+from g3n_mlx.quantization import BITS, GROUP_SIZES
+
+_DEFAULT_BITS = 4
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses flags, converts or lists, and returns the exit code."""
+    parser = _parser()
+    flags = parser.parse_args(argv)
+    if flags.list_slices and flags.output:
+        parser.error("--list-slices converts nothing: leave out -o")
+    if not flags.list_slices and not (flags.hf_path and flags.output):
+        parser.error("give --hf-path and -o, or --list-slices")
+    if flags.fits and flags.matformer:
+        parser.error("give either --matformer or --fits")
+    if flags.q_bits is not None and not flags.quantize and not flags.list_slices:
+        parser.error("--q-bits is for a conversion with -q")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        return _list_slices(flags) if flags.list_slices else _convert(flags)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
+
+
+def _convert(flags: argparse.Namespace) -> int:
+    matformer = flags.matformer
+    if flags.fits:
+        fitting = largest_fitting(_sized(flags), flags.fits)
+        matformer = fitting.slice.name
+        print(f"largest slice that fits: {_in_words(fitting)}", file=sys.stderr)
+    output = convert(
+        flags.hf_path,
+        flags.output,
+        q_bits=(flags.q_bits or _DEFAULT_BITS) if flags.quantize else None,
+        q_group_size=flags.q_group_size,
+        ple_bits=flags.ple_bits,
+        matformer=matformer,
+        matformer_config=flags.matformer_config,
+        dtype=flags.dtype,
+        revision=flags.revision,
+    )
+    size = sum(path.stat().st_size for path in output.iterdir())
+    print(f"wrote {output}: {size / 1e9:.2f} GB", file=sys.stderr)
+    return 0
+
+
+def _list_slices(flags: argparse.Namespace) -> int:
+    sized = _sized(flags)
+    print(table(sized))
+    if flags.fits:
+        print(f"\nlargest slice that fits: {_in_words(largest_fitting(sized, flags.fits))}")
+    return 0
+
+
+def _sized(flags: argparse.Namespace) -> list[SizedSlice]:
+    """All slices with their sizes, of --hf-path where it is given, else of the published E4B."""
+    quantize = flags.quantize or flags.q_bits is not None or flags.list_slices
+    return size_slices(
+        _text_config(flags.hf_path, flags.revision),
+        read_slices(flags.matformer_config),
+        (flags.q_bits or _DEFAULT_BITS) if quantize else None,
+        flags.q_group_size,
+        flags.ple_bits or DEFAULT_PLE_BITS,
+        FLOATS[flags.dtype or "bfloat16"],
+    )
+
+
+def _text_config(hf_path: str | None, revision: str | None) -> dict[str, Any]:
+    if hf_path is None:
+        return read_json(PUBLISHED.with_name("gemma3n-e4b.json"))
+    checkpoint = Checkpoint.open(resolve(hf_path, revision))
+    checkpoint.close()
+    return checkpoint.raw_config["text_config"]
+
+
+def _in_words(entry: SizedSlice) -> str:
+    return f"{entry.slice.short_name} ({entry.slice.name}), {entry.resident_bytes / 1e9:.2f} GB in memory"
+
+
+def _num_bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    if match is None or match[2] not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 4GB, 3.5GiB or 900MB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m g3n_mlx.convert",
+        description="Slices (MatFormer) and quantizes a Gemma 3n checkpoint into a new folder.",
+    )
+    add = parser.add_argument
+    add("--hf-path", metavar="PATH", help="the source: a folder, or a hub id such as google/gemma-3n-E4B-it")
+    add("--revision", help="branch, tag or commit of a hub id")
+    add("-o", "--output", type=Path, metavar="FOLDER", help="the folder to make")
+    add("-q", "--quantize", action="store_true", help="quantize the text model")
+    add("--q-bits", type=int, choices=BITS, help=f"bits a weight (default {_DEFAULT_BITS})")
+    add("--q-group-size", type=int, choices=GROUP_SIZES, default=DEFAULT_GROUP_SIZE, help="default %(default)s")
+    add("--ple-bits", type=int, choices=BITS, help=f"bits of the PLE table (default {DEFAULT_PLE_BITS})")
+    add("--matformer", metavar="SLICE", help="a MatFormer slice by full or short name: e2.49b-block")
+    add("--matformer-config", type=Path, metavar="FILE.csv", help="a table of slices (default: the published one)")
+    add("--dtype", choices=FLOATS, help="of what is not quantized (default bfloat16)")
+    add("--list-slices", action="store_true", help="print the slices and their sizes at the chosen bits, then stop")
+    add("--fits", type=_num_bytes, metavar="SIZE", help="pick the largest slice whose memory fits, for example 4GB")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

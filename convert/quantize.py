@@ -1,0 +1,185 @@
+"""Which tensor is stored how, and the work that brings it there, a block of rows at a time."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+import ml_dtypes
+import numpy as np
+
+from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.manifest import PLE_TABLE, TEXT, TOKEN_TABLE, dead_manifest
+from g3n_mlx.quantization import Quantization, quantize, to_float32
+from g3n_mlx.shards import DTYPES
+
+logger = logging.getLogger(__name__)
+
+FLOATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+# What is quantized. The rest is small and sensitive, or a tower: norms, AltUp's router and coefficients, LAuReL,
+# the embedders of images and audio.
+_QUANTIZED_PARTS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+    "per_layer_input_gate",
+    "per_layer_projection",
+)
+_QUANTIZED_ROOTS = (f"{TEXT}per_layer_model_projection", TOKEN_TABLE, PLE_TABLE)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One tensor of the new checkpoint."""
+
+    name: str
+    dtype: str  # as safetensors spells it
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in the file."""
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Tensors that come from one source and have equally many rows."""
+
+    outputs: tuple[Output, ...]
+    num_rows: int
+    source_bytes: int
+    produce: Callable[[int, int], tuple[np.ndarray, ...]]  # rows [start, stop) of every output
+
+
+def is_quantized_module(path: str) -> bool:
+    """Whether a conversion quantizes this module's weight."""
+    if path.startswith(f"{TEXT}layers."):
+        return path.removeprefix(f"{TEXT}layers.").partition(".")[2] in _QUANTIZED_PARTS
+    return path in _QUANTIZED_ROOTS or path.startswith((f"{TEXT}altup_projections.", f"{TEXT}altup_unembed_"))
+
+
+def choose_quantizations(
+    shapes: Mapping[str, tuple[int, ...]], q_bits: int, q_group_size: int, ple_bits: int
+) -> dict[str, Quantization]:
+    """Module path -> how its weight will be stored, for those that are quantized; shapes are by tensor name.
+
+    Rows that do not divide into groups stay dense, as in mlx-lm (utils.py, `quantize_model`).
+    """
+    chosen: dict[str, Quantization] = {}
+    for name, shape in shapes.items():
+        path = name.removesuffix(".weight")
+        if not is_quantized_module(path):
+            continue
+        if shape[-1] % q_group_size:
+            logger.info("%s stays dense: its rows of %d are no multiple of %d", path, shape[-1], q_group_size)
+            continue
+        chosen[path] = Quantization(ple_bits if path == PLE_TABLE else q_bits, q_group_size)
+    return chosen
+
+
+def quantized_outputs(path: str, shape: tuple[int, ...], quantization: Quantization, dtype: str) -> tuple[Output, ...]:
+    """The three tensors that stand for a weight of this shape."""
+    *lead, width = shape
+    per_group = (*lead, width // quantization.group_size)
+    return (
+        Output(f"{path}.weight", "U32", (*lead, quantization.packed_width(width))),
+        Output(f"{path}.scales", dtype, per_group),
+        Output(f"{path}.biases", dtype, per_group),
+    )
+
+
+def plan_jobs(checkpoint: Checkpoint, quantizations: Mapping[str, Quantization], dtype: str | None) -> list[Job]:
+    """Everything that the new checkpoint holds, under the published names.
+
+    The unused keys and values of KV-sharing layers go along, zeros where the source lacks them: mlx-lm wants them.
+    dtype: of all floats, as safetensors spells it; None leaves every tensor as it is stored.
+    """
+    jobs = [
+        _job(
+            name,
+            checkpoint.info(name).shape,
+            checkpoint.info(name).dtype,
+            partial(checkpoint.read, name),
+            quantizations,
+            dtype,
+        )
+        for name in (*checkpoint.names, *checkpoint.dead_names)
+    ]
+    stored = dtype or checkpoint.info(f"{TEXT}norm.weight").dtype
+    for name, shape in dead_manifest(checkpoint.config.text).items():
+        if name not in checkpoint.dead_names:
+            jobs.append(_job(name, shape, stored, partial(_zeros, shape[1:], stored), quantizations, dtype))
+    return jobs
+
+
+def _job(
+    name: str,
+    shape: tuple[int, ...],
+    stored: str,
+    read: Callable[[int, int], np.ndarray],
+    quantizations: Mapping[str, Quantization],
+    dtype: str | None,
+) -> Job:
+    published = f"model.{name}"
+    target = dtype if dtype and stored in FLOATS.values() else stored
+    quantization = quantizations.get(name.removesuffix(".weight"))
+    if quantization is None:
+        outputs = (Output(published, target, shape),)
+        produce = partial(_copy, published, read, DTYPES[target])
+    else:
+        outputs = quantized_outputs(published.removesuffix(".weight"), shape, quantization, target)
+        produce = partial(_quantize, published, read, DTYPES[target], quantization)
+    return Job(outputs, shape[0] if shape else 1, prod(shape) * DTYPES[stored].itemsize, produce)
+
+
+def _zeros(row: tuple[int, ...], dtype: str, start: int, stop: int) -> np.ndarray:
+    return np.zeros((stop - start, *row), DTYPES[dtype])
+
+
+def _copy(
+    name: str, read: Callable[[int, int], np.ndarray], dtype: np.dtype, start: int, stop: int
+) -> tuple[np.ndarray, ...]:
+    rows = _cast(read(start, stop), dtype)
+    if not _all_finite(rows):
+        raise ValueError(_not_finite(name, dtype))
+    return (rows,)
+
+
+def _quantize(
+    name: str,
+    read: Callable[[int, int], np.ndarray],
+    dtype: np.dtype,
+    quantization: Quantization,
+    start: int,
+    stop: int,
+) -> tuple[np.ndarray, ...]:
+    rows = _cast(read(start, stop), dtype)
+    try:
+        return quantize(rows, quantization.bits, quantization.group_size)
+    except ValueError:
+        raise ValueError(_not_finite(name, dtype)) from None
+
+
+def _not_finite(name: str, dtype: np.dtype) -> str:
+    return f"{name} holds NaN or infinity in {dtype.name}: the source is damaged, or its values need a wider --dtype"
+
+
+def _cast(rows: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if rows.dtype == dtype:
+        return rows
+    with np.errstate(over="ignore"):  # an overflow is found as infinity afterwards
+        return to_float32(rows).astype(dtype)
+
+
+def _all_finite(rows: np.ndarray) -> bool:
+    if rows.dtype == ml_dtypes.bfloat16:
+        exponent = np.uint16(0x7F80)  # all ones is NaN or infinity
+        return not ((rows.view(np.uint16) & exponent) == exponent).any()
+    return rows.dtype.kind != "f" or bool(np.isfinite(rows).all())

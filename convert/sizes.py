@@ -1,0 +1,94 @@
+"""How large a slice is before it is made: bytes on disk, and bytes that a text run keeps in memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from g3n_mlx.config import SLIDING, TextConfig
+from g3n_mlx.convert.quantize import Output, choose_quantizations, quantized_outputs
+from g3n_mlx.manifest import PLE_TABLE, dead_manifest, effective_parameters, text_manifest
+from g3n_mlx.matformer import Slice, plan_slice, slice_config
+
+# What a run takes besides weights: the KV caches of a conversation of this length, in bfloat16, ...
+_CONTEXT_TOKENS = 4096
+_CACHE_ITEM_BYTES = 2
+# ... and Python, the array framework and a prompt's activations, measured on Linux (README.md, "Figures").
+_PROGRAM_BYTES = 450_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class SizedSlice:
+    """A slice with what it costs."""
+
+    slice: Slice
+    effective_parameters: int  # computed; the table has the published figure
+    disk_bytes: int  # of the text model
+    resident_bytes: int  # of a text run: all but the PLE table, whose rows are read when they are needed
+
+
+def size_slices(
+    raw_text: dict[str, Any],
+    slices: Sequence[Slice],
+    q_bits: int | None,
+    q_group_size: int,
+    ple_bits: int,
+    dtype: str,
+) -> list[SizedSlice]:
+    """Sizes every slice of a base model whose text_config is given; dtype as safetensors spells it."""
+    base = TextConfig.from_dict(raw_text)
+    sized: list[SizedSlice] = []
+    for entry in slices:
+        text = TextConfig.from_dict(slice_config(raw_text, plan_slice(base, entry)))
+        shapes = text_manifest(text) | dead_manifest(text)
+        chosen = {} if q_bits is None else choose_quantizations(shapes, q_bits, q_group_size, ple_bits)
+        disk = resident = 0
+        for name, shape in shapes.items():
+            path = name.removesuffix(".weight")
+            outputs = [Output(name, dtype, shape)]
+            if path in chosen:
+                outputs = list(quantized_outputs(path, shape, chosen[path], dtype))
+            size = sum(output.num_bytes for output in outputs)
+            disk += size
+            if path != PLE_TABLE and name not in dead_manifest(text):
+                resident += size
+        sized.append(
+            SizedSlice(entry, effective_parameters(text), disk, resident + _cache_bytes(text) + _PROGRAM_BYTES)
+        )
+    return sized
+
+
+def largest_fitting(sized: Sequence[SizedSlice], limit_bytes: int) -> SizedSlice:
+    """The slice with the most effective parameters that fits; of equals, the one with the better published score."""
+    fitting = [entry for entry in sized if entry.resident_bytes <= limit_bytes]
+    if not fitting:
+        smallest = min(sized, key=lambda entry: entry.resident_bytes)
+        raise ValueError(
+            f"no slice fits {limit_bytes / 1e9:.2f} GB: the smallest, {smallest.slice.short_name}, needs "
+            f"{smallest.resident_bytes / 1e9:.2f} GB; try fewer bits"
+        )
+    return max(fitting, key=lambda entry: (entry.effective_parameters, entry.slice.mmlu or 0.0))
+
+
+def table(sized: Sequence[SizedSlice]) -> str:
+    """The slices as lines of text."""
+    header = f"{'slice':<14} {'layers':>6} {'eff. B':>7} {'published':>9} {'MMLU':>6} {'disk':>9} {'memory':>9}  name"
+    lines = [header]
+    for entry in sized:
+        chosen = entry.slice
+        published = "" if chosen.effective_params_b is None else f"{chosen.effective_params_b:.2f}"
+        mmlu = "" if chosen.mmlu is None else f"{chosen.mmlu:.1f}%"
+        lines.append(
+            f"{chosen.short_name:<14} {chosen.num_layers:>6} {entry.effective_parameters / 1e9:>7.3f} {published:>9} "
+            f"{mmlu:>6} {entry.disk_bytes / 1e9:>6.2f} GB {entry.resident_bytes / 1e9:>6.2f} GB  {chosen.name}"
+        )
+    return "\n".join(lines)
+
+
+def _cache_bytes(config: TextConfig) -> int:
+    """Keys and values of a conversation; sliding layers keep their window only."""
+    tokens = sum(
+        min(config.sliding_window, _CONTEXT_TOKENS) if kind == SLIDING else _CONTEXT_TOKENS
+        for kind in config.layer_types[: config.first_kv_shared_layer]
+    )
+    return tokens * 2 * prod((config.num_key_value_heads, config.head_dim, _CACHE_ITEM_BYTES))

@@ -1,0 +1,210 @@
+"""Writes a checkpoint folder: shards filled by all cores, index, config, and the small files beside them.
+
+Nothing is in memory but the blocks in work. The folder grows under another name and gets its own at the very end,
+so what bears the name is complete.
+"""
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from g3n_mlx.convert.quantize import Job, Output
+from g3n_mlx.shards import DTYPES, INDEX
+
+# As Hugging Face splits.
+MAX_SHARD_BYTES = 5_000_000_000
+# Source bytes that a thread reads, converts and writes at once.
+_BLOCK_BYTES = 4 << 20
+# Small files that belong to a model, besides its weights and config.json.
+_SIDECARS = ("*.json", "*.jinja", "*.model", "LICENSE*", "NOTICE*")
+
+
+class _ShardFile:
+    """A safetensors file whose tensors may be written in any order, from any thread."""
+
+    def __init__(self, path: Path, outputs: Iterable[Output]):
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        places: dict[str, int] = {}
+        end = 0
+        # Wide types first, so that every tensor is aligned.
+        for output in sorted(outputs, key=lambda output: -DTYPES[output.dtype].itemsize):
+            places[output.name] = end
+            end += output.num_bytes
+            offsets = [places[output.name], end]
+            header[output.name] = {"dtype": output.dtype, "shape": output.shape, "data_offsets": offsets}
+        raw = json.dumps(header, separators=(",", ":")).encode()
+        raw += b" " * (-len(raw) % 8)
+        start = 8 + len(raw)
+        self._places = {name: start + place for name, place in places.items()}
+        self._lock = threading.Lock()
+        self._file = path.open("wb", buffering=0)
+        self._file.write(len(raw).to_bytes(8, "little") + raw)
+        self._file.truncate(start + end)
+
+    def write(self, output: Output, first_row: int, rows: np.ndarray) -> None:
+        """Puts some rows of a tensor in place."""
+        row_bytes = output.num_bytes // output.shape[0] if output.shape else 0
+        data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
+        with self._lock:  # Windows has no pwrite: seek and write belong together
+            self._file.seek(self._places[output.name] + first_row * row_bytes)
+            while len(data):
+                data = data[self._file.write(data) :]
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    job: Job
+    shard: _ShardFile
+    start: int
+    stop: int
+
+    def run(self) -> int:
+        """Converts the block; returns the source bytes that are done."""
+        for output, rows in zip(self.job.outputs, self.job.produce(self.start, self.stop), strict=True):
+            self.shard.write(output, self.start, rows)
+        return self.job.source_bytes * (self.stop - self.start) // self.job.num_rows
+
+
+def check_space(folder: Path, jobs: Iterable[Job]) -> int:
+    """The bytes that a conversion will write; raises OSError when the disk has less room."""
+    needed = sum(output.num_bytes for job in jobs for output in job.outputs)
+    parent = next(path for path in folder.absolute().parents if path.is_dir())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise OSError(f"{folder} needs {needed / 1e9:.2f} GB, {parent} has {free / 1e9:.2f} GB free")
+    return needed
+
+
+@contextmanager
+def appearing_folder(folder: Path, wait_for_others: bool) -> Iterator[Path]:
+    """A folder to fill, which gets its name when the block ends well and is removed when it does not.
+
+    What a killed run left behind is removed first. Raises FileExistsError when the name is taken, or when another
+    process is filling it and wait_for_others is false.
+    """
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.parent / f".{folder.name}.partial"
+    lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=-1 if wait_for_others else 0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise FileExistsError(f"another process is writing {folder} right now") from None
+    try:
+        check_free_name(folder)
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir()
+        try:
+            yield partial
+            if folder.exists():
+                folder.rmdir()  # an empty one; Windows does not rename onto it
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def check_free_name(folder: Path) -> None:
+    """Raises FileExistsError unless a folder of this name can be made."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists already; choose another output folder, or remove it")
+
+
+def write_shards(folder: Path, jobs: Sequence[Job], progress: bool, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Runs all jobs into model.safetensors, or into numbered shards and their index."""
+    groups = list(_split(jobs, max_shard_bytes))
+    names = [
+        "model.safetensors" if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
+        for number in range(1, len(groups) + 1)
+    ]
+    with ExitStack() as opened:
+        blocks: list[_Block] = []
+        for name, group in zip(names, groups, strict=True):
+            shard = _ShardFile(folder / name, (output for job in group for output in job.outputs))
+            opened.callback(shard.close)
+            blocks += (block for job in group for block in _blocks(job, shard))
+        total = sum(job.source_bytes for job in jobs)
+        with tqdm(
+            total=total, unit="B", unit_scale=True, desc="converting", disable=not progress, mininterval=0.5
+        ) as bar:
+            for done in _run_all(blocks):
+                bar.update(done)
+    if len(groups) > 1:
+        weight_map = {
+            output.name: name
+            for name, group in zip(names, groups, strict=True)
+            for job in group
+            for output in job.outputs
+        }
+        size = sum(output.num_bytes for job in jobs for output in job.outputs)
+        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def copy_sidecars(source: Path, folder: Path) -> None:
+    """Tokenizer, chat template, generation and processor settings, licence."""
+    for pattern in _SIDECARS:
+        for path in source.glob(pattern):
+            if path.is_file() and path.name not in ("config.json", INDEX) and not path.name.startswith("."):
+                shutil.copyfile(path, folder / path.name)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes JSON as the published files have it."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _split(jobs: Sequence[Job], max_bytes: int) -> Iterator[list[Job]]:
+    """Groups that fit a shard; what stands for one weight is never parted."""
+    group: list[Job] = []
+    filled = 0
+    for job in jobs:
+        size = sum(output.num_bytes for output in job.outputs)
+        if group and filled + size > max_bytes:
+            yield group
+            group, filled = [], 0
+        group.append(job)
+        filled += size
+    if group:
+        yield group
+
+
+def _blocks(job: Job, shard: _ShardFile) -> Iterator[_Block]:
+    step = max(1, _BLOCK_BYTES * job.num_rows // max(1, job.source_bytes))
+    for start in range(0, job.num_rows, step):
+        yield _Block(job, shard, start, min(start + step, job.num_rows))
+
+
+def _run_all(blocks: Iterable[_Block]) -> Iterator[int]:
+    """Runs blocks on all cores (numpy's loops and the file calls let go of the interpreter); yields bytes done."""
+    workers = os.cpu_count() or 1
+    with ThreadPoolExecutor(workers) as pool:
+        pending: set[Future[int]] = set()
+        try:
+            for block in blocks:
+                if len(pending) >= 2 * workers:
+                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        yield future.result()
+                pending.add(pool.submit(block.run))
+            for future in pending:
+                yield future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
