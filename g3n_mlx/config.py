@@ -1,0 +1,271 @@
+"""What config.json says about a Gemma 3n checkpoint, checked once and frozen.
+
+Fields are named as in the file and have no defaults: a missing key is an error, never a guess.
+Three spellings are read: the nested one (Google, mlx-lm, mlx-vlm, ours), the flat one of a
+text-only `Gemma3nForCausalLM`, and transformers 5's `rope_parameters`.
+Source of the semantics: transformers, configuration_gemma3n.py.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+SLIDING = "sliding_attention"
+FULL = "full_attention"
+
+
+@dataclass(frozen=True, slots=True)
+class TextConfig:
+    """Shape of the language model; tuples hold one entry a layer."""
+
+    vocab_size: int
+    vocab_size_per_layer_input: int  # rows of the PLE table; ids from here on use row 0
+    hidden_size: int
+    hidden_size_per_layer_input: int  # width of one layer's PLE input
+    num_hidden_layers: int
+    num_kv_shared_layers: int  # the last ones: they read another layer's keys and values
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: tuple[int, ...]
+    activation_sparsity_pattern: tuple[float, ...]  # share of FFN units the Gaussian top-k closes
+    layer_types: tuple[str, ...]
+    sliding_window: int  # tokens a sliding layer sees, its own included
+    max_position_embeddings: int  # context limit in tokens
+    rope_theta: float  # full attention
+    rope_local_base_freq: float  # sliding attention
+    rms_norm_eps: float
+    final_logit_softcapping: float | None
+    laurel_rank: int
+    altup_num_inputs: int
+    altup_active_idx: int
+    altup_correct_scale: bool
+
+    @property
+    def first_kv_shared_layer(self) -> int:
+        """Index of the first layer without keys and values of its own; the layer count if all own."""
+        return self.num_hidden_layers - self.num_kv_shared_layers
+
+    @property
+    def kv_owners(self) -> tuple[int, ...]:
+        """Per layer, the layer whose keys and values it attends to: itself, or the last owner of its type.
+
+        Source: transformers, configuration_gemma3n.py, `kv_sharing_modes`.
+        """
+        last: dict[str, int] = {}
+        owners = []
+        for layer_idx, kind in enumerate(self.layer_types):
+            if layer_idx < self.first_kv_shared_layer:
+                last[kind] = layer_idx
+            owners.append(last[kind])
+        return tuple(owners)
+
+    def rope_frequencies(self) -> dict[str, np.ndarray]:
+        """Radians a position turns each pair of dimensions by, float32 [head_dim / 2], for each kind of attention."""
+        exponents = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
+        bases = {FULL: self.rope_theta, SLIDING: self.rope_local_base_freq}
+        return {kind: np.float32(1.0) / np.float32(base) ** exponents for kind, base in bases.items()}
+
+    def sparsity_cutoff(self, layer_idx: int) -> float | None:
+        """Standard deviations above its mean that a gate must reach to stay open; None in dense layers.
+
+        The quantile of the normal distribution: 1.6449 at a sparsity of 0.95.
+        """
+        sparsity = self.activation_sparsity_pattern[layer_idx]
+        return NormalDist().inv_cdf(sparsity) if sparsity > 0 else None
+
+    @staticmethod
+    def from_dict(raw: dict[str, Any], where: str = "config.json") -> "TextConfig":
+        """Reads a text config; raises ValueError naming the key that is missing or does not fit."""
+        values = _Reader(raw, where)
+        layers = values.integer("num_hidden_layers", at_least=1)
+        _require_supported(raw, where)
+        rope_theta, rope_local = _rope_bases(raw, values, where)
+        config = TextConfig(
+            vocab_size=values.integer("vocab_size", at_least=1),
+            vocab_size_per_layer_input=values.integer("vocab_size_per_layer_input", at_least=1),
+            hidden_size=values.integer("hidden_size", at_least=1),
+            hidden_size_per_layer_input=values.integer("hidden_size_per_layer_input", at_least=1),
+            num_hidden_layers=layers,
+            num_kv_shared_layers=values.integer("num_kv_shared_layers"),
+            num_attention_heads=values.integer("num_attention_heads", at_least=1),
+            num_key_value_heads=values.integer("num_key_value_heads", at_least=1),
+            head_dim=values.integer("head_dim", at_least=2),
+            intermediate_size=values.per_layer("intermediate_size", layers, int),
+            activation_sparsity_pattern=values.per_layer("activation_sparsity_pattern", layers, float),
+            layer_types=values.per_layer("layer_types", layers, str),
+            sliding_window=values.integer("sliding_window", at_least=1),
+            max_position_embeddings=values.integer("max_position_embeddings", at_least=1),
+            rope_theta=rope_theta,
+            rope_local_base_freq=rope_local,
+            rms_norm_eps=float(values.get("rms_norm_eps")),
+            final_logit_softcapping=_optional_float(values.get("final_logit_softcapping")),
+            laurel_rank=values.integer("laurel_rank", at_least=1),
+            altup_num_inputs=values.integer("altup_num_inputs", at_least=1),
+            altup_active_idx=values.integer("altup_active_idx"),
+            altup_correct_scale=bool(values.get("altup_correct_scale")),
+        )
+        _check_text(config, where)
+        return config
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedderConfig:
+    """One modality's way into the text model: its id range and the width of its soft tokens."""
+
+    hidden_size: int
+    vocab_size: int
+    vocab_offset: int  # first id of the modality's range
+    rms_norm_eps: float
+
+    @staticmethod
+    def from_dict(raw: dict[str, Any], where: str) -> "EmbedderConfig":
+        """Reads `vision_config` or `audio_config`; raises ValueError naming the missing key."""
+        values = _Reader(raw, where)
+        return EmbedderConfig(
+            hidden_size=values.integer("hidden_size", at_least=1),
+            vocab_size=values.integer("vocab_size", at_least=1),
+            vocab_offset=values.integer("vocab_offset"),
+            rms_norm_eps=float(values.get("rms_norm_eps")),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A whole checkpoint's config; `vision` and `audio` are None in text-only ones."""
+
+    text: TextConfig
+    vision: EmbedderConfig | None
+    audio: EmbedderConfig | None
+    eos_token_ids: tuple[int, ...]
+
+    def embedder_of(self, token_id: int) -> str | None:
+        """The embedder of an id of the image or audio range, `embed_vision` or `embed_audio`; None for text.
+
+        Source: transformers, modeling_gemma3n.py, `Gemma3nModel.forward`: the audio range has no upper end.
+        """
+        if self.audio is not None and token_id >= self.audio.vocab_offset:
+            return "embed_audio"
+        if self.vision is not None and 0 <= token_id - self.vision.vocab_offset < self.vision.vocab_size:
+            return "embed_vision"
+        return None
+
+    @staticmethod
+    def from_dict(raw: dict[str, Any], where: str = "config.json") -> "ModelConfig":
+        """Reads a checkpoint's config.json; raises ValueError when it is not a usable Gemma 3n."""
+        kind = raw.get("model_type")
+        if kind not in ("gemma3n", "gemma3n_text"):
+            raise ValueError(f"{where}: model_type is {kind!r}, expected 'gemma3n' or 'gemma3n_text'")
+        vision, audio = raw.get("vision_config"), raw.get("audio_config")
+        text = raw.get("text_config", raw)
+        eos = raw.get("eos_token_id", text.get("eos_token_id", [1, 106]))
+        return ModelConfig(
+            text=TextConfig.from_dict(text, where),
+            vision=EmbedderConfig.from_dict(vision, f"{where}, vision_config") if vision else None,
+            audio=EmbedderConfig.from_dict(audio, f"{where}, audio_config") if audio else None,
+            eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises FileNotFoundError or ValueError with the path in the message."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: is {path.parent} a model folder?")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
+    return value
+
+
+class _Reader:
+    """Typed access to one JSON object, with errors that say where the key should stand."""
+
+    def __init__(self, raw: dict[str, Any], where: str):
+        self._raw, self._where = raw, where
+
+    def get(self, key: str) -> Any:
+        if key not in self._raw:
+            raise ValueError(f"{self._where}: the key {key!r} is missing")
+        return self._raw[key]
+
+    def integer(self, key: str, at_least: int = 0) -> int:
+        value = self.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+            raise ValueError(f"{self._where}: {key} is {value!r}, expected an integer of at least {at_least}")
+        return value
+
+    def per_layer(self, key: str, layers: int, kind: type) -> tuple:
+        """A list with one entry a layer; older files write one scalar for all, or null for zeros."""
+        value = self.get(key)
+        if value is None and kind is float:
+            value = 0.0
+        entries = value if isinstance(value, list) else [value] * layers
+        if len(entries) != layers:
+            raise ValueError(
+                f"{self._where}: {key} has {len(entries)} entries, num_hidden_layers is {layers}; "
+                "was the checkpoint sliced without its config?"
+            )
+        try:
+            return tuple(kind(entry) for entry in entries)
+        except (TypeError, ValueError):
+            raise ValueError(f"{self._where}: {key} is {value!r}, expected {kind.__name__} entries") from None
+
+
+def _optional_float(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _require_supported(raw: dict[str, Any], where: str) -> None:
+    """The constants that the model code relies on."""
+    expected = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "rope_scaling": None}
+    for key, value in expected.items():
+        if key in raw and raw[key] != value:
+            raise ValueError(f"{where}: {key} is {raw[key]!r}, only {value!r} is supported")
+
+
+def _rope_bases(raw: dict[str, Any], values: _Reader, where: str) -> tuple[float, float]:
+    parameters = raw.get("rope_parameters")
+    if parameters is None:
+        return float(values.get("rope_theta")), float(values.get("rope_local_base_freq"))
+    bases = []
+    for kind in (FULL, SLIDING):
+        entry = parameters.get(kind) or {}
+        if entry.get("rope_type", "default") != "default" or "rope_theta" not in entry:
+            raise ValueError(
+                f"{where}: rope_parameters[{kind!r}] is {entry!r}, expected rope_type 'default' and a rope_theta"
+            )
+        bases.append(float(entry["rope_theta"]))
+    return bases[0], bases[1]
+
+
+def _check_text(config: TextConfig, where: str) -> None:
+    unknown = set(config.layer_types) - {SLIDING, FULL}
+    if unknown:
+        raise ValueError(f"{where}: layer_types has {sorted(unknown)}, expected {SLIDING!r} or {FULL!r}")
+    if config.num_kv_shared_layers >= config.num_hidden_layers:
+        raise ValueError(
+            f"{where}: num_kv_shared_layers is {config.num_kv_shared_layers}, "
+            f"expected less than num_hidden_layers ({config.num_hidden_layers})"
+        )
+    owned = set(config.layer_types[: config.first_kv_shared_layer])
+    orphans = set(config.layer_types) - owned
+    if orphans:
+        raise ValueError(f"{where}: layers of type {sorted(orphans)} share keys and values that no layer owns")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(
+            f"{where}: num_attention_heads ({config.num_attention_heads}) is not a multiple of "
+            f"num_key_value_heads ({config.num_key_value_heads})"
+        )
+    if config.altup_active_idx >= config.altup_num_inputs:
+        raise ValueError(f"{where}: altup_active_idx is {config.altup_active_idx}, of {config.altup_num_inputs} inputs")
+    if not all(0.0 <= sparsity < 1.0 for sparsity in config.activation_sparsity_pattern):
+        raise ValueError(f"{where}: activation_sparsity_pattern has values outside [0, 1)")
+    if min(config.intermediate_size) < 1:
+        raise ValueError(f"{where}: intermediate_size has values below 1")
