@@ -1,0 +1,85 @@
+"""The seam: what the core asks of a backend, as calls of the whole model.
+
+Ints, numpy arrays, opaque caches, samplers and steps cross it, nothing else. `prefill` and `decode` return a Step
+at once; `int(step)` waits for its token. So a backend may start on the next token before the last one is known.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from g3n_mlx.sampling import SamplingParams
+
+
+class Step(Protocol):
+    """One drawn token, perhaps still being computed on the device."""
+
+    def __int__(self) -> int:
+        """The token id; waits for it."""
+        ...
+
+    def logprob(self) -> float:
+        """Natural log of the token's probability before penalties and filters."""
+        ...
+
+    def top_logprobs(self, count: int) -> list[tuple[int, float]]:
+        """The `count` most likely (token id, log probability), best first, ties by id."""
+        ...
+
+
+class Cache(Protocol):
+    """Keys and values of one sequence, for every layer that owns some."""
+
+    @property
+    def offset(self) -> int:
+        """Tokens the cache has seen: the position of the next one."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        ...
+
+    def snapshot(self) -> object:
+        """A copy of what later tokens overwrite (the sliding windows), to come back to this offset."""
+        ...
+
+    def restore(self, snapshot: object) -> None:
+        """Back to the offset of a snapshot taken of this cache; the tokens before it must be the same ones."""
+        ...
+
+
+class Sampler(Protocol):
+    """Draws the tokens of one answer; keeps its penalties' counts and its stream of uniform numbers."""
+
+
+class Model(Protocol):
+    """A loaded model of one backend. One sequence a call."""
+
+    def make_cache(self) -> Cache:
+        """An empty cache."""
+        ...
+
+    def make_sampler(self, params: SamplingParams, prompt_ids: Sequence[int]) -> Sampler:
+        """A sampler for one answer; the prompt's ids count for the repetition penalty."""
+        ...
+
+    def prefill(self, token_ids: np.ndarray, cache: Cache, sampler: Sampler | None) -> Step | None:
+        """Appends [T] ids to the cache; with a sampler, draws the token that follows the last of them.
+
+        Without a sampler the layers that share keys and values are skipped: they leave nothing in the cache.
+        """
+        ...
+
+    def decode(self, step: Step, cache: Cache, sampler: Sampler) -> Step:
+        """Appends the step's token to the cache and draws the next one."""
+        ...
+
+    def logits(self, token_ids: np.ndarray, cache: Cache) -> np.ndarray:
+        """Appends [T] ids to the cache; returns every row's logits, float32 [T, V]."""
+        ...
+
+    def peak_memory_bytes(self) -> int:
+        """Most memory held on the model's device so far; 0 where the process's own memory is all there is."""
+        ...

@@ -1,0 +1,147 @@
+"""How the next token is chosen: the options, the stream of uniform numbers, and the draw in numpy.
+
+The numpy draw is the reference of both backends, which draw on their device: candidates stand in the order logit
+descending, id ascending; top_k, then top_p and min_p cut that list; one uniform number a token picks from it by
+inverse CDF. Equal logits and an equal seed so give the same token everywhere.
+Names and ranges as in OpenAI's API and vLLM.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Options of one answer. Raises ValueError on a value out of range, naming it."""
+
+    temperature: float = 1.0  # 0 = greedy
+    top_k: int = 0  # 0 = all
+    top_p: float = 1.0
+    min_p: float = 0.0  # of the best candidate's probability
+    frequency_penalty: float = 0.0  # times the count of the token in the answer
+    presence_penalty: float = 0.0  # once the token is in the answer
+    repetition_penalty: float = (
+        1.0  # divides a positive, multiplies a negative logit of a token seen in prompt or answer
+    )
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+    seed: int | None = None
+    max_tokens: int | None = None  # None = up to the context limit
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()  # besides the end-of-sequence ids
+    ignore_eos: bool = False
+    logprobs: bool = False
+    top_logprobs: int = 0
+    prefill_step_size: int = 512  # tokens a prefill chunk; never changes results beyond rounding
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(int(i) for i in self.stop_token_ids or ()))
+        bias = {int(i): float(b) for i, b in (self.logit_bias or {}).items()}
+        object.__setattr__(self, "logit_bias", MappingProxyType(bias))
+        if self.top_k == -1:  # vLLM's spelling of "all"
+            object.__setattr__(self, "top_k", 0)
+        _require(self.temperature >= 0 and np.isfinite(self.temperature), "temperature", self.temperature, "at least 0")
+        _require(_is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "an integer of at least 0 (0: all)")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
+        _require(np.isfinite(self.frequency_penalty), "frequency_penalty", self.frequency_penalty, "a finite number")
+        _require(np.isfinite(self.presence_penalty), "presence_penalty", self.presence_penalty, "a finite number")
+        _require(0 < self.repetition_penalty < np.inf, "repetition_penalty", self.repetition_penalty, "above 0")
+        _require(all(not np.isnan(b) for b in bias.values()), "logit_bias", bias, "numbers")
+        _require(self.seed is None or (_is_int(self.seed) and self.seed >= 0), "seed", self.seed, "an integer >= 0")
+        bounded = self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1)
+        _require(bounded, "max_tokens", self.max_tokens, "an integer of at least 1")
+        _require(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "non-empty strings")
+        _require(_is_int(self.top_logprobs) and self.top_logprobs >= 0, "top_logprobs", self.top_logprobs, "at least 0")
+        step = self.prefill_step_size
+        _require(_is_int(step) and step >= 1, "prefill_step_size", step, "an integer of at least 1")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the best candidate is taken without a draw."""
+        return self.temperature == 0 or self.top_k == 1
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether the tokens so far change the logits."""
+        return (self.frequency_penalty, self.presence_penalty, self.repetition_penalty) != (0.0, 0.0, 1.0)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises ValueError when an id of `logit_bias` or `stop_token_ids` is not a token."""
+        for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
+            wrong = [i for i in ids if not 0 <= i < vocab_size]
+            _require(not wrong, name, wrong, f"ids below the vocabulary size, {vocab_size}")
+
+    @staticmethod
+    def published_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+        """The sampling keywords that a checkpoint's generation_config.json sets."""
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        found = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
+        if generation_config.get("do_sample") is False:
+            found["temperature"] = 0.0
+        return found
+
+
+def _require(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {value!r}, expected {expected}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+class UniformStream:
+    """The uniform numbers in [0, 1) of one answer, one a drawn token, from a seeded numpy generator."""
+
+    def __init__(self, seed: int | None):
+        self._generator = np.random.default_rng(seed)
+
+    def next(self) -> float:
+        """The next number, exact in float32 and below 1 there."""
+        return float(self._generator.random(dtype=np.float32))
+
+
+def penalize(
+    logits: np.ndarray, params: SamplingParams, prompt_ids: Sequence[int], answer_ids: Sequence[int]
+) -> np.ndarray:
+    """Logits [V] after repetition, frequency and presence penalties and the bias, in float32, in that order."""
+    scores = logits.astype(np.float32).copy()
+    counts = np.bincount(np.asarray(answer_ids, dtype=np.int64), minlength=len(scores)).astype(np.float32)
+    seen = counts > 0
+    seen[np.asarray(prompt_ids, dtype=np.int64)] = True
+    repetition = np.float32(params.repetition_penalty)
+    scores = np.where(seen, np.where(scores > 0, scores / repetition, scores * repetition), scores)
+    scores -= counts * np.float32(params.frequency_penalty) + (counts > 0) * np.float32(params.presence_penalty)
+    for token_id, bias in params.logit_bias.items():
+        scores[token_id] += np.float32(bias)
+    return scores
+
+
+def candidates(scores: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids that may be drawn, best first, and their probabilities (float64, they sum to 1)."""
+    order = np.lexsort((np.arange(len(scores)), -scores))
+    order = order[: params.top_k] if params.top_k else order
+    if params.greedy:
+        return order[:1], np.ones(1)
+    scaled = scores[order].astype(np.float64) / params.temperature
+    weights = np.exp(scaled - scaled[0])
+    probabilities = weights / weights.sum()
+    before = np.cumsum(probabilities) - probabilities  # mass of the better candidates
+    kept = (before < params.top_p) & (probabilities >= params.min_p * probabilities[0])
+    kept[0] = True
+    return order[kept], probabilities[kept] / probabilities[kept].sum()
+
+
+def draw(scores: np.ndarray, params: SamplingParams, uniform: float) -> tuple[int, float]:
+    """The token that `uniform` picks, and its distance from the nearest border of the CDF."""
+    ids, probabilities = candidates(scores, params)
+    borders = np.cumsum(probabilities)
+    chosen = min(int(np.searchsorted(borders, uniform, side="right")), len(ids) - 1)
+    return int(ids[chosen]), float(np.abs(borders - uniform).min())
