@@ -1,0 +1,22 @@
+"""The two backends, mirrored file by file: equal classes, methods and parameter names, checked by a test.
+
+What the pair is allowed to have differently:
+
+| place | mlx | torch |
+|---|---|---|
+| every module | `__call__` | `forward` |
+| RoPE | `mx.fast.rope`, angles in float32 | cos and sin cast to the activations' dtype, as the reference does |
+| attention | one kernel for all | in decode, heads of a group as rows of one query |
+| decode step | compiled layer by layer where the device can compile | eager |
+| quantized products | `mx.quantized_matmul` | int4 kernels on a packed form; blocks of dequantized rows |
+| quantized activations | float32 on the CPU device, where bf16 products are off by 5 % | the chosen dtype |
+| caches | functional updates | in place |
+
+Names that one of them alone has:
+
+- MLX evaluates lazily: `weights.py:evaluated`; it has no log-softmax of its own: `sampling.py:log_softmax`.
+- torch's packed int4 form: `quant.py:PackedLinear`, `quant.py:blockwise_product`, `quant.py:dense_product_dtype`,
+  `quant.py:packs`, `quant.py:packed_weight`, `quant.py:packed_codes`, `quant.py:packing_block_rows`,
+  `quant.py:nibble_rows`, `quant.py:nibble_index`, `quant.py:gives_rows`, `quant.py:unpacked`, `quant.py:_as_slice`,
+  `quant.py:_nibbles`, `quant.py:QuantizedLinear.dequantized`, `quant.py:QuantizedLinear.rows`.
+"""

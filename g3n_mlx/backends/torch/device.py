@@ -1,0 +1,34 @@
+"""Where PyTorch computes and in which dtype."""
+
+import torch
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of a name, `cpu` or `cuda[:n]`; without one, a CUDA device if there is any.
+
+    Raises ValueError when the machine has no such device or the backend does not run on it.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind == "cuda" and (index.isdigit() or index == "") and ":" not in index:
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if found <= int(index or 0):
+            raise ValueError(f"device {name!r}: PyTorch sees {found} CUDA devices here; use device 'cpu'")
+        return torch.device(name)
+    if name == "cpu":
+        return torch.device("cpu")
+    raise ValueError(f"device {name!r} is not supported by the torch backend: expected 'cpu', 'cuda' or 'cuda:N'")
+
+
+def dtype_of(name: str | None, device: torch.device, quantized: bool) -> torch.dtype:
+    """The activations' dtype of a name; bfloat16, as published, without one."""
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is not supported: expected one of {sorted(DTYPES)}")
+    return DTYPES[name or "bfloat16"]
+
+
+def claim(device: torch.device) -> None:
+    """Nothing to set up: memory is the framework's own affair."""

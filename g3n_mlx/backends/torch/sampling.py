@@ -1,0 +1,108 @@
+"""The draw on the device; its reference is g3n_mlx/sampling.py, which it must match token for token."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from g3n_mlx.sampling import SamplingParams, UniformStream
+
+# Columns of the table whose row maxima decide which rows can hold one of the k best.
+COLUMNS = 64
+
+
+class Step:
+    """One drawn token on the device, and what the model computed ahead of its next step."""
+
+    def __init__(self, token: Tensor, logits: Tensor, ahead: object = None) -> None:
+        self.token = token  # [1] int64
+        self.logits = logits  # [V] float32, before penalties
+        self.ahead = ahead
+
+    def __int__(self) -> int:
+        return int(self.token.item())
+
+    def logprob(self) -> float:
+        """Log probability of the token before penalties and filters."""
+        return float(torch.log_softmax(self.logits, dim=-1)[self.token].item())
+
+    def top_logprobs(self, count: int) -> list[tuple[int, float]]:
+        """The most likely (token id, log probability), best first, ties by id."""
+        ids = ordered(self.logits, count)
+        values = torch.log_softmax(self.logits, dim=-1)[ids]
+        return list(zip(ids.tolist(), values.tolist(), strict=True))
+
+
+class Sampler:
+    """Draws the tokens of one answer."""
+
+    def __init__(
+        self, params: SamplingParams, prompt_ids: Sequence[int], vocab_size: int, device: torch.device
+    ) -> None:
+        self.params = params
+        self.uniforms = UniformStream(params.seed)
+        self.counts: Tensor | None = None  # [V] float32: how often each token is in the answer
+        self.prompted: Tensor | None = None  # [V] bool: whether it is in the prompt
+        if params.penalizes:
+            self.counts = torch.zeros(vocab_size, device=device)
+            self.prompted = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self.prompted[torch.tensor(list(prompt_ids), dtype=torch.int64, device=device)] = True
+        self.bias: Tensor | None = None  # [V] float32
+        if params.logit_bias:
+            self.bias = torch.zeros(vocab_size, device=device)
+            for token_id, bias in params.logit_bias.items():
+                self.bias[token_id] = bias
+
+    def draw(self, logits: Tensor) -> Step:
+        """The next token from [V] float32 logits."""
+        scores = self.penalized(logits)
+        if self.params.greedy:
+            token = scores.argmax(dim=-1, keepdim=True)
+        else:
+            token = drawn(scores, self.params, self.uniforms.next())
+        if self.counts is not None:
+            self.counts[token] += 1
+        return Step(token, logits)
+
+    def penalized(self, logits: Tensor) -> Tensor:
+        """Logits after repetition, frequency and presence penalties and the bias."""
+        scores = logits
+        if self.counts is not None:
+            answered = self.counts > 0
+            repetition = self.params.repetition_penalty
+            repeated = torch.where(scores > 0, scores / repetition, scores * repetition)
+            scores = torch.where(answered | self.prompted, repeated, scores)
+            scores = scores - (self.counts * self.params.frequency_penalty + answered * self.params.presence_penalty)
+        return scores if self.bias is None else scores + self.bias
+
+
+def drawn(scores: Tensor, params: SamplingParams, uniform: float) -> Tensor:
+    """One token [1] from [V] scores by inverse CDF of `uniform` over the filtered candidates."""
+    ids = ordered(scores, params.top_k or scores.shape[0])
+    probabilities = torch.softmax(scores[ids] / params.temperature, dim=-1)
+    before = probabilities.cumsum(-1) - probabilities  # mass of the better candidates
+    kept = (before < params.top_p) & (probabilities >= params.min_p * probabilities[0])
+    kept[0] = True
+    cumulative = (probabilities * kept).cumsum(-1)
+    index = (cumulative <= uniform * cumulative[-1]).sum()
+    return ids[index.clamp(max=kept.sum() - 1)].view(1)
+
+
+def ordered(scores: Tensor, k: int) -> Tensor:
+    """Ids of the k best of [V] float32 scores: score descending, id ascending.
+
+    Every score becomes one int64 that holds its order and, below, its id, so that no two are equal. The k best
+    then lie in the k rows of a table with the greatest maxima, which leaves few numbers to sort.
+    """
+    vocab_size = scores.shape[0]
+    bits = (scores + 0.0).view(torch.int32).to(torch.int64)  # + 0.0: minus zero is zero
+    key = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+    key = (key << 32) + (vocab_size - 1 - torch.arange(vocab_size, device=scores.device))
+    k = min(k, vocab_size)
+    if k * COLUMNS < vocab_size // 2:
+        whole = vocab_size // COLUMNS * COLUMNS
+        table = key[:whole].view(-1, COLUMNS)
+        best_rows = table.amax(-1).topk(k).indices
+        key = torch.cat([table[best_rows].flatten(), key[whole:]])
+    best = key.topk(k).values
+    return vocab_size - 1 - (best & 0xFFFFFFFF)
