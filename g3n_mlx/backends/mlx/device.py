@@ -1,0 +1,55 @@
+"""Where MLX computes and in which dtype."""
+
+import logging
+
+import mlx.core as mx
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}
+
+
+def device_of(name: str | None) -> mx.Device:
+    """The device of a name, `cpu` or `cuda[:n]`; without one, MLX's default (Metal, else CUDA, else CPU).
+
+    Raises ValueError when the machine has no such device or the backend does not run on it.
+    """
+    if name is None:
+        return mx.default_device()
+    kind, _, index = name.partition(":")
+    if kind == "cuda" and (index.isdigit() or index == "") and ":" not in index:
+        found = mx.device_count(mx.gpu) if mx.cuda.is_available() else 0
+        if found <= int(index or 0):
+            raise ValueError(f"device {name!r}: MLX sees {found} CUDA devices here; use device 'cpu'")
+        return mx.Device(mx.gpu, int(index or 0))
+    if name == "cpu":
+        return mx.Device(mx.cpu, 0)
+    raise ValueError(
+        f"device {name!r} is not supported by the mlx backend: expected 'cpu' or 'cuda[:N]', or none for Metal"
+    )
+
+
+def dtype_of(name: str | None, device: mx.Device, quantized: bool) -> mx.Dtype:
+    """The activations' dtype of a name; without one bfloat16, as published, or float32 where that is broken.
+
+    MLX's CPU device multiplies quantized weights in bfloat16 with an error of 5 % (0.32.4); in float32 it is exact.
+    """
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is not supported: expected one of {sorted(DTYPES)}")
+    if name is None and quantized and device.type == mx.cpu:
+        return mx.float32
+    return DTYPES[name or "bfloat16"]
+
+
+def claim(device: mx.Device) -> None:
+    """Makes the device MLX's default and, on Metal, keeps its memory wired: as mlx-lm does around a generation.
+
+    Wired memory is not paged out between two answers. The cache of freed buffers is held to an eighth of it, so that
+    the buffers of a long prefill are not kept until the next one.
+    """
+    mx.set_default_device(device)
+    if device.type == mx.gpu and mx.metal.is_available():
+        limit = mx.device_info()["max_recommended_working_set_size"]
+        mx.set_wired_limit(limit)
+        mx.set_cache_limit(limit // 8)
+        logger.debug("wired limit %d bytes", limit)

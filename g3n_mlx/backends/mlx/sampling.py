@@ -1,0 +1,110 @@
+"""The draw on the device; its reference is g3n_mlx/sampling.py, which it must match token for token."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from g3n_mlx.sampling import SamplingParams, UniformStream
+
+# Columns of the table whose row maxima decide which rows can hold one of the k best.
+COLUMNS = 64
+
+
+class Step:
+    """One drawn token on the device, and what the model computed ahead of its next step."""
+
+    def __init__(self, token: mx.array, logits: mx.array, ahead: object = None) -> None:
+        self.token = token  # [1] int64
+        self.logits = logits  # [V] float32, before penalties
+        self.ahead = ahead
+
+    def __int__(self) -> int:
+        return int(self.token.item())
+
+    def logprob(self) -> float:
+        """Log probability of the token before penalties and filters."""
+        return float(log_softmax(self.logits)[self.token].item())
+
+    def top_logprobs(self, count: int) -> list[tuple[int, float]]:
+        """The most likely (token id, log probability), best first, ties by id."""
+        ids = ordered(self.logits, count)
+        values = log_softmax(self.logits)[ids]
+        return list(zip(ids.tolist(), values.tolist(), strict=True))
+
+
+class Sampler:
+    """Draws the tokens of one answer."""
+
+    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int], vocab_size: int, device: mx.Device) -> None:
+        self.params = params
+        self.uniforms = UniformStream(params.seed)
+        self.counts: mx.array | None = None  # [V] float32: how often each token is in the answer
+        self.prompted: mx.array | None = None  # [V] bool: whether it is in the prompt
+        if params.penalizes:
+            self.counts = mx.zeros(vocab_size)
+            self.prompted = mx.zeros(vocab_size, dtype=mx.bool_)
+            self.prompted[mx.array(list(prompt_ids))] = True
+        self.bias: mx.array | None = None  # [V] float32
+        if params.logit_bias:
+            self.bias = mx.zeros(vocab_size)
+            for token_id, bias in params.logit_bias.items():
+                self.bias[token_id] = bias
+
+    def draw(self, logits: mx.array) -> Step:
+        """The next token from [V] float32 logits."""
+        scores = self.penalized(logits)
+        if self.params.greedy:
+            token = mx.argmax(scores, axis=-1, keepdims=True).astype(mx.int64)
+        else:
+            token = drawn(scores, self.params, self.uniforms.next())
+        if self.counts is not None:
+            self.counts = self.counts.at[token].add(1)
+        return Step(token, logits)
+
+    def penalized(self, logits: mx.array) -> mx.array:
+        """Logits after repetition, frequency and presence penalties and the bias."""
+        scores = logits
+        if self.counts is not None:
+            answered = self.counts > 0
+            repetition = self.params.repetition_penalty
+            repeated = mx.where(scores > 0, scores / repetition, scores * repetition)
+            scores = mx.where(answered | self.prompted, repeated, scores)
+            scores = scores - (self.counts * self.params.frequency_penalty + answered * self.params.presence_penalty)
+        return scores if self.bias is None else scores + self.bias
+
+
+def drawn(scores: mx.array, params: SamplingParams, uniform: float) -> mx.array:
+    """One token [1] from [V] scores by inverse CDF of `uniform` over the filtered candidates."""
+    ids = ordered(scores, params.top_k or scores.shape[0])
+    probabilities = mx.softmax(scores[ids] / params.temperature, axis=-1)
+    before = mx.cumsum(probabilities) - probabilities  # mass of the better candidates
+    kept = (before < params.top_p) & (probabilities >= params.min_p * probabilities[0])
+    kept[0] = True
+    cumulative = mx.cumsum(probabilities * kept)
+    index = (cumulative <= uniform * cumulative[-1]).sum()
+    return ids[mx.minimum(index, kept.sum() - 1)].reshape(1)
+
+
+def ordered(scores: mx.array, k: int) -> mx.array:
+    """Ids of the k best of [V] float32 scores: score descending, id ascending.
+
+    Every score becomes one int64 that holds its order and, below, its id, so that no two are equal. The k best
+    then lie in the k rows of a table with the greatest maxima, which leaves few numbers to sort.
+    """
+    vocab_size = scores.shape[0]
+    bits = (scores + 0.0).view(mx.int32)  # + 0.0: minus zero is zero
+    key = mx.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).astype(mx.int64)
+    key = (key << 32) + (vocab_size - 1 - mx.arange(vocab_size, dtype=mx.int64))
+    k = min(k, vocab_size)
+    if k * COLUMNS < vocab_size // 2:
+        whole = vocab_size // COLUMNS * COLUMNS
+        table = key[:whole].reshape(-1, COLUMNS)
+        best_rows = mx.argpartition(-table.max(axis=-1), k)[:k]
+        key = mx.concatenate([table[best_rows].flatten(), key[whole:]])
+    best = -mx.sort(-key)[:k]
+    return vocab_size - 1 - (best & mx.array(0xFFFFFFFF, dtype=mx.int64))
+
+
+def log_softmax(logits: mx.array) -> mx.array:
+    """Log probabilities [V]."""
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
