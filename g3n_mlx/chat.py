@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--q-bits", type=int, metavar="N", help="quantize at first load, into the cache: 2 to 6, or 8")
     model.add_argument("--backend", choices=["auto", "mlx", "torch"], default="auto")
     model.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: the backend's best")
-    model.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="of activations; default: as stored")
+    model.add_argument("--dtype", choices=["bfloat16", "float32"], help="of activations; default: the device's best")
     answer = parser.add_argument_group("answer")
     answer.add_argument("-p", "--prompt", help="ask once, print the answer and exit; - reads the prompt from stdin")
     answer.add_argument("--system-prompt", metavar="TEXT", help="what the model is told before the conversation")
@@ -217,7 +217,6 @@ class Session:
                         break
             except KeyboardInterrupt:
                 stopped = True
-                self.model.reset()  # it may have stood in the middle of a write to its cache
             finally:
                 chunks.close()
             text = "".join(parts)
@@ -297,7 +296,7 @@ class Session:
         say(
             f"{usage.prompt_tokens} prompt tokens ({usage.cached_tokens} of them cached), "
             f"{usage.completion_tokens} in the answer; first token after {usage.time_to_first_token_s:.2f} s, "
-            f"prefill {usage.prompt_tps:.1f} tok/s, decode {usage.generation_tps:.1f} tok/s, "
+            f"prefill {usage.avg_prompt_tok_per_sec:.1f} tok/s, decode {usage.avg_compl_tok_per_sec:.1f} tok/s, "
             f"peak memory {usage.peak_memory_bytes / 2**30:.2f} GiB"
         )
 

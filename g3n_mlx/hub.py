@@ -8,8 +8,8 @@ import platformdirs
 from g3n_mlx.config import read_json
 
 SUGGESTED_MODEL = "google/gemma-3n-E2B-it"
-# Never pickles; chat_template.jinja is what conversions hand on to peers.
-_WANTED_FILES = ["*.json", "*.safetensors", "*.jinja"]
+# Never pickles. The last four are for conversions, which hand them on.
+_WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "LICENSE*", "NOTICE*"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from g3n_mlx.config import ModelConfig, read_json
+from g3n_mlx.memory import peak_process_bytes
 
 ENGINES = ("g3n_mlx", "mlx-lm", "transformers")
 WARM_UP_PROMPT, WARM_UP_TOKENS = 16, 4  # enough to compile what decode compiles
@@ -93,7 +94,7 @@ def measure(request: Request) -> Run:
     if len(moments) != request.generation_tokens:
         raise ValueError(f"{request.engine} gave {len(moments)} tokens, expected {request.generation_tokens}")
     first_s = moments[0] - started
-    host, device = _peak_host_bytes(), _peak_device_bytes(loaded)
+    host, device = peak_process_bytes() or None, _peak_device_bytes(loaded)
     operations, kernels = _count_graph(loaded.decode_graph()) if loaded.decode_graph else (None, None)
     return Run(
         load_s=load_s,
@@ -121,6 +122,14 @@ def _load_ours(request: Request) -> Loaded:
             if chunk.token is not None:
                 on_token()
 
+    def decode_graph() -> Any:
+        import mlx.core as mx
+
+        backend: Any = model._model  # pyright: ignore[reportPrivateUsage]
+        text, cache, token = backend.language_model, backend.make_cache(), np.array([request.prompt_ids[-1]])
+        backend.logits(np.array(request.prompt_ids[:WARM_UP_PROMPT]), cache)
+        return text.logits(text(text.ahead(text.embed(mx.array(token)), cache.offset), token, cache, "last"))
+
     read = 0
     for name in model.checkpoint.names:
         # The head reads all of embed_tokens; of the PLE table a token reads one row, of the embedders nothing.
@@ -133,6 +142,7 @@ def _load_ours(request: Request) -> Loaded:
         weight_bytes_per_token=read,
         framework=model.backend,
         device=model.device,
+        decode_graph=decode_graph if model.backend == "mlx" else None,
     )
 
 
@@ -218,19 +228,6 @@ class _TokenStreamer:
 
 
 _ITEM_BYTES = {"F32": 4, "U32": 4, "BF16": 2, "F16": 2, "U8": 1, "I8": 1}
-
-
-def _peak_host_bytes() -> int | None:
-    """The process' largest resident set so far."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
-        return int(found[1]) * 1024 if found else None
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
 
 
 def _peak_device_bytes(loaded: Loaded) -> int | None:

@@ -1,0 +1,96 @@
+"""Prefill, decode, stop: the loop over token ids. It knows no text, and of the model only the seam.
+
+A token is read, handed out, and only then is the next step asked for; a backend whose device works beside the host
+has enqueued that step's beginning by then (interface.py).
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from g3n_mlx.cache import Conversation
+from g3n_mlx.interface import Model, Step
+from g3n_mlx.sampling import SamplingParams
+
+
+class PromptTooLong(ValueError):
+    """The prompt does not fit the context; the message says by how much."""
+
+
+@dataclass(slots=True)
+class Timings:
+    """What one answer took; filled while it is generated."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, found in the cache
+    completion_tokens: int = 0
+    prefill_s: float = 0.0  # until the first token is known
+    decode_s: float = 0.0  # from the first token to the last
+    at_limit: bool = False  # ended by max_tokens or the end of the context
+
+
+def chunks(start: int, length: int, borders: Sequence[int], step_size: int) -> Iterator[tuple[int, int]]:
+    """Spans [a, b) that cover start..length: cut at every border, and every `step_size` ids after one.
+
+    They depend on the prompt and on nothing else, so that a prompt is prefilled by the same calls every time.
+    """
+    position = start
+    for border in sorted({*(b for b in borders if start < b < length), length}):
+        while position < border:
+            end = min(position + step_size, border)
+            yield position, end
+            position = end
+
+
+def generate_tokens(
+    model: Model,
+    conversation: Conversation,
+    prompt_ids: Sequence[int],
+    borders: Sequence[int],
+    params: SamplingParams,
+    stop_ids: frozenset[int],
+    context_tokens: int,
+    timings: Timings,
+) -> Iterator[Step]:
+    """Yields the drawn steps up to a stop id (not yielded), `max_tokens` or the end of the context.
+
+    Raises PromptTooLong before anything runs. The conversation's cache goes on from what it shares with the prompt.
+    """
+    room = context_tokens - len(prompt_ids)
+    if room < 1:
+        raise PromptTooLong(
+            f"the prompt has {len(prompt_ids)} tokens, {1 - room} too many for the context of {context_tokens} "
+            "tokens and an answer: shorten it"
+        )
+    limit = room if params.max_tokens is None else min(room, params.max_tokens)
+    started = time.perf_counter()
+    sampler = model.make_sampler(params, prompt_ids)
+    start = conversation.resume(prompt_ids)
+    timings.prompt_tokens, timings.cached_tokens = len(prompt_ids), start
+    if start == 0:
+        conversation.begin(model.make_cache())
+    step = None
+    for a, b in chunks(start, len(prompt_ids), borders, params.prefill_step_size):
+        ids = np.asarray(prompt_ids[a:b], dtype=np.int64)
+        step = model.prefill(ids, conversation.cache, sampler if b == len(prompt_ids) else None)
+        conversation.append(prompt_ids[a:b])
+        if b in borders or b == len(prompt_ids):
+            conversation.mark()
+    assert step is not None
+    token_id = int(step)
+    first = time.perf_counter()
+    timings.prefill_s = first - started
+    for count in range(1, limit + 1):
+        if token_id in stop_ids:
+            return
+        timings.completion_tokens = count
+        yield step
+        if count == limit:
+            timings.at_limit = True
+            return
+        step = model.decode(step, conversation.cache, sampler)
+        conversation.append([token_id])
+        token_id = int(step)
+        timings.decode_s = time.perf_counter() - first

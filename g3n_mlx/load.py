@@ -1,0 +1,104 @@
+"""`load`: from a folder or hub id to a model that answers. The only importer of the backends."""
+
+import importlib
+import importlib.util
+import platform
+import sys
+from pathlib import Path
+
+from g3n_mlx import hub
+from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.config import ModelConfig, read_json
+from g3n_mlx.convert import cached_conversion
+from g3n_mlx.layouts import nested_config
+from g3n_mlx.matformer import SlicePlan, find_slice, plan_slice, read_slices
+from g3n_mlx.model import Gemma3n
+from g3n_mlx.tokenizer import Tokenizer
+
+PACKAGES = {"mlx": "mlx.core", "torch": "torch"}
+INSTALL = {"mlx": "pip install 'g3n-mlx[mlx]'", "torch": "pip install 'g3n-mlx[torch]'"}
+
+
+def load(
+    path_or_id: str | Path,
+    *,
+    backend: str = "auto",
+    matformer: str | None = None,
+    matformer_config: str | Path | None = None,
+    q_bits: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+) -> Gemma3n:
+    """Loads a Gemma 3n checkpoint of any layout from a folder or the Hugging Face hub.
+
+    backend: "mlx", "torch", or "auto": MLX on Apple Silicon, elsewhere PyTorch, else whichever is installed.
+    matformer: a slice by name or short form ("e2.49b-block"), from the published table or `matformer_config`, a CSV.
+    q_bits: quantizes an unquantized checkpoint once into the user's cache folder and opens that from then on.
+    dtype: of the activations, "bfloat16" or "float32". device: "cpu", "cuda", "cuda:N"; None is the backend's best.
+    Raises ImportError without a backend, FileNotFoundError, ValueError and the hub's errors, each in one sentence.
+    """
+    backend = chosen_backend(backend)
+    devices = importlib.import_module(f"g3n_mlx.backends.{backend}.device")
+    place = devices.device_of(device)
+    folder = hub.resolve(path_or_id, revision)
+    plan = slice_plan(folder, matformer, matformer_config)
+    if q_bits is not None:
+        folder, plan = cached_conversion(folder, q_bits=q_bits, plan=plan), None
+    checkpoint = Checkpoint.open(folder, plan)
+    quantized = checkpoint.quantization("language_model.embed_tokens") is not None
+    activations = devices.dtype_of(dtype, place, quantized)
+    tokenizer = Tokenizer.from_folder(folder)
+    generation = folder / "generation_config.json"
+    devices.claim(place)
+    multimodal = importlib.import_module(f"g3n_mlx.backends.{backend}.multimodal")
+    return Gemma3n(
+        multimodal.Gemma3nModel(checkpoint, activations, place),
+        checkpoint,
+        tokenizer,
+        name=str(path_or_id) if not Path(path_or_id).expanduser().is_dir() else folder.resolve().name,
+        backend=backend,
+        device=device_name(place),
+        generation_config=read_json(generation) if generation.exists() else {},
+    )
+
+
+def slice_plan(folder: Path, matformer: str | None, matformer_config: str | Path | None) -> SlicePlan | None:
+    """What a named MatFormer slice keeps of the checkpoint in a folder; None is all of it."""
+    if matformer is None:
+        if matformer_config is not None:
+            raise ValueError("matformer_config was given without matformer: name the slice to take from it")
+        return None
+    where = folder / "config.json"
+    config = ModelConfig.from_dict(nested_config(read_json(where)), str(where))
+    slices = read_slices(None if matformer_config is None else Path(matformer_config))
+    return plan_slice(config.text, find_slice(matformer, slices))
+
+
+def chosen_backend(name: str) -> str:
+    """The backend to use; raises ImportError, saying what to install, when it or both are absent."""
+    if name not in ("auto", *PACKAGES):
+        raise ValueError(f"backend {name!r} does not exist: expected 'auto', 'mlx' or 'torch'")
+    found = [backend for backend in PACKAGES if _installed(backend)]
+    if name == "auto":
+        apple = sys.platform == "darwin" and platform.machine() == "arm64"
+        preferred = "mlx" if apple else "torch"
+        if not found:
+            raise ImportError(f"neither MLX nor PyTorch is installed: {INSTALL[preferred]}")
+        return preferred if preferred in found else found[0]
+    if name not in found:
+        raise ImportError(f"the {name} backend is not installed: {INSTALL[name]}")
+    return name
+
+
+def device_name(place: object) -> str:
+    """A backend's device as users write it: cpu, cuda:0; gpu for Metal."""
+    text = str(place)
+    return text[len("Device(") : -1].split(",")[0] if text.startswith("Device(") else text
+
+
+def _installed(backend: str) -> bool:
+    try:
+        return importlib.util.find_spec(PACKAGES[backend]) is not None
+    except ModuleNotFoundError:  # the package that would hold it is absent
+        return False
