@@ -184,7 +184,7 @@ def _table(summary: dict[str, Any]) -> str:
         share = figures["weight_bandwidth"] / figures["read_bandwidth"]
         lines += [
             f"  {'weights read a token':<24}{_gigabytes(figures['weight_bytes_per_token'])}",
-            f"  {'so decode reads':<24}{_gigabytes(figures['weight_bandwidth'])}/s, {share:.0%} of the "
+            f"  {'so decode reads':<24}{_gigabytes(figures['weight_bandwidth'])}/s, {share:.1%} of the "
             f"{_gigabytes(figures['read_bandwidth'])}/s that a plain reduction reads here",
         ]
         if figures["graph_operations"] is not None:

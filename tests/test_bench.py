@@ -1,0 +1,114 @@
+"""bench: the figures are there, add up, and failures are one line."""
+
+import importlib.util
+import json
+
+import pytest
+
+from g3n_mlx.bench import main
+from g3n_mlx.config import ModelConfig, read_json
+
+
+def bench(capsys, *flags):
+    code = main([*map(str, flags)])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+SMALL = ("--prompt-tokens", 20, "--generation-tokens", 5, "--num-trials", 2)
+
+
+def test_figures(backend, tiny_folder, capsys):
+    code, out, err = bench(capsys, "--model", tiny_folder, "--backend", backend, "--device", "cpu", "--json", *SMALL)
+    assert code == 0, err
+    figures = json.loads(out)["engines"]["g3n_mlx"]
+    for name in ("load_s", "time_to_first_token_s", "prompt_tps", "generation_tps"):
+        spread = figures[name]
+        assert 0 < spread["min"] <= spread["median"] <= spread["max"]
+    # Each prefill rate is its own run's tokens over its own time.
+    assert figures["prompt_tps"]["max"] == pytest.approx(20 / figures["time_to_first_token_s"]["min"])
+    assert figures["weight_bandwidth"] == pytest.approx(
+        figures["generation_tps"]["median"] * figures["weight_bytes_per_token"]
+    )
+    assert backend in figures["engine"]
+    assert figures["peak_memory_bytes"] is None or 20e6 < figures["peak_memory_bytes"] < 2e9
+    assert figures["read_bandwidth"] > 1e8
+    if backend == "mlx":
+        assert 0 < figures["graph_kernels"] <= figures["graph_operations"]
+
+
+def test_weight_bytes_are_those_of_the_text_model(tiny_folder, capsys):
+    """Counted by hand from the config: bf16, no PLE table, no k/v of KV-sharing layers, the head once."""
+    text = ModelConfig.from_dict(read_json(tiny_folder / "config.json")).text
+    d, ple, altup, rank = text.hidden_size, text.hidden_size_per_layer_input, text.altup_num_inputs, text.laurel_rank
+    heads, kv = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+    count = text.vocab_size * d + d  # head, final norm
+    count += text.num_hidden_layers * ple * d + ple  # per_layer_model_projection and its norm
+    count += 2 * (altup - 1) * d * d
+    for layer, width in enumerate(text.intermediate_size):
+        count += 2 * heads * d + text.head_dim  # q, o, q_norm
+        if layer < text.first_kv_shared_layer:
+            count += 2 * kv * d + text.head_dim
+        count += 3 * width * d + 2 * rank * d + 2 * ple * d
+        count += d + altup * d + altup**3 + altup**2 + d  # AltUp: scale, router, coefficients, its norm
+        count += 6 * d  # four layer norms, LAuReL's, PLE's
+    code, out, err = bench(capsys, "--model", tiny_folder, "--json", *SMALL[:-1], 1)
+    assert code == 0, err
+    assert json.loads(out)["engines"]["g3n_mlx"]["weight_bytes_per_token"] == 2 * count
+
+
+def test_a_peer_takes_turns(tiny_folder, capsys):
+    if importlib.util.find_spec("mlx_lm") is None:
+        pytest.skip("mlx-lm is not installed")
+    code, out, err = bench(capsys, "--model", tiny_folder, "--backend", "mlx", "--against", "mlx-lm", *SMALL)
+    assert code == 0, err
+    order = [line.split(", ")[1].split()[0] for line in err.splitlines() if line.startswith("run ")]
+    assert order == ["g3n_mlx", "mlx-lm"] * 2
+    assert "g3n_mlx against mlx-lm, medians" in out
+    assert out.count("graph operations") == 2
+
+
+@pytest.mark.slow
+def test_transformers_as_the_peer(tiny_folder, capsys):
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
+    flags = ("--model", tiny_folder, "--backend", "torch", "--against", "transformers", "--json")
+    code, out, err = bench(capsys, *flags, *SMALL)
+    assert code == 0, err
+    summary = json.loads(out)
+    ours, theirs = summary["engines"]["g3n_mlx"], summary["engines"]["transformers"]
+    # The same model stored the same way: both count the same weights.
+    assert ours["weight_bytes_per_token"] == theirs["weight_bytes_per_token"]
+    assert summary["ratios"]["generation_tps"] == pytest.approx(
+        ours["generation_tps"]["median"] / theirs["generation_tps"]["median"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--model", "no-such-folder"), "no-such-folder"),
+        (("--peer-model", "somewhere"), "--peer-model needs --against"),
+        (("--generation-tokens", 1), "expected at least 2"),
+        (("--matformer", "E9B"), "E9B"),
+        (("--device", "mps"), "mps"),
+        (("--prompt-tokens", 40000), "32768"),
+    ],
+)
+def test_failures_are_one_line(flags, message, tiny_folder, capsys):
+    named = () if "--model" in flags else ("--model", tiny_folder)
+    code, out, err = bench(capsys, *named, "--num-trials", 1, *flags)
+    assert code == 1
+    assert out == ""
+    complaint = [line for line in err.splitlines() if not line.startswith("run ")]
+    assert len(complaint) == 1
+    assert complaint[0].startswith("g3n-bench: ")
+    assert message in complaint[0]
+
+
+@pytest.mark.parametrize("flags", [("--num-trials", "0"), ("--prompt-tokens", "x"), ("--against", "llama.cpp")])
+def test_bad_flags_are_usage_errors(flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(list(flags))
+    assert stopped.value.code == 2
+    assert "usage:" in capsys.readouterr().err
