@@ -122,11 +122,16 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _one_shot_prompt(prompt: str | None) -> str | None:
     """The text of `-p`; stdin's when it is a dash. Raises ValueError when there is none in it."""
-    if prompt is None:
-        return None
-    text = sys.stdin.buffer.read().decode("utf-8") if prompt == "-" else prompt
+    if prompt != "-":
+        if prompt is not None and not prompt.strip():
+            raise ValueError("the prompt is empty")
+        return prompt
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"stdin is not UTF-8 text: {error}") from error
     if not text.strip():
-        raise ValueError("the prompt is empty" + (" (stdin had no text)" if prompt == "-" else ""))
+        raise ValueError("the prompt is empty: stdin had no text")
     return text
 
 

@@ -89,7 +89,8 @@ class Tokenizer:
             if place is None:
                 raise
             raise ValueError(
-                f"the text has {place.group()!a} at position {place.start()}: half of a surrogate pair is no character"
+                f"the text has the lone surrogate {place.group()!a}: it comes from bytes that are not UTF-8, "
+                "or from half a character"
             ) from None
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:

@@ -320,7 +320,7 @@ def test_a_prompt_beyond_the_context(tmp_path, tiny_folder):
 
 def test_stdin_that_is_no_text(tmp_path, tiny_folder):
     done = program("--model", str(tiny_folder), "-p", "-", home=tmp_path, text="")
-    assert (done.returncode, done.stderr) == (1, "g3n-chat: the prompt is empty (stdin had no text)\n")
+    assert (done.returncode, done.stderr) == (1, "g3n-chat: the prompt is empty: stdin had no text\n")
 
 
 def test_usage_errors_exit_2(tmp_path):
