@@ -1,5 +1,6 @@
 """Where models are: a folder, the Hugging Face hub, this machine's caches, or the package's own demo."""
 
+import filecmp
 import re
 from pathlib import Path
 
@@ -138,7 +139,7 @@ def _hub_snapshots() -> list[tuple[Path, str]]:
 
 
 def _is_complete_gemma3n(folder: Path) -> bool:
-    """Whether a folder holds all files of a Gemma 3n; half a download or a broken file is no candidate."""
+    """Whether a folder holds all files of a Gemma 3n, and not of the demo, which a conversion may have been made of."""
     try:
         if read_json(folder / "config.json").get("model_type") not in ("gemma3n", "gemma3n_text"):
             return False
@@ -146,4 +147,7 @@ def _is_complete_gemma3n(folder: Path) -> bool:
         shards = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     except (OSError, ValueError, KeyError, AttributeError):
         return False
-    return (folder / "tokenizer.json").is_file() and all((folder / shard).is_file() for shard in shards)
+    tokenizer = folder / "tokenizer.json"
+    if not tokenizer.is_file() or filecmp.cmp(tokenizer, demo_folder() / "tokenizer.json", shallow=False):
+        return False
+    return all((folder / shard).is_file() for shard in shards)

@@ -162,6 +162,13 @@ def default_model_in_child(home: Path) -> tuple[str, str]:
     return folder, line
 
 
+def copy_of_another_model(demo: Path, folder: Path) -> None:
+    """The demo's files, but with a vocabulary file of its own."""
+    shutil.copytree(demo, folder)
+    with (folder / "tokenizer.json").open("a") as stream:
+        stream.write("\n")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="the cache folder is not set by HOME there")
 def test_default_model(tiny_folder, tmp_path):
     folder, line = default_model_in_child(tmp_path)
@@ -170,7 +177,7 @@ def test_default_model(tiny_folder, tmp_path):
     assert "--model google/gemma-3n-E2B-it" in line
 
     snapshot = tmp_path / "hf" / "hub" / "models--owner--some--name" / "snapshots" / COMMIT
-    shutil.copytree(tiny_folder, snapshot)
+    copy_of_another_model(tiny_folder, snapshot)
     os.utime(snapshot / "config.json", (1_000, 1_000))
     assert default_model_in_child(tmp_path) == (
         str(snapshot),
@@ -181,7 +188,7 @@ def test_default_model(tiny_folder, tmp_path):
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     conversion = Path(done.stdout.strip()) / "conversions" / "tiny"
-    shutil.copytree(tiny_folder, conversion)
+    copy_of_another_model(tiny_folder, conversion)
     os.utime(conversion / "config.json", (2_000, 2_000))
     assert default_model_in_child(tmp_path)[0] == str(conversion)
 
@@ -195,6 +202,9 @@ def test_default_model(tiny_folder, tmp_path):
         os.utime(conversion / "config.json", (2_000, 2_000))
     (conversion / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1-of-2.safetensors"}}')
     assert default_model_in_child(tmp_path)[0] == str(snapshot)
-    (conversion / "config.json").write_text('{"model_type": "llama"}')
-    (snapshot / "config.json").write_text("{")
-    assert Path(default_model_in_child(tmp_path)[0]) == hub.demo_folder()
+    (conversion / "model.safetensors.index.json").unlink()
+    shutil.copyfile(tiny_folder / "tokenizer.json", conversion / "tokenizer.json")  # a conversion of the demo itself
+    assert default_model_in_child(tmp_path)[0] == str(snapshot)
+    for config in ("{", '{"model_type": "llama"}'):
+        (snapshot / "config.json").write_text(config)
+        assert Path(default_model_in_child(tmp_path)[0]) == hub.demo_folder()
