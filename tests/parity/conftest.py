@@ -1,0 +1,55 @@
+"""The tiny checkpoint in both backends, in float32, and the way in and out of their arrays."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from g3n_mlx.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Framework:
+    """One backend's modules and its arrays."""
+
+    name: str
+    array: Callable[[np.ndarray], Any]
+    numpy: Callable[[Any], np.ndarray]
+
+    def module(self, name: str) -> Any:
+        """One of the backend's files."""
+        return importlib.import_module(f"g3n_mlx.backends.{self.name}.{name}")
+
+    def model(self, checkpoint: Checkpoint, dtype: str = "float32") -> Any:
+        """A Gemma3nModel on the CPU."""
+        device = self.module("device")
+        place = device.device_of("cpu")
+        device.claim(place)
+        return self.module("multimodal").Gemma3nModel(checkpoint, device.dtype_of(dtype, place, False), place)
+
+
+def framework_named(name: str) -> Framework:
+    """The arrays of a backend by its name."""
+    if name == "mlx":
+        import mlx.core as mx
+
+        return Framework("mlx", lambda x: mx.array(x), lambda x: np.array(x.astype(mx.float32)))
+    import torch
+
+    return Framework("torch", lambda x: torch.from_numpy(np.ascontiguousarray(x)), lambda x: x.float().numpy())
+
+
+@pytest.fixture(scope="session")
+def framework(backend: str) -> Framework:
+    """The backend under test."""
+    return framework_named(backend)
+
+
+@pytest.fixture(scope="session")
+def network(framework: Framework, tiny_folder: Path) -> Any:
+    """The tiny checkpoint's Gemma3nModel in float32."""
+    return framework.model(Checkpoint.open(tiny_folder))
