@@ -1,6 +1,6 @@
 """Gemma3n: what `load` returns and users hold. Text in, text out, over the loop of generate.py."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,7 +120,7 @@ class Gemma3n:
             else None,
         )
 
-    def stream(self, prompt: PromptLike, **sampling: Any) -> Iterator[Chunk]:
+    def stream(self, prompt: PromptLike, **sampling: Any) -> Generator[Chunk, None, None]:
         """The answer as it comes: one chunk a token, then a last one with usage. Closing it stops the generation.
 
         Prompt, options and errors as in `generate`; they are checked in this call, not at the first chunk.
@@ -156,7 +156,7 @@ class Gemma3n:
             raise ValueError(f"a prompt of token ids has {found}, expected ids from 0 to {vocab_size - 1}")
         return Prompt(ids, (len(ids),))
 
-    def _stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[Chunk]:
+    def _stream(self, prompt: Prompt, params: SamplingParams) -> Generator[Chunk, None, None]:
         # Taken out while in use: what breaks off inside a model call leaves a cache nobody can trust.
         conversation, self._conversation = self._conversation or Conversation(self._model.make_cache()), None
         try:
@@ -166,7 +166,7 @@ class Gemma3n:
             raise
         self._conversation = conversation
 
-    def _answer(self, conversation: Conversation, prompt: Prompt, params: SamplingParams) -> Iterator[Chunk]:
+    def _answer(self, conversation: Conversation, prompt: Prompt, params: SamplingParams) -> Generator[Chunk, None, None]:
         timings = Timings()
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
         decoder, stops = self.tokenizer.stream(), StopStrings(params.stop)
