@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -175,29 +176,46 @@ def _read_header(shard: Shard) -> Iterator[tuple[str, StoredTensor]]:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise ValueError(f"{path} has a damaged header ({error}): {advice}") from None
-    end = start
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} has a damaged header (expected an object): {advice}")
+    end, used = start, start
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        stored, stop = _stored_tensor(shard, start, name, entry)
-        end = max(end, stop)
+        stored = _stored_tensor(shard, start, name, entry)
+        end = max(end, stored.offset + stored.num_bytes)
+        used += stored.num_bytes
         yield name, stored
     if end != size:
         kind = "truncated" if size < end else "longer than its header says"
         raise ValueError(f"{path} is {kind}: {size} bytes, expected {end}; {advice}")
+    if used != size:
+        raise ValueError(f"{path}: the header's tensors overlap or leave gaps: {advice}")
 
 
-def _stored_tensor(shard: Shard, start: int, name: str, entry: dict) -> tuple[StoredTensor, int]:
-    try:
-        dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        fits = 0 <= first <= last and last - first == prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else None
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{shard.path}: the header's entry for {name} is damaged: {entry!r}") from None
-    if fits is None:
+def _stored_tensor(shard: Shard, start: int, name: str, entry: Any) -> StoredTensor:
+    if not (
+        isinstance(entry, dict)
+        and isinstance(entry.get("dtype"), str)
+        and _are_counts(entry.get("shape"))
+        and _are_counts(entry.get("data_offsets"), 2)
+    ):
+        raise ValueError(f"{shard.path}: the header's entry for {name} is damaged: {entry!r}")
+    dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if dtype not in DTYPES:
         raise ValueError(f"{shard.path}: {name} has dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
-    if not fits:
+    stored = StoredTensor(shard, start + first, dtype, shape)
+    if stored.num_bytes != last - first:
         raise ValueError(f"{shard.path}: {name} has shape {shape} and dtype {dtype}, but {last - first} bytes")
-    return StoredTensor(shard, start + first, dtype, shape), start + last
+    return stored
+
+
+def _are_counts(value: Any, length: int | None = None) -> bool:
+    return (
+        isinstance(value, list)
+        and (length is None or len(value) == length)
+        and all(type(item) is int and item >= 0 for item in value)
+    )
 
 
 def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:

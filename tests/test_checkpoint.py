@@ -1,0 +1,457 @@
+"""Checkpoints of every layout, whole and sliced, and what is said about broken ones."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoint_files as files
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.convert import convert
+from g3n_mlx.matformer import Slice, plan_slice
+from g3n_mlx.quantization import Quantization, dequantize, quantize, to_float32
+
+PLE = "language_model.embed_tokens_per_layer"
+
+
+@pytest.fixture(scope="module")
+def published(tiny_folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    return files.read_config(tiny_folder), files.read_folder(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder: Path) -> Checkpoint:
+    return Checkpoint.open(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def quantized_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert(tiny_folder, tmp_path_factory.mktemp("q") / "4bit", q_bits=4, progress=False)
+
+
+def slice_of(widths: list[int], skipped: list[int]) -> Slice:
+    return Slice("test", "test", len(widths), None, None, tuple(widths), tuple(skipped))
+
+
+def same(found: np.ndarray, expected: np.ndarray) -> bool:
+    return found.shape == expected.shape and found.dtype == expected.dtype and found.tobytes() == expected.tobytes()
+
+
+def test_published_layout(tiny: Checkpoint, published: tuple[dict[str, Any], dict[str, np.ndarray]]) -> None:
+    _, tensors = published
+    assert {f"model.{name}" for name in (*tiny.names, *tiny.dead_names)} == set(tensors)
+    assert {name.rpartition(".self_attn.")[2] for name in tiny.dead_names} == {
+        "k_proj.weight",
+        "v_proj.weight",
+        "k_norm.weight",
+    }
+    for name in tiny.names:
+        array = tiny.read(name)
+        assert same(array, tensors[f"model.{name}"])
+        assert tiny.info(name).shape == array.shape
+        assert tiny.info(name).dtype == "BF16"
+        assert name in tiny
+    assert tiny.dead_names[0] not in tiny
+    assert tiny.slice_name is None
+    assert tiny.quantization("language_model.embed_tokens") is None
+
+
+@pytest.mark.parametrize(
+    ("layout", "has_media"),
+    [
+        (files.resaved, True),
+        (files.text_only, False),
+        (files.mlx_lm, False),
+        (files.mlx_vlm, True),
+        (files.old_vision, True),
+    ],
+)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_other_layouts_read_the_same(
+    layout: Callable[..., tuple[dict[str, Any], dict[str, np.ndarray]]],
+    has_media: bool,
+    shards: int,
+    tiny: Checkpoint,
+    published: tuple[dict[str, Any], dict[str, np.ndarray]],
+    tmp_path: Path,
+) -> None:
+    checkpoint = Checkpoint.open(files.write_folder(tmp_path / "x", *layout(*published), shards=shards))
+    assert (checkpoint.config.vision is not None) == (checkpoint.config.audio is not None) == has_media
+    assert checkpoint.config.text == tiny.config.text
+    assert checkpoint.config.eos_token_ids == tiny.config.eos_token_ids
+    text = checkpoint.raw_config["text_config"]
+    assert (text["rope_theta"], text["rope_local_base_freq"]) == (1e6, 1e4)
+    assert "rope_parameters" not in text
+    assert ("vision_config" in checkpoint.raw_config) == has_media
+    expected = [name for name in tiny.names if has_media or name.startswith("language_model.")]
+    assert set(checkpoint.names) == set(expected)
+    for name in expected:
+        stem_bias = layout is files.old_vision and name.endswith("conv_stem.conv.bias")
+        wanted = np.zeros_like(tiny.read(name)) if stem_bias else tiny.read(name)
+        assert same(checkpoint.read(name), wanted), name
+        assert checkpoint.info(name).shape == wanted.shape
+    checkpoint.close()
+
+
+def test_old_vision_kernels_in_mlx_layout(
+    tiny: Checkpoint, published: tuple[dict[str, Any], dict[str, np.ndarray]], tmp_path: Path
+) -> None:
+    folder = files.write_folder(tmp_path / "x", *files.mlx_vlm(*files.old_vision(*published)))
+    checkpoint = Checkpoint.open(folder)
+    for name in tiny.names:
+        if not name.endswith("conv_stem.conv.bias"):
+            assert same(checkpoint.read(name), tiny.read(name)), name
+
+
+def test_rows_of_turned_kernels(
+    tiny: Checkpoint, published: tuple[dict[str, Any], dict[str, np.ndarray]], tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint.open(files.write_folder(tmp_path / "x", *files.mlx_vlm(*published)))
+    for name in ("vision_tower.timm_model.conv_stem.conv.weight",):
+        assert same(checkpoint.read(name, 2, 5), tiny.read(name)[2:5])
+
+
+def test_sliced_goldens(tiny_folder: Path, tiny: Checkpoint, golden_json: Callable[[str], Any]) -> None:
+    for case in golden_json("matformer").values():
+        chosen = slice_of(case["slice"]["intermediate_size"], case["slice"]["skipped_layers"])
+        sliced = Checkpoint.open(tiny_folder, plan_slice(tiny.config.text, chosen))
+        assert sliced.slice_name == "test"
+        assert sliced.raw_config["text_config"] == case["text_config"]
+        assert {f"model.{name}" for name in (*sliced.names, *sliced.dead_names)} == set(case["tensors"])
+        for name, expected in case["tensors"].items():
+            array = sliced.read(name.removeprefix("model."))
+            assert list(array.shape) == expected["shape"]
+            assert hashlib.sha256(array.tobytes()).hexdigest() == expected["sha256"], name
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_row_ranges_of_slices(tiny_folder: Path, data: st.DataObject) -> None:
+    whole = Checkpoint.open(tiny_folder)
+    skipped = data.draw(st.sets(st.sampled_from([0, 1, 2, 5, 6, 7, 8, 9]), max_size=6))
+    widths = data.draw(st.lists(st.integers(1, 256), min_size=10 - len(skipped), max_size=10 - len(skipped)))
+    sliced = Checkpoint.open(tiny_folder, plan_slice(whole.config.text, slice_of(widths, sorted(skipped))))
+    name = data.draw(st.sampled_from([name for name in sliced.names if name.startswith("language_model.")]))
+    complete = sliced.read(name)
+    start = data.draw(st.integers(0, len(complete)))
+    stop = data.draw(st.integers(start, len(complete)))
+    assert same(sliced.read(name, start, stop), complete[start:stop])
+    whole.close()
+    sliced.close()
+
+
+def test_slice_of_a_slice(tiny_folder: Path, tiny: Checkpoint, tmp_path: Path) -> None:
+    first = write_table(tmp_path, [256] * 5 + [192] * 4, [6])
+    once = convert(tiny_folder, tmp_path / "once", matformer="test", matformer_config=first, progress=False)
+    checkpoint = Checkpoint.open(once)
+    twice = Checkpoint.open(once, plan_slice(checkpoint.config.text, slice_of([64] * 8, [7])))  # 8 of the original
+    direct = Checkpoint.open(tiny_folder, plan_slice(tiny.config.text, slice_of([64] * 8, [6, 8])))
+    assert twice.config == direct.config
+    assert set(twice.names) == set(direct.names)
+    for name in direct.names:
+        assert same(twice.read(name), direct.read(name)), name
+
+
+def write_table(folder: Path, widths: list[int], skipped: list[int]) -> Path:
+    path = folder / f"slices-{len(list(folder.iterdir()))}.csv"
+    path.write_text(
+        "name,# Layers,# Effective Params (B),MMLU PT accuracy,FFN Hidden Dims,Layers Skipped\n"
+        f'test,{len(widths)},,,"{widths}","{skipped}"\n'
+    )
+    return path
+
+
+def test_wide_gaps_are_not_read(tmp_path: Path, published: tuple[dict[str, Any], dict[str, np.ndarray]]) -> None:
+    """Columns far apart are read one by one, near ones with what lies between: both give the same."""
+    config, tensors = published
+    text = config["text_config"]
+    layers, units = text["num_hidden_layers"], 5000
+    wide = dict(tensors)
+    rng = np.random.default_rng(0)
+    for layer in range(layers):
+        prefix = f"model.language_model.layers.{layer}.mlp"
+        for part, shape in (("gate", (units, 128)), ("up", (units, 128)), ("down", (128, units))):
+            wide[f"{prefix}.{part}_proj.weight"] = rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
+    config = {**config, "text_config": {**text, "intermediate_size": [units] * layers}}
+    folder = files.write_folder(tmp_path / "wide", config, wide)
+    base = Checkpoint.open(folder).config.text
+    for kept in (2000, 4900):  # gaps of 6000 and 200 bytes
+        sliced = Checkpoint.open(folder, plan_slice(base, slice_of([kept] * layers, [])))
+        name = "language_model.layers.1.mlp.down_proj.weight"
+        assert same(sliced.read(name), wide[f"model.{name}"][:, :kept])
+        assert same(sliced.read(name, 3, 9), wide[f"model.{name}"][3:9, :kept])
+
+
+@pytest.mark.parametrize("plan", [None, ([128] * 8, [1, 6])])
+def test_rows_of_a_table(
+    plan: tuple[list[int], list[int]] | None, tiny_folder: Path, quantized_folder: Path, tiny: Checkpoint
+) -> None:
+    chosen = None if plan is None else plan_slice(tiny.config.text, slice_of(*plan))
+    ids = np.array([0, 895, 7, 7, 300], np.int32)
+    for folder in (tiny_folder, quantized_folder):
+        checkpoint = Checkpoint.open(folder, chosen)
+        for path in (PLE, "language_model.embed_tokens"):
+            quantization = checkpoint.quantization(path)
+            weight = checkpoint.read(f"{path}.weight")
+            if quantization is None:
+                expected = to_float32(weight)
+            else:
+                scales, biases = checkpoint.read(f"{path}.scales"), checkpoint.read(f"{path}.biases")
+                expected = dequantize(weight, scales, biases, quantization.bits, quantization.group_size)
+            table = checkpoint.rows(path)
+            assert (table.num_rows, table.width) == expected.shape
+            checkpoint.close()
+            found = table.gather(ids)
+            assert found.dtype == np.float32
+            np.testing.assert_array_equal(found, expected[ids])
+            assert table.gather(np.array([], np.int64)).shape == (0, table.width)
+            with pytest.raises(IndexError, match=f"the table has {table.num_rows} rows"):
+                table.gather(np.array([table.num_rows]))
+            with pytest.raises(IndexError):
+                table.gather(np.array([-1]))
+            checkpoint = Checkpoint.open(folder, chosen)
+
+
+def test_many_rows_do_not_stay_resident(tiny_folder: Path) -> None:
+    table = Checkpoint.open(tiny_folder).rows(PLE)
+    ids = np.random.default_rng(0).integers(0, table.num_rows, 5000)
+    expected = to_float32(Checkpoint.open(tiny_folder).read(f"{PLE}.weight"))
+    np.testing.assert_array_equal(table.gather(ids), expected[ids])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_any_module_may_be_quantized(
+    bits: int, group_size: int, published: tuple[dict[str, Any], dict[str, np.ndarray]], tmp_path: Path
+) -> None:
+    """mlx-vlm quantizes LAuReL, AltUp's router and the embedders as well; overrides are by either peer's path."""
+    config, tensors = published
+    paths = {
+        "language_model.layers.0.laurel.linear_left": Quantization(bits, group_size),
+        "language_model.layers.3.altup.modality_router": Quantization(bits, group_size),
+        "embed_audio.embedding_projection": Quantization(8, 32),
+        "language_model.layers.9.self_attn.v_proj": Quantization(6, 32),  # dead
+    }
+    stored = dict(tensors)
+    quantized = {}
+    for path, how in paths.items():
+        name = f"model.{path}"
+        quantized[path] = quantize(stored.pop(f"{name}.weight"), how.bits, how.group_size)
+        for part, array in zip(("weight", "scales", "biases"), quantized[path], strict=True):
+            stored[f"{name}.{part}"] = array
+    entry = {
+        "bits": bits,
+        "group_size": group_size,
+        "embed_audio.embedding_projection": {"bits": 8, "group_size": 32},
+        "language_model.model.layers.9.self_attn.v_proj": {"bits": 6, "group_size": 32, "mode": "affine"},
+        "model.language_model.layers.0.mlp.up_proj": False,
+    }
+    checkpoint = Checkpoint.open(files.write_folder(tmp_path / "x", {**config, "quantization": entry}, stored))
+    for path, how in paths.items():
+        assert checkpoint.quantization(path) == how
+        for part, expected in zip(("weight", "scales", "biases"), quantized[path], strict=True):
+            assert same(checkpoint.read(f"{path}.{part}"), expected)
+    assert checkpoint.quantization("language_model.embed_tokens") is None
+    assert "quantization" not in checkpoint.raw_config
+
+
+def test_slice_of_quantized_is_quantized_slice(tiny_folder: Path, tmp_path: Path) -> None:
+    for bits, group_size in ((2, 32), (3, 64), (4, 64), (5, 32), (6, 64), (8, 32)):
+        folder = tmp_path / f"{bits}-{group_size}"
+        folder.mkdir()
+        table = write_table(folder, [256, 192, 128, 256, 192, 128, 64, 192], [1, 6])
+        how = {"q_bits": bits, "q_group_size": group_size, "ple_bits": 8 if bits > 3 else 3, "progress": False}
+        cut = {"matformer": "test", "matformer_config": table}
+        whole = convert(tiny_folder, folder / "whole", **how)
+        expected = convert(tiny_folder, folder / "quantized-slice", **how, **cut)
+        found = convert(whole, folder / "slice-of-quantized", **cut, progress=False)
+        a, b = files.read_folder(found), files.read_folder(expected)
+        assert set(a) == set(b)
+        for name in a:
+            assert same(a[name], b[name]), name
+        assert files.read_config(found) == files.read_config(expected)
+        in_place = Checkpoint.open(whole, plan_slice(Checkpoint.open(whole).config.text, _read(table)))
+        assert {f"model.{name}" for name in (*in_place.names, *in_place.dead_names)} == set(a)
+        for name in in_place.names:
+            assert same(in_place.read(name), a[f"model.{name}"])
+
+
+def _read(table: Path) -> Slice:
+    from g3n_mlx.matformer import read_slices
+
+    return read_slices(table)[0]
+
+
+def test_slices_that_part_a_group(tiny: Checkpoint, quantized_folder: Path) -> None:
+    plan = plan_slice(tiny.config.text, slice_of([100] * 10, []))
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.down_proj \(0 to 100\) are not whole groups of 64"):
+        Checkpoint.open(quantized_folder, plan)
+
+
+# What is said about broken folders.
+
+
+def broken(folder: Path, tiny_folder: Path) -> Path:
+    shutil.copytree(tiny_folder, folder)
+    return folder
+
+
+def test_not_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        Checkpoint.open(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
+        Checkpoint.open(tmp_path)
+
+
+def test_pickles_only(tmp_path: Path, tiny_folder: Path) -> None:
+    folder = broken(tmp_path / "x", tiny_folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"only pickled weights \(pytorch_model\.bin\)"):
+        Checkpoint.open(folder)
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no \*\.safetensors files"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [(0, "too short"), (7, "too short"), (1000, "truncated"), (-1, "truncated"), (+1, "longer than its header")],
+)
+def test_file_of_a_wrong_size(size: int, message: str, tmp_path: Path, tiny_folder: Path) -> None:
+    path = broken(tmp_path / "x", tiny_folder) / "model.safetensors"
+    raw = path.read_bytes() + b"\0"
+    path.write_bytes(raw[: size if size >= 7 or size == 0 else len(raw) - 1 + size])
+    with pytest.raises(ValueError, match=rf"model\.safetensors.* {message}"):
+        Checkpoint.open(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
+        (b"not json", "damaged header"),
+        (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{}}', "a given twice"),
+        (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', "has shape"),
+        (b'{"a":{"dtype":"F8_E4M3","shape":[4],"data_offsets":[0,4]}}', "dtype 'F8_E4M3'"),
+        (b'{"a":{"dtype":"F32","shape":"x","data_offsets":[0,4]}}', "entry for a is damaged"),
+        (b'{"a":{"dtype":"F32"}}', "entry for a is damaged"),
+        (b'{"a":7}', "entry for a is damaged"),
+        (b"[1]", "expected an object"),
+        (b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[2,4]}}', "overlap or leave gaps"),
+    ],
+)
+def test_damaged_header(header: bytes, message: str, tmp_path: Path, tiny_folder: Path) -> None:
+    path = broken(tmp_path / "x", tiny_folder) / "model.safetensors"
+    pointer = header.startswith(b"version")
+    path.write_bytes(header if pointer else len(header).to_bytes(8, "little") + header + b"\0" * 4)
+    with pytest.raises(ValueError, match=message) as raised:
+        Checkpoint.open(path.parent)
+    assert "model.safetensors" in str(raised.value)
+
+
+def test_missing_shard(tmp_path: Path, published: tuple[dict[str, Any], dict[str, np.ndarray]]) -> None:
+    folder = files.write_folder(tmp_path / "x", *published, shards=3)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks 1 of 3 weight files .*model-00002-of-00003"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("index", ["no json", "[]", "{}", '{"weight_map": {"a": "../x"}}'])
+def test_damaged_index(index: str, tmp_path: Path, published: tuple[dict[str, Any], dict[str, np.ndarray]]) -> None:
+    folder = files.write_folder(tmp_path / "x", *published, shards=2)
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json"):
+        Checkpoint.open(folder)
+
+
+def test_one_tensor_in_two_files(tmp_path: Path, published: tuple[dict[str, Any], dict[str, np.ndarray]]) -> None:
+    folder = files.write_folder(tmp_path / "x", *published)
+    shutil.copy(folder / "model.safetensors", folder / "copy.safetensors")
+    with pytest.raises(ValueError, match=r"is in both copy\.safetensors and model\.safetensors"):
+        Checkpoint.open(folder)
+    (folder / "copy.safetensors").unlink()
+    files.write_safetensors(folder / "mlx.safetensors", files.mlx_vlm(*published)[1])
+    with pytest.raises(ValueError, match="two checkpoints in one folder"):
+        Checkpoint.open(folder)
+
+
+def test_manifest_names_all_that_is_wrong(
+    tmp_path: Path, published: tuple[dict[str, Any], dict[str, np.ndarray]]
+) -> None:
+    config, tensors = published
+    wrong = dict(tensors)
+    for layer in range(10):
+        del wrong[f"model.language_model.layers.{layer}.input_layernorm.weight"]
+        del wrong[f"model.language_model.layers.{layer}.mlp.up_proj.weight"]
+    wrong["lm_head.weight"] = wrong["model.language_model.embed_tokens.weight"]
+    wrong["model.language_model.norm.weight"] = wrong["model.language_model.norm.weight"][:-1]
+    wrong["model.embed_vision.embedding.weight"] = np.zeros((128, 2048), np.uint32)
+    with pytest.raises(ValueError, match="20 missing") as raised:
+        Checkpoint.open(files.write_folder(tmp_path / "x", config, wrong))
+    message = str(raised.value)
+    assert message.count("input_layernorm") + message.count("up_proj") == 10
+    assert "1 unexpected: lm_head.weight" in message
+    assert "2 misshapen" in message
+    assert "language_model.norm.weight BF16[127], expected [128]" in message
+    assert "embed_vision.embedding.weight U32[128, 2048]" in message
+
+
+def test_tower_without_its_embedder(tmp_path: Path, published: tuple[dict[str, Any], dict[str, np.ndarray]]) -> None:
+    config, tensors = published
+    left = {name: array for name, array in tensors.items() if "embed_audio" not in name}
+    with pytest.raises(ValueError, match=r"4 missing: embed_audio\.embedding\.weight"):
+        Checkpoint.open(files.write_folder(tmp_path / "x", config, left))
+    config = {key: value for key, value in config.items() if key != "audio_config"}
+    with pytest.raises(ValueError, match=r"unexpected: audio_tower"):
+        Checkpoint.open(files.write_folder(tmp_path / "y", config, left))
+
+
+def test_quantized_tensors_that_do_not_fit(quantized_folder: Path, tmp_path: Path) -> None:
+    config, tensors = files.read_config(quantized_folder), files.read_folder(quantized_folder)
+    path = "model.language_model.layers.0.mlp.up_proj"
+    missing = {name: array for name, array in tensors.items() if name != f"{path}.biases"}
+    with pytest.raises(ValueError, match=r"1 missing: language_model\.layers\.0\.mlp\.up_proj\.biases"):
+        Checkpoint.open(files.write_folder(tmp_path / "a", config, missing))
+    odd = tensors | {f"{path}.weight": tensors[f"{path}.weight"][:, :-1]}
+    with pytest.raises(ValueError, match=r"1 misshapen: .*up_proj\.weight U32\[256, 15\] with scales BF16\[256, 2\]"):
+        Checkpoint.open(files.write_folder(tmp_path / "b", config, odd))
+    lying = json.loads(json.dumps(config))
+    lying["quantization"]["bits"] = 5
+    with pytest.raises(ValueError, match=r"declared as Quantization\(bits=5.*tensors say Quantization\(bits=4"):
+        Checkpoint.open(files.write_folder(tmp_path / "c", lying, tensors))
+    silent = {key: value for key, value in config.items() if not key.startswith("quantization")}
+    assert Checkpoint.open(files.write_folder(tmp_path / "d", silent, tensors)).quantizations
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quantized by 'bitsandbytes'"),
+        ({"bits": 4, "group_size": 32, "mode": "mxfp4"}, "mode is 'mxfp4'"),
+        ({"bits": 7, "group_size": 64}, "7 bits"),
+    ],
+)
+def test_other_quantizations_are_refused(
+    entry: dict[str, Any], message: str, tmp_path: Path, published: tuple[dict[str, Any], dict[str, np.ndarray]]
+) -> None:
+    config, tensors = published
+    folder = files.write_folder(tmp_path / "x", {**config, "quantization_config": entry}, tensors)
+    with pytest.raises(ValueError, match=message):
+        Checkpoint.open(folder)
+
+
+def test_kernels_of_two_layouts(tmp_path: Path, published: tuple[dict[str, Any], dict[str, np.ndarray]]) -> None:
+    config, tensors = published
+    mixed = dict(tensors)
+    name = "model.vision_tower.timm_model.blocks.0.0.conv_exp.weight"
+    mixed[name] = np.ascontiguousarray(mixed[name].transpose(0, 2, 3, 1))
+    with pytest.raises(ValueError, match="kernels in different layouts"):
+        Checkpoint.open(files.write_folder(tmp_path / "x", config, mixed))
