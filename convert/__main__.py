@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("give either --matformer or --fits")
     if flags.q_bits is not None and not flags.quantize and not flags.list_slices:
         parser.error("--q-bits is for a conversion with -q")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("g3n_mlx").setLevel(logging.INFO)
     try:
         return _list_slices(flags) if flags.list_slices else _convert(flags)
     except (ValueError, OSError) as error:

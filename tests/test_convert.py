@@ -1,0 +1,453 @@
+"""Conversions: what they write, that they appear whole or not at all, and the command line."""
+
+import collections
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoint_files as files
+import ml_dtypes
+import numpy as np
+import pytest
+
+from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.convert import cached_conversion, convert, plan_for
+from g3n_mlx.convert import write as writing
+from g3n_mlx.convert.__main__ import main
+from g3n_mlx.convert.sizes import largest_fitting, size_slices
+from g3n_mlx.manifest import dead_manifest
+from g3n_mlx.matformer import read_slices
+from g3n_mlx.quantization import Quantization, quantize
+
+DENSE_MARKS = ("norm", "altup.", "laurel.", "embed_vision.", "embed_audio.", "_tower.")
+Tensors = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def tensors(tiny_folder: Path) -> Tensors:
+    return files.read_folder(tiny_folder)
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    path = tmp_path / "slices.csv"
+    path.write_text(
+        "name,# Layers,# Effective Params (B),MMLU PT accuracy,FFN Hidden Dims,Layers Skipped\n"
+        + 'Mixed,8,0.001,40.00%,"[2_5_6, 64 * 3, 128, 256, 192, 128, 64, 192]","[1, 6]"\n'
+        + f'Half,10,,,"{[128] * 10}",\n'
+        + f'Whole,10,,,"{[256] * 10}",\n'
+    )
+    return path
+
+
+def same_tensors(found: Tensors, expected: Tensors) -> None:
+    assert set(found) == set(expected)
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype, name
+        assert found[name].shape == array.shape, name
+        assert found[name].tobytes() == array.tobytes(), name
+
+
+def test_plain_copy(tiny_folder: Path, tensors: Tensors, tmp_path: Path) -> None:
+    output = convert(tiny_folder, tmp_path / "out", progress=False)
+    same_tensors(files.read_folder(output), tensors)
+    assert files.read_config(output) == files.read_config(tiny_folder)
+    for path in tiny_folder.glob("*.json"):
+        if path.name != "config.json":
+            assert (output / path.name).read_bytes() == path.read_bytes()
+    assert (output / "chat_template.jinja").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_quantized(tiny_folder: Path, tensors: Tensors, tmp_path: Path) -> None:
+    output = convert(tiny_folder, tmp_path / "out", q_bits=4, progress=False)
+    found = files.read_folder(output)
+    for name, weight in tensors.items():
+        path = name.removesuffix(".weight")
+        dense = weight.ndim == 1 or (any(mark in name for mark in DENSE_MARKS) and "altup_" not in name)
+        assert (f"{path}.scales" not in found) == dense, name
+        if dense:
+            assert found[name].tobytes() == weight.tobytes()
+            continue
+        bits = 8 if name.endswith("embed_tokens_per_layer.weight") else 4
+        for part, array in zip(("weight", "scales", "biases"), quantize(weight, bits, 64), strict=True):
+            assert found[f"{path}.{part}"].tobytes() == array.tobytes(), name
+    config = files.read_config(output)
+    entry = config["quantization"]
+    assert config["quantization_config"] == entry
+    override = {"group_size": 64, "bits": 8, "mode": "affine"}
+    assert entry == {
+        "group_size": 64,
+        "bits": 4,
+        "mode": "affine",
+        "model.language_model.embed_tokens_per_layer": override,
+        "language_model.model.embed_tokens_per_layer": override,
+    }
+    assert Checkpoint.open(output).quantization("language_model.embed_tokens") == Quantization(4, 64)
+
+
+@pytest.mark.parametrize("ple_bits", [2, 4])
+def test_bits_of_the_ple_table(ple_bits: int, tiny_folder: Path, tmp_path: Path) -> None:
+    output = convert(tiny_folder, tmp_path / "out", q_bits=4, q_group_size=32, ple_bits=ple_bits, progress=False)
+    checkpoint = Checkpoint.open(output)
+    assert checkpoint.quantization("language_model.embed_tokens_per_layer") == Quantization(ple_bits, 32)
+
+
+def test_rows_that_do_not_divide_stay_dense(
+    tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        output = convert(tiny_folder, tmp_path / "out", q_bits=4, q_group_size=128, progress=False)
+    checkpoint = Checkpoint.open(output)
+    assert checkpoint.quantization("language_model.layers.0.per_layer_projection") is None  # rows of 64
+    assert checkpoint.quantization("language_model.layers.0.mlp.down_proj") == Quantization(4, 128)
+    assert "layers.0.per_layer_projection stays dense" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_other_dtypes(dtype: str, tiny_folder: Path, tensors: Tensors, tmp_path: Path) -> None:
+    output = convert(tiny_folder, tmp_path / "out", dtype=dtype, progress=False)
+    same_tensors(files.read_folder(output), {name: array.astype(dtype) for name, array in tensors.items()})
+    config = files.read_config(output)
+    assert config["torch_dtype"] == config["text_config"]["torch_dtype"] == dtype
+    quantized = convert(output, tmp_path / "q", q_bits=4, dtype=dtype, progress=False)
+    weight = tensors["model.language_model.embed_tokens.weight"].astype(dtype)
+    scales = quantize(weight, 4, 64)[1]
+    assert files.read_folder(quantized)["model.language_model.embed_tokens.scales"].tobytes() == scales.tobytes()
+
+
+@pytest.mark.parametrize("layout", [files.resaved, files.text_only, files.mlx_vlm, files.old_vision])
+def test_every_layout_becomes_the_published_one(
+    layout: Callable[..., Any], tiny_folder: Path, tensors: Tensors, tmp_path: Path
+) -> None:
+    config = files.read_config(tiny_folder)
+    source = files.write_folder(tmp_path / "in", *layout(config, tensors), shards=2)
+    output = convert(source, tmp_path / "out", progress=False)
+    expected = dict(tensors)
+    if layout is files.text_only:
+        expected = {name: array for name, array in tensors.items() if name.startswith("model.language_model.")}
+    if layout is files.resaved:
+        for name in dead_manifest(Checkpoint.open(tiny_folder).config.text):
+            expected[f"model.{name}"] = np.zeros_like(tensors[f"model.{name}"])
+    if layout is files.old_vision:
+        name = "model.vision_tower.timm_model.conv_stem.conv.bias"
+        expected[name] = np.zeros_like(tensors[name])
+    same_tensors(files.read_folder(output), expected)
+    text = files.read_config(output)["text_config"]
+    assert (text["rope_theta"], text["rope_local_base_freq"]) == (1e6, 1e4)
+    again = convert(output, tmp_path / "again", progress=False)
+    same_tensors(files.read_folder(again), expected)
+
+
+def test_absent_dead_weights_are_quantized_zeros(tiny_folder: Path, tensors: Tensors, tmp_path: Path) -> None:
+    source = files.write_folder(tmp_path / "in", *files.resaved(files.read_config(tiny_folder), tensors))
+    found = files.read_folder(convert(source, tmp_path / "out", q_bits=4, progress=False))
+    path = "model.language_model.layers.9.self_attn.k_proj"
+    for part, array in zip(
+        ("weight", "scales", "biases"), quantize(np.zeros((64, 128), ml_dtypes.bfloat16), 4, 64), strict=True
+    ):
+        assert found[f"{path}.{part}"].tobytes() == array.tobytes()
+
+
+def test_golden_slices(tiny_folder: Path, tmp_path: Path, golden_json: Callable[[str], Any], table: Path) -> None:
+    case = golden_json("matformer")["mixed"]
+    output = convert(tiny_folder, tmp_path / "out", matformer="mixed", matformer_config=table, progress=False)
+    found = files.read_folder(output)
+    assert set(found) == set(case["tensors"])
+    for name, expected in case["tensors"].items():
+        assert hashlib.sha256(found[name].tobytes()).hexdigest() == expected["sha256"], name
+    assert files.read_config(output)["text_config"] == case["text_config"]
+
+
+def test_shards_and_their_index(
+    tiny_folder: Path, tensors: Tensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing.write_shards, "__defaults__", (1_000_000,))
+    output = convert(tiny_folder, tmp_path / "out", progress=False)
+    shards = sorted(path.name for path in output.glob("*.safetensors"))
+    assert len(shards) > 5
+    assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
+    index = json.loads((output / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in tensors.values())
+    assert set(index["weight_map"]) == set(tensors)
+    for shard in shards:
+        here = files.read_safetensors(output / shard)
+        assert {index["weight_map"][name] for name in here} == {shard}
+    same_tensors(files.read_folder(output), tensors)
+
+
+@pytest.mark.parametrize("q_bits", [None, 4])
+@pytest.mark.parametrize("part", ["mlp.down_proj.weight", "input_layernorm.weight"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_damaged_numbers_are_named(
+    q_bits: int | None, part: str, value: float, tiny_folder: Path, tensors: Tensors, tmp_path: Path
+) -> None:
+    name = f"model.language_model.layers.7.{part}"
+    damaged = tensors[name].copy()
+    damaged[(1,) * damaged.ndim] = value
+    source = files.write_folder(tmp_path / "in", files.read_config(tiny_folder), tensors | {name: damaged})
+    with pytest.raises(ValueError, match=rf"{name} holds NaN or infinity"):
+        convert(source, tmp_path / "out", q_bits=q_bits, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_values_too_large_for_float16(tiny_folder: Path, tensors: Tensors, tmp_path: Path) -> None:
+    name = "model.language_model.norm.weight"
+    source = files.write_folder(
+        tmp_path / "in", files.read_config(tiny_folder), tensors | {name: tensors[name] * ml_dtypes.bfloat16(1e6)}
+    )
+    with pytest.raises(ValueError, match=rf"{name} holds NaN or infinity in float16"):
+        convert(source, tmp_path / "out", dtype="float16", progress=False)
+
+
+def test_quantized_sources(tiny_folder: Path, tmp_path: Path, table: Path) -> None:
+    source = convert(tiny_folder, tmp_path / "in", q_bits=4, dtype="float16", progress=False)
+    for flags in ({"q_bits": 4}, {"dtype": "bfloat16"}):
+        with pytest.raises(ValueError, match=r"is quantized already \(4 bits in groups of 64\)"):
+            convert(source, tmp_path / "out", **flags, progress=False)
+    same_tensors(files.read_folder(convert(source, tmp_path / "copy", progress=False)), files.read_folder(source))
+    assert files.read_config(tmp_path / "copy") == files.read_config(source)
+
+
+def test_slice_errors(tiny_folder: Path, tmp_path: Path, table: Path) -> None:
+    with pytest.raises(ValueError, match="made for a base model of 35 layers, this checkpoint has 10"):
+        convert(tiny_folder, tmp_path / "out", matformer="e2b", progress=False)
+    with pytest.raises(ValueError, match="did you mean 'half'"):
+        convert(tiny_folder, tmp_path / "out", matformer="hlaf", matformer_config=table, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_taken_output(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert Checkpoint.open(convert(tiny_folder, tmp_path / "empty", progress=False))
+    for taken in (tmp_path / "empty", tmp_path / "empty" / "config.json"):
+        with pytest.raises(FileExistsError, match="exists already"):
+            convert(tiny_folder, taken, progress=False)
+
+
+def test_full_disk_is_seen_before_anything_is_written(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = collections.namedtuple("usage", "total used free")(10, 10, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match=r"out needs 0\.01 GB, .* has 0\.00 GB free"):
+        convert(tiny_folder, tmp_path / "new" / "out", progress=False)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+SLOW_CONVERSION = """
+import sys, time
+from g3n_mlx.convert import convert, quantize
+copy = quantize._copy
+def slow(*arguments):
+    time.sleep(0.02)
+    return copy(*arguments)
+quantize._copy = slow
+convert(sys.argv[1], sys.argv[2], q_bits=4, progress=False)
+"""
+
+
+def test_killed_conversion_leaves_nothing_that_loads(tiny_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", SLOW_CONVERSION, str(tiny_folder), str(output)])
+    partial = tmp_path / ".out.partial"
+    deadline = time.monotonic() + 60
+    while not list(partial.glob("*.safetensors")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with pytest.raises(FileExistsError, match="another process is writing"):
+        convert(tiny_folder, output, q_bits=4, progress=False)
+    process.kill()
+    process.wait()
+    assert not output.exists()
+    with pytest.raises(FileNotFoundError):
+        Checkpoint.open(partial)
+    convert(tiny_folder, output, q_bits=4, progress=False)  # clears up first
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert Checkpoint.open(output).quantizations
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for a single process")
+def test_interrupted_conversion_cleans_up(tiny_folder: Path, tmp_path: Path) -> None:
+    code = SLOW_CONVERSION.replace("convert(sys.argv[1], sys.argv[2], q_bits=4, progress=False)", "").replace(
+        "import sys, time", "import sys, time\nfrom g3n_mlx.convert.__main__ import main"
+    )
+    code += "sys.exit(main(['--hf-path', sys.argv[1], '-o', sys.argv[2]]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tiny_folder), str(tmp_path / "out")], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / ".out.partial").glob("*.safetensors")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.rstrip().endswith("stopped; nothing was written")
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+# In-situ quantization.
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setattr("g3n_mlx.convert.cache_folder", lambda: folder)
+    return folder
+
+
+def test_cached_conversion_is_made_once(tiny_folder: Path, tmp_path: Path, cache: Path, table: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny_folder, source)
+    first = cached_conversion(source, q_bits=4, progress=False)
+    assert first.is_relative_to(cache)
+    same_tensors(
+        files.read_folder(first), files.read_folder(convert(source, tmp_path / "direct", q_bits=4, progress=False))
+    )
+    stamp = (first / "config.json").stat().st_mtime_ns
+    assert cached_conversion(source, q_bits=4, progress=False) == first
+    assert (first / "config.json").stat().st_mtime_ns == stamp
+    plan = plan_for(source, "half", table)
+    others = {
+        cached_conversion(source, q_bits=3, progress=False),
+        cached_conversion(source, q_bits=4, ple_bits=4, progress=False),
+        cached_conversion(source, q_bits=4, plan=plan, progress=False),
+    }
+    assert len(others | {first}) == 4
+    assert Checkpoint.open(cached_conversion(source, q_bits=4, plan=plan)).config.text.intermediate_size == (128,) * 10
+    os.utime(source / "model.safetensors", ns=(1, 1))
+    assert cached_conversion(source, q_bits=4, progress=False) not in others | {first}
+
+
+def test_cached_conversion_of_a_quantized_source(tiny_folder: Path, tmp_path: Path, cache: Path) -> None:
+    source = convert(tiny_folder, tmp_path / "in", q_bits=4, progress=False)
+    with pytest.raises(ValueError, match="is quantized already"):
+        cached_conversion(source, q_bits=4, progress=False)
+
+
+def _cached(source: Path, folder: Path) -> str:
+    import g3n_mlx.convert
+
+    g3n_mlx.convert.cache_folder = lambda: folder
+    return str(cached_conversion(source, q_bits=4, progress=False))
+
+
+def test_two_processes_make_one_cached_conversion(tiny_folder: Path, tmp_path: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        found = pool.starmap(_cached, [(tiny_folder, tmp_path / "cache")] * 3)
+    assert len(set(found)) == 1
+    assert Checkpoint.open(Path(found[0])).quantizations
+    assert [path.name for path in (tmp_path / "cache" / "conversions").iterdir()] == [Path(found[0]).name]
+
+
+# Sizes and the command line.
+
+
+def test_sizes_are_what_a_conversion_writes(tiny_folder: Path, tensors: Tensors, tmp_path: Path, table: Path) -> None:
+    source = files.write_folder(tmp_path / "in", *files.text_only(files.read_config(tiny_folder), tensors))
+    raw = Checkpoint.open(source).raw_config["text_config"]
+    for entry in size_slices(raw, read_slices(table), 4, 64, 8, "BF16"):
+        output = tmp_path / entry.slice.short_name
+        convert(source, output, q_bits=4, matformer=entry.slice.name, matformer_config=table, progress=False)
+        stored = files.read_folder(output)
+        assert entry.disk_bytes == sum(array.nbytes for array in stored.values())
+
+
+def test_largest_fitting(table: Path, tiny_folder: Path) -> None:
+    raw = files.read_config(tiny_folder)["text_config"]
+    sized = size_slices(raw, read_slices(table), 4, 64, 8, "BF16")
+    by_name = {entry.slice.short_name: entry for entry in sized}
+    assert largest_fitting(sized, 10**12) is by_name["whole"]
+    assert largest_fitting(sized, by_name["whole"].resident_bytes - 1) is not by_name["whole"]
+    with pytest.raises(ValueError, match=r"no slice fits 0\.00 GB: the smallest, \w+, needs 0\.\d\d GB"):
+        largest_fitting(sized, 1000)
+
+
+def test_list_slices(capsys: pytest.CaptureFixture[str], tiny_folder: Path, table: Path) -> None:
+    assert main(["--list-slices"]) == 0
+    published = capsys.readouterr().out
+    assert len(published.splitlines()) == 17
+    assert "Config for E2.49B (block-level)" in published
+    assert main(["--list-slices", "--fits", "3GiB", "--q-bits", "8"]) == 0
+    assert "largest slice that fits: e1.96b-layer" in capsys.readouterr().out
+    assert main(["--list-slices", "--hf-path", str(tiny_folder), "--matformer-config", str(table)]) == 0
+    own = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in own] == ["slice", "mixed", "half", "whole"]
+
+
+def test_command(tiny_folder: Path, tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    flags = ["--hf-path", str(tiny_folder), "-o", str(output), "-q", "--q-bits", "3", "--q-group-size", "32"]
+    flags += ["--ple-bits", "6", "--matformer", "HALF", "--matformer-config", str(table), "--dtype", "float16"]
+    assert main(flags) == 0
+    assert f"wrote {output}" in capsys.readouterr().err
+    checkpoint = Checkpoint.open(output)
+    assert checkpoint.quantization("language_model.layers.0.mlp.up_proj") == Quantization(3, 32)
+    assert checkpoint.quantization("language_model.embed_tokens_per_layer") == Quantization(6, 32)
+    assert checkpoint.config.text.intermediate_size == (128,) * 10
+    assert checkpoint.info("language_model.norm.weight").dtype == "F16"
+
+
+def test_command_picks_what_fits(
+    tiny_folder: Path, tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--hf-path", str(tiny_folder), "-o", str(tmp_path / "out"), "--matformer-config", str(table)]
+    assert main([*flags, "--fits", "8GB"]) == 0
+    assert "largest slice that fits: whole (Whole)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--hf-path", "x"],
+        ["-o", "x"],
+        ["--list-slices", "-o", "x"],
+        ["--hf-path", "x", "-o", "y", "--q-bits", "4"],
+        ["--hf-path", "x", "-o", "y", "-q", "--q-bits", "7"],
+        ["--hf-path", "x", "-o", "y", "--fits", "much"],
+        ["--hf-path", "x", "-o", "y", "--fits", "4GB", "--matformer", "e2b"],
+    ],
+)
+def test_wrong_usage(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(flags)
+    assert raised.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_failures_are_one_line(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for flags in (
+        ["--hf-path", str(tmp_path / "nowhere" / "at" / "all")],
+        ["--hf-path", str(tiny_folder), "--matformer", "e9b"],
+        ["--hf-path", str(tiny_folder), "--matformer", "e2b"],
+        ["--hf-path", str(tiny_folder), "--matformer", "e2b", "--matformer-config", str(tmp_path / "none.csv")],
+    ):
+        assert main([*flags, "-o", str(tmp_path / "out")]) == 1
+        errors = capsys.readouterr().err
+        assert errors.startswith("error: ")
+        assert errors.count("\n") == 1
+
+
+def test_module_runs_without_an_array_framework(tiny_folder: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\nsys.modules['mlx'] = sys.modules['torch'] = None\n"
+        "from g3n_mlx.convert.__main__ import main\n"
+        f"sys.exit(main(['--hf-path', {str(tiny_folder)!r}, '-o', {str(tmp_path / 'out')!r}, '-q']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "100%" in done.stderr
