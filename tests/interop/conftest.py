@@ -72,13 +72,13 @@ def write_dequantized() -> Callable[[Path, Path], Path]:
             if kind in ("scales", "biases") and f"{path}.weight" in stored:
                 continue
             if f"{path}.scales" in stored and kind == "weight":
-                own = quantization.get(path) or {}
+                own = quantization.get(path) or quantization
                 array = mx.dequantize(
                     array,
                     stored[f"{path}.scales"].astype(mx.float32),
                     stored[f"{path}.biases"].astype(mx.float32),
-                    group_size=own.get("group_size", quantization["group_size"]),
-                    bits=own.get("bits", quantization["bits"]),
+                    group_size=own["group_size"],  # null is MLX's default, in a recipe's overrides
+                    bits=own["bits"],
                 )
             dense[name] = array
         target.mkdir()

@@ -21,10 +21,13 @@ LOGITS = """
 import json, sys
 from pathlib import Path
 import mlx.core as mx, numpy as np
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 folder, ids, target = sys.argv[1:]
 model, _ = load_model(Path(folder), strict=True)
-np.save(target, np.array(model(mx.array([json.loads(ids)])).astype(mx.float32))[0])
+# Without a cache its KV-sharing layers compute keys and values of their own.
+logits = model(mx.array([json.loads(ids)]), cache=make_prompt_cache(model))
+np.save(target, np.array(logits.astype(mx.float32))[0])
 """
 
 # What each conversion is asked for; mixed_3_6 gives modules of one checkpoint different bits.
