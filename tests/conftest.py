@@ -62,3 +62,9 @@ def backend(request: pytest.FixtureRequest) -> str:
     if not installed(BACKEND_PACKAGES[name]):
         pytest.skip(f"{BACKEND_PACKAGES[name]} is not installed")
     return name
+
+
+@pytest.fixture(scope="session")
+def backends() -> list[str]:
+    """The names of the installed backends, for tests that compare them."""
+    return [name for name, package in BACKEND_PACKAGES.items() if installed(package)]
