@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -91,7 +91,7 @@ def check_space(folder: Path, jobs: Iterable[Job]) -> int:
 
 
 @contextmanager
-def appearing_folder(folder: Path, wait_for_others: bool) -> Iterator[Path]:
+def appearing_folder(folder: Path, wait_for_others: bool) -> Generator[Path]:
     """A folder to fill, which gets its name when the block ends well and is removed when it does not.
 
     What a killed run left behind is removed first. Raises FileExistsError when the name is taken, or when another

@@ -46,6 +46,8 @@ _OUTER_KEYS = (
 )
 
 _FLOATS = ("BF16", "F16", "F32")
+# What mx.quantize takes where nothing is said (mlx, ops.cpp, `quantize`, mode "affine").
+_MLX_DEFAULT = Quantization(bits=4, group_size=64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +261,10 @@ def _declared_module(raw: Any, where: str) -> Quantization:
         raise ValueError(f"{where}: is {raw!r}, expected false or an object with bits and group_size")
     if raw.get("mode", "affine") != "affine":
         raise ValueError(f"{where}: mode is {raw['mode']!r}, only 'affine' is read")
-    return Quantization(raw["bits"], raw["group_size"])
+    # mlx-lm's mixed recipes write null for what they leave to mx.quantize.
+    bits = _MLX_DEFAULT.bits if raw["bits"] is None else raw["bits"]
+    group_size = _MLX_DEFAULT.group_size if raw["group_size"] is None else raw["group_size"]
+    return Quantization(bits, group_size)
 
 
 def _check_declared(declared: _Declared | None, actual: Mapping[str, Quantization], where: str) -> None:

@@ -239,6 +239,7 @@ def test_any_module_may_be_quantized(
         "language_model.layers.3.altup.modality_router": Quantization(bits, group_size),
         "embed_audio.embedding_projection": Quantization(8, 32),
         "language_model.layers.9.self_attn.v_proj": Quantization(6, 32),  # dead
+        "language_model.layers.1.mlp.gate_proj": Quantization(6, 64),
     }
     stored = dict(tensors)
     quantized = {}
@@ -252,6 +253,7 @@ def test_any_module_may_be_quantized(
         "group_size": group_size,
         "embed_audio.embedding_projection": {"bits": 8, "group_size": 32},
         "language_model.model.layers.9.self_attn.v_proj": {"bits": 6, "group_size": 32, "mode": "affine"},
+        "model.language_model.layers.1.mlp.gate_proj": {"bits": 6, "group_size": None},  # mlx-lm's mixed recipes
         "model.language_model.layers.0.mlp.up_proj": False,
     }
     checkpoint = Checkpoint.open(files.write_folder(tmp_path / "x", {**config, "quantization": entry}, stored))
