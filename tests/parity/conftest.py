@@ -40,6 +40,7 @@ def framework_named(name: str) -> Framework:
         return Framework("mlx", lambda x: mx.array(x), lambda x: np.array(x.astype(mx.float32)))
     import torch
 
+    torch.set_num_threads(1)  # threads wait for each other longer than the tiny products take
     return Framework("torch", lambda x: torch.from_numpy(np.ascontiguousarray(x)), lambda x: x.float().numpy())
 
 
@@ -47,6 +48,12 @@ def framework_named(name: str) -> Framework:
 def framework(backend: str) -> Framework:
     """The backend under test."""
     return framework_named(backend)
+
+
+@pytest.fixture(scope="session")
+def frameworks(backends: list[str]) -> dict[str, Framework]:
+    """Every installed backend, for tests that compare them."""
+    return {name: framework_named(name) for name in backends}
 
 
 @pytest.fixture(scope="session")
