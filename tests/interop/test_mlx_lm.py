@@ -1,5 +1,6 @@
 """Checkpoints written by mlx_lm.convert load here with our numerics; what we write loads there with the same logits."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -7,8 +8,10 @@ import pytest
 
 from g3n_mlx.config import FULL, SLIDING
 
-pytestmark = pytest.mark.slow
-pytest.importorskip("mlx_lm")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("mlx_lm") is None, reason="mlx-lm is not installed"),
+]
 
 CONVERT = """
 import json, sys
