@@ -126,6 +126,7 @@ def nested_config(raw: dict[str, Any]) -> dict[str, Any]:
         inner = {key: value for key, value in raw.items() if key not in outer and key != "architectures"}
         nested = {**outer, "text_config": inner}
         if raw.get("model_type") == "gemma3n_text":
+            inner["model_type"] = "gemma3n_text"
             nested |= {"architectures": ["Gemma3nForConditionalGeneration"], "model_type": "gemma3n"}
     text = nested["text_config"]
     parameters = text.get("rope_parameters")

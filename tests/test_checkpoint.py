@@ -90,6 +90,7 @@ def test_other_layouts_read_the_same(
     text = checkpoint.raw_config["text_config"]
     assert (text["rope_theta"], text["rope_local_base_freq"]) == (1e6, 1e4)
     assert "rope_parameters" not in text
+    assert (checkpoint.raw_config["model_type"], text["model_type"]) == ("gemma3n", "gemma3n_text")
     assert ("vision_config" in checkpoint.raw_config) == has_media
     expected = [name for name in tiny.names if has_media or name.startswith("language_model.")]
     assert set(checkpoint.names) == set(expected)
