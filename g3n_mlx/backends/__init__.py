@@ -14,7 +14,8 @@ What the pair is allowed to have differently:
 
 Names that one of them alone has:
 
-- MLX evaluates lazily: `weights.py:evaluated`; it has no log-softmax of its own: `sampling.py:log_softmax`.
+- MLX evaluates lazily: `weights.py:evaluated`; it has no log-softmax, and its CPU device adds in sequence, in float32:
+  `sampling.py:log_softmax`, `sampling.py:cumulated`.
 - torch's packed int4 form: `quant.py:PackedLinear`, `quant.py:blockwise_product`, `quant.py:dense_product_dtype`,
   `quant.py:packs`, `quant.py:packed_weight`, `quant.py:packed_codes`, `quant.py:packing_block_rows`,
   `quant.py:nibble_rows`, `quant.py:nibble_index`, `quant.py:gives_rows`, `quant.py:unpacked`, `quant.py:_as_slice`,

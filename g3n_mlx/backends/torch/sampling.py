@@ -79,11 +79,11 @@ class Sampler:
 def drawn(scores: Tensor, params: SamplingParams, uniform: float) -> Tensor:
     """One token [1] from [V] scores by inverse CDF of `uniform` over the filtered candidates."""
     ids = ordered(scores, params.top_k or scores.shape[0])
-    probabilities = torch.softmax(scores[ids] / params.temperature, dim=-1)
-    before = probabilities.cumsum(-1) - probabilities  # mass of the better candidates
-    kept = (before < params.top_p) & (probabilities >= params.min_p * probabilities[0])
-    kept[0] = True
-    cumulative = (probabilities * kept).cumsum(-1)
+    weights = torch.exp((scores[ids] - scores[ids[0]]) / params.temperature)  # probabilities as shares of the best's
+    mass = weights.cumsum(-1)
+    better = (mass - weights) / mass[-1]  # probability of the better candidates
+    kept = (better < params.top_p) & (weights >= params.min_p)
+    cumulative = (weights * kept).cumsum(-1)
     index = (cumulative <= uniform * cumulative[-1]).sum()
     return ids[index.clamp(max=kept.sum() - 1)].view(1)
 
