@@ -148,13 +148,14 @@ def _load_ours(request: Request) -> Loaded:
 
 def _load_mlx_lm(request: Request) -> Loaded:
     import mlx.core as mx
+
+    if request.device == "cpu":
+        mx.set_default_device(mx.cpu)  # before the import: mlx-lm makes its stream then
     from mlx.utils import tree_flatten
     from mlx_lm.generate import generate_step, generation_stream, wired_limit
     from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.utils import load_model
 
-    if request.device == "cpu":
-        mx.set_default_device(mx.cpu)
     model: Any = load_model(Path(request.model))[0]
     weights: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # pyright: ignore[reportAssignmentType]
 
