@@ -201,12 +201,12 @@ class _Reader:
             raise ValueError(f"{self._where}: {key} is {value!r}, expected an integer of at least {at_least}")
         return value
 
-    def per_layer(self, key: str, layers: int, kind: type) -> tuple:
+    def per_layer(self, key: str, layers: int, kind: type) -> tuple[Any, ...]:
         """A list with one entry a layer; older files write one scalar for all, or null for zeros."""
         value = self.get(key)
         if value is None and kind is float:
             value = 0.0
-        entries = value if isinstance(value, list) else [value] * layers
+        entries: list[Any] = value if isinstance(value, list) else [value] * layers
         if len(entries) != layers:
             raise ValueError(
                 f"{self._where}: {key} has {len(entries)} entries, num_hidden_layers is {layers}; "

@@ -166,7 +166,9 @@ class Gemma3n:
             raise
         self._conversation = conversation
 
-    def _answer(self, conversation: Conversation, prompt: Prompt, params: SamplingParams) -> Generator[Chunk, None, None]:
+    def _answer(
+        self, conversation: Conversation, prompt: Prompt, params: SamplingParams
+    ) -> Generator[Chunk, None, None]:
         timings = Timings()
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
         decoder, stops = self.tokenizer.stream(), StopStrings(params.stop)

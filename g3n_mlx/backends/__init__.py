@@ -16,8 +16,9 @@ Names that one of them alone has:
 
 - MLX evaluates lazily: `weights.py:evaluated`; it has no log-softmax, and its CPU device adds in sequence, in float32:
   `sampling.py:log_softmax`, `sampling.py:cumulated`.
-- torch's packed int4 form: `quant.py:PackedLinear`, `quant.py:blockwise_product`, `quant.py:dense_product_dtype`,
-  `quant.py:packs`, `quant.py:packed_weight`, `quant.py:packed_codes`, `quant.py:packing_block_rows`,
-  `quant.py:nibble_rows`, `quant.py:nibble_index`, `quant.py:gives_rows`, `quant.py:unpacked`, `quant.py:_as_slice`,
-  `quant.py:_nibbles`, `quant.py:QuantizedLinear.dequantized`, `quant.py:QuantizedLinear.rows`.
+- torch's packed int4 form: `quant.py:PackedLinear`, `quant.py:blockwise_product`, `quant.py:has_amx`,
+  `quant.py:dense_product_dtype`, `quant.py:dense_product_rows`, `quant.py:packs`, `quant.py:empty_packed`,
+  `quant.py:packed_codes`, `quant.py:packing_block_rows`, `quant.py:nibble_rows`, `quant.py:nibble_index`,
+  `quant.py:gives_rows`, `quant.py:unpacked`, `quant.py:_as_slice`, `quant.py:_nibbles`,
+  `quant.py:QuantizedLinear.dequantized`, `quant.py:QuantizedLinear.rows`.
 """

@@ -49,7 +49,7 @@ def claim(device: mx.Device) -> None:
     """
     mx.set_default_device(device)
     if device.type == mx.gpu and mx.metal.is_available():
-        limit = mx.device_info()["max_recommended_working_set_size"]
+        limit = int(mx.device_info()["max_recommended_working_set_size"])
         mx.set_wired_limit(limit)
         mx.set_cache_limit(limit // 8)
         logger.debug("wired limit %d bytes", limit)

@@ -66,6 +66,7 @@ class Gemma3nModel(nn.Module):
             # Computed chunk by chunk, or the graph of the whole prompt would grow in memory.
             mx.eval([[layer.keys, layer.values] for layer in cache.layers.values()])
             return None
+        assert hidden is not None
         return self.drawn(hidden, cache, sampler)
 
     def decode(self, step: Step, cache: Cache, sampler: Sampler) -> Step:
@@ -74,12 +75,15 @@ class Gemma3nModel(nn.Module):
         ahead = step.ahead
         if ahead is None or self.config.embedder_of(int(step)) is not None:
             ahead = self.language_model.ahead(self.embed(token_ids), cache.offset)
-        return self.drawn(self.language_model(ahead, token_ids, cache, "last"), cache, sampler)
+        hidden = self.language_model(ahead, token_ids, cache, "last")
+        assert hidden is not None
+        return self.drawn(hidden, cache, sampler)
 
     def logits(self, token_ids: np.ndarray, cache: Cache) -> np.ndarray:
         """Appends [T] ids to the cache; every row's logits, float32 [T, V]."""
         ahead = self.language_model.ahead(self.embed(token_ids), cache.offset)
         hidden = self.language_model(ahead, token_ids, cache, "all")
+        assert hidden is not None
         return np.array(self.language_model.logits(hidden))
 
     def peak_memory_bytes(self) -> int:
@@ -90,7 +94,7 @@ class Gemma3nModel(nn.Module):
         """Draws from the last row's logits and, on a device that works beside us, starts on the next step."""
         step = sampler.draw(self.language_model.logits(hidden)[0])
         step.ahead = self.started(step.token, cache)
-        mx.async_eval(step.token, step.ahead.projected, *(x for x in step.ahead.halfway if x is not None))
+        mx.async_eval(step.token, step.ahead.projected, *step.ahead.halfway.parts())
         return step
 
     def started(self, token: mx.array, cache: Cache) -> Ahead:
@@ -110,5 +114,6 @@ class Gemma3nModel(nn.Module):
         """An embedder, read at its first use."""
         if name not in self.embedders:
             config = self.config.vision if name == "embed_vision" else self.config.audio
+            assert config is not None
             self.embedders[name] = MultimodalEmbedder(config, self.weights.at(name))
         return self.embedders[name]

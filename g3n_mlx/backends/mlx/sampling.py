@@ -1,6 +1,7 @@
 """The draw on the device; its reference is g3n_mlx/sampling.py, which it must match token for token."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -13,23 +14,23 @@ COLUMNS = 64
 class Step:
     """One drawn token on the device, and what the model computed ahead of its next step."""
 
-    def __init__(self, token: mx.array, logits: mx.array, ahead: object = None) -> None:
+    def __init__(self, token: mx.array, logits: mx.array, ahead: Any = None) -> None:
         self.token = token  # [1] int64
         self.logits = logits  # [V] float32, before penalties
         self.ahead = ahead
 
     def __int__(self) -> int:
-        return int(self.token.item())
+        return cast(int, self.token.item())
 
     def logprob(self) -> float:
         """Log probability of the token before penalties and filters."""
-        return float(log_softmax(self.logits)[self.token].item())
+        return cast(float, log_softmax(self.logits)[self.token].item())
 
     def top_logprobs(self, count: int) -> list[tuple[int, float]]:
         """The most likely (token id, log probability), best first, ties by id."""
         ids = ordered(self.logits, count)
         values = log_softmax(self.logits)[ids]
-        return list(zip(ids.tolist(), values.tolist(), strict=True))
+        return list(zip(cast(list[int], ids.tolist()), cast(list[float], values.tolist()), strict=True))
 
 
 class Sampler:
@@ -64,7 +65,7 @@ class Sampler:
     def penalized(self, logits: mx.array) -> mx.array:
         """Logits after repetition, frequency and presence penalties and the bias."""
         scores = logits
-        if self.counts is not None:
+        if self.counts is not None and self.prompted is not None:
             answered = self.counts > 0
             repetition = self.params.repetition_penalty
             repeated = mx.where(scores > 0, scores / repetition, scores * repetition)

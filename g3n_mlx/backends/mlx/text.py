@@ -33,6 +33,10 @@ class Halfway(NamedTuple):
     keys: mx.array | None = None  # [1, K, T, H]; None in a layer that shares another's
     values: mx.array | None = None
 
+    def parts(self) -> tuple[mx.array, ...]:
+        """The arrays there are, in order."""
+        return tuple(part for part in self if part is not None)
+
     def last_row(self) -> "Halfway":
         """The same for the last position alone; keys and values are stored by then."""
         return Halfway(self.predictions[-1:], self.laurel[-1:], self.queries[:, :, -1:])
@@ -291,7 +295,7 @@ class LanguageModel(nn.Module):
         projected = self.per_layer_model_projection(embeddings) * self.config.hidden_size**-0.5
         projected = projected.reshape(embeddings.shape[0], self.config.num_hidden_layers, -1)  # [T, L, P]
         halfway = self.layers[0].before_attention(self.expanded(embeddings), rope)
-        return self.per_layer_projection_norm(projected), *halfway
+        return self.per_layer_projection_norm(projected), *halfway.parts()
 
     def layer_step(self, layer_idx: int) -> Callable[..., tuple[mx.array, ...]]:
         """From one layer's attended values to the next one's attention, or behind the last layer to the streams."""
@@ -301,8 +305,7 @@ class LanguageModel(nn.Module):
             attended: mx.array, predictions: mx.array, laurel: mx.array, per_layer_inputs: mx.array, rope: Rope
         ) -> tuple[mx.array, ...]:
             streams = layer.after_attention(attended, predictions, laurel, per_layer_inputs[:, layer_idx])
-            halfway = following[0].before_attention(streams, rope) if following else (streams,)
-            return tuple(part for part in halfway if part is not None)
+            return following[0].before_attention(streams, rope).parts() if following else (streams,)
 
         return step
 
@@ -320,8 +323,11 @@ class LanguageModel(nn.Module):
         per_layer_inputs = (ahead.projected + self.per_layer_rows(token_ids)) * (1 / math.sqrt(2))
         halfway, rope = ahead.halfway, ahead.rope
         shared: dict[int, tuple[mx.array, mx.array]] = {}
+        parts = halfway.parts()
         for layer_idx, layer in enumerate(self.layers):
             if layer_idx <= last_owner:
+                assert halfway.keys is not None
+                assert halfway.values is not None
                 shared[layer_idx] = cache.layers[layer_idx].update(halfway.keys, halfway.values)
             if layer_idx == last_owner and wanted == "none":
                 return None
@@ -331,7 +337,8 @@ class LanguageModel(nn.Module):
             attended = layer.self_attn.attend(halfway.queries, *shared[owners[layer_idx]])
             step = (self._compiled_steps if attended.shape[0] == 1 else self._steps)[layer_idx]
             parts = step(attended, halfway.predictions, halfway.laurel, per_layer_inputs, rope)
-            halfway = Halfway(*parts) if layer_idx + 1 < self.config.num_hidden_layers else None
+            if layer_idx < self.config.num_hidden_layers - 1:
+                halfway = Halfway(*parts)
         return (self._compiled_finish if parts[0].shape[0] == 1 else self.finish)(parts[0])
 
     def expanded(self, embeddings: mx.array) -> mx.array:

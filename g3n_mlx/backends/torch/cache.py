@@ -30,6 +30,7 @@ class KVCache:
         if self.keys is None or self.keys.shape[2] < self.offset:
             rows = -(-self.offset // GROWTH_ROWS) * GROWTH_ROWS
             self.keys, self.values = grown(self.keys, keys, start, rows), grown(self.values, values, start, rows)
+        assert self.values is not None
         self.keys[:, :, start : self.offset] = keys
         self.values[:, :, start : self.offset] = values
         return self.keys[:, :, : self.offset], self.values[:, :, : self.offset]
@@ -43,7 +44,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values."""
-        return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
+        return 0 if self.keys is None or self.values is None else self.keys.nbytes + self.values.nbytes
 
 
 class SlidingKVCache:
@@ -65,15 +66,17 @@ class SlidingKVCache:
         new = keys.shape[2]
         seen = min(self.offset, self.window - 1)
         self.offset += new
-        if self.keys is not None and self.length + new <= self.keys.shape[2]:
+        if self.keys is None or self.values is None:
+            self.fill(keys, values)
+            return keys, values
+        if self.length + new <= self.keys.shape[2]:
             end = self.length + new
             self.keys[:, :, self.length : end] = keys
             self.values[:, :, self.length : end] = values
             self.length = end
             return self.keys[:, :, end - seen - new : end], self.values[:, :, end - seen - new : end]
-        if self.keys is not None:
-            keys = torch.cat([self.keys[:, :, self.length - seen : self.length], keys], dim=2)
-            values = torch.cat([self.values[:, :, self.length - seen : self.length], values], dim=2)
+        keys = torch.cat([self.keys[:, :, self.length - seen : self.length], keys], dim=2)
+        values = torch.cat([self.values[:, :, self.length - seen : self.length], values], dim=2)
         self.fill(keys, values)
         return keys, values
 
@@ -96,7 +99,7 @@ class SlidingKVCache:
     @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values."""
-        return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
+        return 0 if self.keys is None or self.values is None else self.keys.nbytes + self.values.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +140,9 @@ class Cache:
         for layer_idx, layer in self.layers.items():
             if isinstance(layer, SlidingKVCache):
                 start, end = max(0, layer.length - (layer.window - 1)), layer.length
-                empty = layer.keys is None or end == start
-                windows[layer_idx] = (
-                    None if empty else (copied(layer.keys, start, end), copied(layer.values, start, end))
-                )
+                windows[layer_idx] = None
+                if layer.keys is not None and layer.values is not None and end > start:
+                    windows[layer_idx] = copied(layer.keys, start, end), copied(layer.values, start, end)
         return Snapshot(self.offset, windows)
 
     def restore(self, snapshot: Snapshot) -> None:

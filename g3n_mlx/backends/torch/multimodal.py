@@ -63,7 +63,10 @@ class Gemma3nModel(nn.Module):
         """Appends [T] ids to the cache; with a sampler, draws the token that follows."""
         ahead = self.language_model.ahead(self.embed(token_ids), cache.offset)
         hidden = self.language_model(ahead, token_ids, cache, "none" if sampler is None else "last")
-        return None if sampler is None else self.drawn(hidden, cache, sampler)
+        if sampler is None:
+            return None
+        assert hidden is not None
+        return self.drawn(hidden, cache, sampler)
 
     @torch.no_grad()
     def decode(self, step: Step, cache: Cache, sampler: Sampler) -> Step:
@@ -72,13 +75,16 @@ class Gemma3nModel(nn.Module):
         ahead = step.ahead
         if ahead is None or self.config.embedder_of(int(step)) is not None:
             ahead = self.language_model.ahead(self.embed(token_ids), cache.offset)
-        return self.drawn(self.language_model(ahead, token_ids, cache, "last"), cache, sampler)
+        hidden = self.language_model(ahead, token_ids, cache, "last")
+        assert hidden is not None
+        return self.drawn(hidden, cache, sampler)
 
     @torch.no_grad()
     def logits(self, token_ids: np.ndarray, cache: Cache) -> np.ndarray:
         """Appends [T] ids to the cache; every row's logits, float32 [T, V]."""
         ahead = self.language_model.ahead(self.embed(token_ids), cache.offset)
         hidden = self.language_model(ahead, token_ids, cache, "all")
+        assert hidden is not None
         return self.language_model.logits(hidden).cpu().numpy()
 
     def peak_memory_bytes(self) -> int:
@@ -109,5 +115,6 @@ class Gemma3nModel(nn.Module):
         """An embedder, read at its first use."""
         if name not in self.embedders:
             config = self.config.vision if name == "embed_vision" else self.config.audio
+            assert config is not None
             self.embedders[name] = MultimodalEmbedder(config, self.weights.at(name))
         return self.embedders[name]

@@ -7,6 +7,7 @@ product, which is faster there (measured: 512 rows of an 8192 x 2048 product tak
 AVX-512 and AMX). The packed layouts belong to torch and the CPU, so they are learned by packing a probe.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -16,8 +17,6 @@ from torch.nn import functional as F
 from g3n_mlx.backends.torch.weights import Weights
 from g3n_mlx.quantization import Quantization
 
-# Rows of activations from which a dequantized product beats the int4 kernel; between 24 and 64 on AVX2 and AVX-512.
-DENSE_PRODUCT_ROWS = 32
 # Weights dequantized at a time: 4 MiB in bfloat16, so that a block stays in the second-level caches.
 BLOCK_WEIGHTS = 1 << 21
 # Rows packed at a time: bounds the int32 codes; a multiple of every kernel's block of rows.
@@ -93,16 +92,27 @@ class PackedLinear(nn.Module):
         self.in_features = weights.shape("scales")[1] * self.group_size
         self.device = weights.device
         self.dtype = weights.dtype
-        self.packed = packed_weight(weights, self.out_features, self.in_features)
-        scales, biases = weights.stored("scales").float(), weights.stored("biases").float()
+        self.packed = empty_packed(self.out_features, self.in_features, weights.device)
         # [K / group size, N, 2]: scale and zero of every group, the kernels' order
-        self.scales_and_zeros = torch.stack([scales.t(), (biases + 8 * scales).t()], dim=-1).contiguous().to(self.dtype)
+        shape = (self.in_features // self.group_size, self.out_features, 2)
+        self.scales_and_zeros = torch.empty(shape, dtype=weights.dtype, device=weights.device)
+        for start in range(0, self.out_features, PACK_ROWS):
+            self._pack(weights, start, min(start + PACK_ROWS, self.out_features))
+
+    def _pack(self, weights: Weights, start: int, stop: int) -> None:
+        """Reads, packs and places the rows [start, stop)."""
+        per_row = self.packed.numel() // self.out_features
+        packed = packed_codes(unpacked(weights.stored("weight", start, stop), 4))
+        self.packed.view(-1)[start * per_row : stop * per_row] = packed.view(-1)
+        scales, biases = (weights.stored(name, start, stop).float() for name in ("scales", "biases"))
+        self.scales_and_zeros[:, start:stop, 0] = scales.t()
+        self.scales_and_zeros[:, start:stop, 1] = (biases + 8 * scales).t()
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, K] -> [T, N]."""
         if x.device.type == "cuda":
             return torch.ops.aten._weight_int4pack_mm(x, self.packed, self.group_size, self.scales_and_zeros)
-        if x.shape[0] < DENSE_PRODUCT_ROWS and x.dtype == torch.bfloat16:
+        if x.shape[0] < dense_product_rows() and x.dtype == torch.bfloat16:
             return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group_size, self.scales_and_zeros)
         return blockwise_product(x, self.out_features, self.in_features, packing_block_rows(), self.dequantized)
 
@@ -117,7 +127,9 @@ class PackedLinear(nn.Module):
 
     def _dequantized_blocks(self, start: int, stop: int, block_rows: int, dtype: torch.dtype) -> Tensor:
         groups, size, blocks = self.in_features // self.group_size, self.group_size, (stop - start) // block_rows
-        low_rows, high_rows = nibble_rows(block_rows)
+        planes = nibble_rows(block_rows)
+        assert planes is not None, block_rows  # `packs` has seen to it
+        low_rows, high_rows = planes
         packed = self.packed.view(-1)[start * self.in_features // 2 : stop * self.in_features // 2]
         packed = packed.view(blocks, self.in_features, block_rows // 2)
         out = torch.empty(self.in_features, blocks, block_rows, dtype=dtype, device=packed.device)
@@ -142,7 +154,13 @@ class PackedLinear(nn.Module):
         )
 
 
-def blockwise_product(x: Tensor, out_features: int, in_features: int, block_rows: int, dequantized) -> Tensor:
+def blockwise_product(
+    x: Tensor,
+    out_features: int,
+    in_features: int,
+    block_rows: int,
+    dequantized: Callable[[int, int, torch.dtype], Tensor],
+) -> Tensor:
     """x W^T in dense products with blocks of dequantized rows, in the dtype that the device multiplies fastest.
 
     x: [T, K]. `dequantized(start, stop, dtype)` gives W^T of these rows; blocks are multiples of `block_rows`.
@@ -158,13 +176,29 @@ def blockwise_product(x: Tensor, out_features: int, in_features: int, block_rows
 
 
 @cache
+def has_amx() -> bool:
+    """Whether the processor multiplies bfloat16 matrices with AMX."""
+    return torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage] (there is no public way to ask)
+
+
+@cache
 def dense_product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """bfloat16 products pay only where the processor has bfloat16 instructions; elsewhere float32 is faster."""
-    if dtype != torch.bfloat16 or device_type != "cpu":
+    """On a CPU bfloat16 products pay only with AMX; without it float32 is faster, AVX-512's bfloat16 included."""
+    if dtype != torch.bfloat16 or device_type != "cpu" or has_amx():
         return dtype
-    return (
-        torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else torch.float32
-    )
+    return torch.float32
+
+
+@cache
+def dense_product_rows() -> int:
+    """Rows of bfloat16 activations from which dequantized blocks beat the CPU's int4 kernel.
+
+    Measured on an 8192 x 2048 weight, two cores: the kernel takes 0.18 ms a row with AVX-512 and 0.32 with AVX2; the
+    blocks take 9 ms, and then 0.01 ms a row with AMX, 0.08 in float32.
+    """
+    if has_amx():
+        return 48
+    return 96 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 40
 
 
 def packs(weights: Weights, quantization: Quantization) -> bool:
@@ -179,18 +213,12 @@ def packs(weights: Weights, quantization: Quantization) -> bool:
     return packing_block_rows() > 0 and rows % 16 == 0 and (tail == 0 or nibble_rows(tail) is not None)
 
 
-def packed_weight(weights: Weights, rows: int, in_features: int) -> Tensor:
-    """The 4-bit codes of a stored weight in the kernel's form, packed a block of rows at a time."""
-    if weights.device.type == "cuda":
+def empty_packed(rows: int, in_features: int, device: torch.device) -> Tensor:
+    """Room for the packed form of [N, K] 4-bit codes; rows fill it in order."""
+    if device.type == "cuda":
         shape = (rows // 8, in_features // (16 * CUDA_INNER_K_TILES), 32, CUDA_INNER_K_TILES // 2)
-        packed = torch.empty(shape, dtype=torch.int32, device=weights.device)
-    else:
-        packed = torch.empty(rows, in_features // 2, dtype=torch.uint8)
-    step = PACK_ROWS * packed.shape[0] // rows  # entries of the first axis that PACK_ROWS rows fill
-    for index, start in enumerate(range(0, rows, PACK_ROWS)):
-        codes = unpacked(weights.stored("weight", start, min(start + PACK_ROWS, rows)), 4)
-        packed[index * step : (index + 1) * step] = packed_codes(codes)
-    return packed
+        return torch.empty(shape, dtype=torch.int32, device=device)
+    return torch.empty(rows, in_features // 2, dtype=torch.uint8)
 
 
 def packed_codes(codes: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The draw on the device; its reference is g3n_mlx/sampling.py, which it must match token for token."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ COLUMNS = 64
 class Step:
     """One drawn token on the device, and what the model computed ahead of its next step."""
 
-    def __init__(self, token: Tensor, logits: Tensor, ahead: object = None) -> None:
+    def __init__(self, token: Tensor, logits: Tensor, ahead: Any = None) -> None:
         self.token = token  # [1] int64
         self.logits = logits  # [V] float32, before penalties
         self.ahead = ahead
@@ -67,7 +68,7 @@ class Sampler:
     def penalized(self, logits: Tensor) -> Tensor:
         """Logits after repetition, frequency and presence penalties and the bias."""
         scores = logits
-        if self.counts is not None:
+        if self.counts is not None and self.prompted is not None:
             answered = self.counts > 0
             repetition = self.params.repetition_penalty
             repeated = torch.where(scores > 0, scores / repetition, scores * repetition)

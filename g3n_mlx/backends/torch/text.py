@@ -34,6 +34,10 @@ class Halfway(NamedTuple):
     keys: Tensor | None = None  # [1, K, T, H]; None in a layer that shares another's
     values: Tensor | None = None
 
+    def parts(self) -> tuple[Tensor, ...]:
+        """The arrays there are, in order."""
+        return tuple(part for part in self if part is not None)
+
     def last_row(self) -> "Halfway":
         """The same for the last position alone; keys and values are stored by then."""
         return Halfway(self.predictions[-1:], self.laurel[-1:], self.queries[:, :, -1:])
@@ -249,7 +253,7 @@ class LanguageModel(nn.Module):
         # The head, tied to the token embeddings [V, D].
         self.embed_tokens = linear(weights.at("embed_tokens"))
         self.embedding_rows = None if gives_rows(self.embed_tokens) else weights.at("embed_tokens").rows()
-        self.layers = nn.ModuleList(
+        self.layers: list[DecoderLayer] = nn.ModuleList(  # pyright: ignore[reportAttributeAccessIssue]
             DecoderLayer(config, layer_idx, weights.at(f"layers.{layer_idx}"))
             for layer_idx in range(config.num_hidden_layers)
         )
@@ -298,7 +302,7 @@ class LanguageModel(nn.Module):
         projected = self.per_layer_model_projection(embeddings) * self.config.hidden_size**-0.5
         projected = projected.view(embeddings.shape[0], self.config.num_hidden_layers, -1)  # [T, L, P]
         halfway = self.layers[0].before_attention(self.expanded(embeddings), rope)
-        return self.per_layer_projection_norm(projected), *halfway
+        return self.per_layer_projection_norm(projected), *halfway.parts()
 
     def layer_step(self, layer_idx: int) -> Callable[..., tuple[Tensor, ...]]:
         """From one layer's attended values to the next one's attention, or behind the last layer to the streams."""
@@ -308,8 +312,7 @@ class LanguageModel(nn.Module):
             attended: Tensor, predictions: Tensor, laurel: Tensor, per_layer_inputs: Tensor, rope: Rope
         ) -> tuple[Tensor, ...]:
             streams = layer.after_attention(attended, predictions, laurel, per_layer_inputs[:, layer_idx])
-            halfway = following[0].before_attention(streams, rope) if following else (streams,)
-            return tuple(part for part in halfway if part is not None)
+            return following[0].before_attention(streams, rope).parts() if following else (streams,)
 
         return step
 
@@ -327,8 +330,11 @@ class LanguageModel(nn.Module):
         per_layer_inputs = (ahead.projected + self.per_layer_rows(token_ids)) * (1 / math.sqrt(2))
         halfway, rope = ahead.halfway, ahead.rope
         shared: dict[int, tuple[Tensor, Tensor]] = {}
+        parts = halfway.parts()
         for layer_idx, layer in enumerate(self.layers):
             if layer_idx <= last_owner:
+                assert halfway.keys is not None
+                assert halfway.values is not None
                 shared[layer_idx] = cache.layers[layer_idx].update(halfway.keys, halfway.values)
             if layer_idx == last_owner and wanted == "none":
                 return None
@@ -337,7 +343,8 @@ class LanguageModel(nn.Module):
                 halfway, per_layer_inputs = halfway.last_row(), per_layer_inputs[-1:]
             attended = layer.self_attn.attend(halfway.queries, *shared[owners[layer_idx]])
             parts = self.steps[layer_idx](attended, halfway.predictions, halfway.laurel, per_layer_inputs, rope)
-            halfway = Halfway(*parts) if layer_idx + 1 < self.config.num_hidden_layers else None
+            if layer_idx < self.config.num_hidden_layers - 1:
+                halfway = Halfway(*parts)
         return self.finish(parts[0])
 
     def expanded(self, embeddings: Tensor) -> Tensor:
