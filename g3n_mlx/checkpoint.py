@@ -26,8 +26,11 @@ from g3n_mlx.shards import DTYPES, MappedTensor, Shard, StoredTensor
 _PAGE_BYTES = 4096
 # Rows that are read whole and then cut, at a time.
 _BLOCK_BYTES = 1 << 20
-# Mapped table rows that may stay resident before their pages are given back.
-_MAPPED_BYTES = 16 << 20
+# Mapped pages that may stay resident before they are given back, ...
+_MAPPED_BYTES = 32 << 20
+# ... and what one touched row can map: Linux keeps large files in pieces of up to this size and maps a piece whole
+# (512 rows of E4B's table at 8 bits: 300 MB resident where 64 KiB a row were reckoned with).
+_TOUCH_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,19 +167,17 @@ class RowTable:
         self._quantization = quantization
         self._columns = [source.columns for source in sources]
         self._maps = [MappedTensor(source.stored) for source in sources]
-        # A row touches its own pages, and the kernel maps some around them (16 on Linux, "fault-around").
-        self._row_bytes = sum(source.stored.num_bytes // self.num_rows + 16 * _PAGE_BYTES for source in sources)
-        self._touched_bytes = 0
+        self._rows_per_step = max(1, _MAPPED_BYTES // (_TOUCH_BYTES * len(sources)))
+        self._touched_rows = 0
 
     def gather(self, ids: np.ndarray) -> np.ndarray:
         """The rows of ids [n], float32 [n, width]; an id outside the table is an IndexError."""
         ids = np.asarray(ids, np.int64)
         if ids.size and not 0 <= ids.min() <= ids.max() < self.num_rows:
             raise IndexError(f"ids from {ids.min()} to {ids.max()}, the table has {self.num_rows} rows")
-        rows_per_step = max(1, _MAPPED_BYTES // self._row_bytes)
         gathered = np.empty((len(ids), self.width), np.float32)
-        for start in range(0, len(ids), rows_per_step):
-            step = slice(start, start + rows_per_step)
+        for start in range(0, len(ids), self._rows_per_step):
+            step = slice(start, start + self._rows_per_step)
             gathered[step] = self._gather_some(ids[step])
         return gathered
 
@@ -185,11 +186,11 @@ class RowTable:
         for mapped, columns in zip(self._maps, self._columns, strict=True):
             rows = mapped.gather(ids)
             parts.append(rows if columns is None else np.concatenate([rows[:, a:b] for a, b in columns], axis=1))
-        self._touched_bytes += len(ids) * self._row_bytes
-        if self._touched_bytes >= _MAPPED_BYTES:
+        self._touched_rows += len(ids)
+        if self._touched_rows >= self._rows_per_step:
             for mapped in self._maps:
                 mapped.release()
-            self._touched_bytes = 0
+            self._touched_rows = 0
         if self._quantization is None:
             return to_float32(parts[0])
         packed, scales, biases = parts

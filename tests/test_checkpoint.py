@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,11 +223,40 @@ def test_rows_of_a_table(
             checkpoint = Checkpoint.open(folder, chosen)
 
 
-def test_many_rows_do_not_stay_resident(tiny_folder: Path) -> None:
-    table = Checkpoint.open(tiny_folder).rows(PLE)
-    ids = np.random.default_rng(0).integers(0, table.num_rows, 5000)
-    expected = to_float32(Checkpoint.open(tiny_folder).read(f"{PLE}.weight"))
-    np.testing.assert_array_equal(table.gather(ids), expected[ids])
+RESIDENT_AFTER_GATHER = """
+import sys
+from pathlib import Path
+import numpy as np
+from g3n_mlx.checkpoint import Checkpoint
+def peak_bytes():
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+table = Checkpoint.open(Path(sys.argv[1])).rows("language_model.embed_tokens_per_layer")
+table.gather(np.arange(8))
+before = peak_bytes()
+ids = np.random.default_rng(0).integers(0, table.num_rows, 20_000)
+for start in range(0, len(ids), 100):
+    table.gather(ids[start : start + 100])
+print(peak_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_gathered_rows_do_not_stay_resident(
+    tmp_path: Path, published: tuple[dict[str, Any], dict[str, np.ndarray]]
+) -> None:
+    config, tensors = published
+    text = {**config["text_config"], "vocab_size_per_layer_input": 100_000}
+    name = f"model.{PLE}.weight"
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((100_000, 640), np.float32).astype(ml_dtypes.bfloat16)  # 128 MB
+    folder = files.write_folder(tmp_path / "x", {**config, "text_config": text}, {**tensors, name: table})
+    done = subprocess.run(
+        [sys.executable, "-c", RESIDENT_AFTER_GATHER, str(folder)], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 48 << 20
+    ids = rng.integers(0, 100_000, 1000)
+    found = Checkpoint.open(folder).rows(PLE).gather(ids)
+    np.testing.assert_array_equal(found, to_float32(table[ids]))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
