@@ -198,7 +198,7 @@ def assert_quantized_equals_dense(frameworks, folder, target, ids, new_tokens):
             step = network.decode(step, cache, sampler)
         answers.append(tokens)
     shortest = min(map(len, answers))
-    assert shortest >= new_tokens // 2, "the margins are too small to tell"
+    assert shortest >= new_tokens // 4, "the margins are too small to tell"
     assert all(tokens[:shortest] == answers[0][:shortest] for tokens in answers)
 
 
