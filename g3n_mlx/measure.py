@@ -152,9 +152,9 @@ def _load_mlx_lm(request: Request) -> Loaded:
     if request.device == "cpu":
         mx.set_default_device(mx.cpu)  # before the import: mlx-lm makes its stream then
     from mlx.utils import tree_flatten
-    from mlx_lm.generate import generate_step, generation_stream, wired_limit
-    from mlx_lm.models.cache import make_prompt_cache
-    from mlx_lm.utils import load_model
+    from mlx_lm.generate import generate_step, generation_stream, wired_limit  # pyright: ignore[reportMissingImports]
+    from mlx_lm.models.cache import make_prompt_cache  # pyright: ignore[reportMissingImports]
+    from mlx_lm.utils import load_model  # pyright: ignore[reportMissingImports]
 
     model: Any = load_model(Path(request.model))[0]
     weights: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # pyright: ignore[reportAssignmentType]
@@ -180,7 +180,7 @@ def _load_transformers(request: Request) -> Loaded:
     # For pictures only, and a torchvision built for another torch would stop the import of transformers.
     sys.modules["torchvision"] = sys.modules["timm"] = None  # type: ignore[assignment]
     import torch
-    from transformers import Gemma3nForCausalLM
+    from transformers import Gemma3nForCausalLM  # pyright: ignore[reportMissingImports]
 
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
     # The text model alone, also from a checkpoint with towers: what is compared is text.
