@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.config import ModelConfig, read_json
 from g3n_mlx.convert.quantize import FLOATS, choose_quantizations, plan_jobs
 from g3n_mlx.convert.write import (
     appearing_folder,
@@ -21,7 +22,7 @@ from g3n_mlx.convert.write import (
     write_shards,
 )
 from g3n_mlx.hub import cache_folder, resolve
-from g3n_mlx.layouts import open_layout
+from g3n_mlx.layouts import nested_config, open_layout
 from g3n_mlx.manifest import TEXT, dead_manifest
 from g3n_mlx.matformer import SlicePlan, find_slice, plan_slice, read_slices
 from g3n_mlx.quantization import Quantization
@@ -56,6 +57,8 @@ def convert(
     table). dtype: "bfloat16" when nothing is said, "float16" or "float32"; of an already quantized source it stays
     what it is. Raises ValueError or OSError when the source, the slice, the disk or the output folder does not fit.
     """
+    if matformer_config is not None and matformer is None:
+        raise ValueError("matformer_config was given without matformer: name the slice to take from it")
     folder = resolve(source, revision)
     output = Path(output).expanduser()
     plan = None if matformer is None else plan_for(folder, matformer, matformer_config)
@@ -100,11 +103,11 @@ def cached_conversion(
 
 
 def plan_for(folder: Path, matformer: str, matformer_config: str | Path | None = None) -> SlicePlan:
-    """The plan of a named slice for the checkpoint in a folder."""
-    chosen = find_slice(matformer, read_slices(None if matformer_config is None else Path(matformer_config)))
-    checkpoint = Checkpoint.open(folder)
-    checkpoint.close()
-    return plan_slice(checkpoint.config.text, chosen)
+    """The plan of a named slice for the checkpoint in a folder; its config.json alone is read."""
+    slices = read_slices(None if matformer_config is None else Path(matformer_config))
+    where = folder / "config.json"
+    config = ModelConfig.from_dict(nested_config(read_json(where)), str(where))
+    return plan_slice(config.text, find_slice(matformer, slices))
 
 
 def fingerprint(folder: Path) -> str:

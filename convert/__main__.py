@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("give --hf-path and -o, or --list-slices")
     if flags.fits and flags.matformer:
         parser.error("give either --matformer or --fits")
+    if flags.matformer_config and not (flags.matformer or flags.fits or flags.list_slices):
+        parser.error("--matformer-config needs --matformer, --fits or --list-slices")
     if flags.q_bits is not None and not flags.quantize and not flags.list_slices:
         parser.error("--q-bits is for a conversion with -q")
     logging.basicConfig(format="%(message)s", stream=sys.stderr)

@@ -7,6 +7,7 @@ so what bears the name is complete.
 import json
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -118,7 +119,8 @@ def appearing_folder(folder: Path, wait_for_others: bool) -> Generator[Path]:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
+        if sys.platform != "win32":  # there an open file cannot be removed, and releasing the lock removes it
+            Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 

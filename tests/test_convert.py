@@ -223,6 +223,8 @@ def test_slice_errors(tiny_folder: Path, tmp_path: Path, table: Path) -> None:
         convert(tiny_folder, tmp_path / "out", matformer="e2b", progress=False)
     with pytest.raises(ValueError, match="did you mean 'half'"):
         convert(tiny_folder, tmp_path / "out", matformer="hlaf", matformer_config=table, progress=False)
+    with pytest.raises(ValueError, match="matformer_config was given without matformer"):
+        convert(tiny_folder, tmp_path / "out", matformer_config=table, progress=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -419,6 +421,7 @@ def test_command_picks_what_fits(
         ["--hf-path", "x", "-o", "y", "--q-bits", "4"],
         ["--hf-path", "x", "-o", "y", "-q", "--q-bits", "7"],
         ["--hf-path", "x", "-o", "y", "--fits", "much"],
+        ["--hf-path", "x", "-o", "y", "--matformer-config", "z.csv"],
         ["--hf-path", "x", "-o", "y", "--fits", "4GB", "--matformer", "e2b"],
     ],
 )
