@@ -13,8 +13,9 @@ from g3n_mlx.matformer import Slice, plan_slice, slice_config
 # What a run takes besides weights: the KV caches of a conversation of this length, in bfloat16, ...
 _CONTEXT_TOKENS = 4096
 _CACHE_ITEM_BYTES = 2
-# ... and Python, the array framework and a prompt's activations, measured on Linux (README.md, "Figures").
-_PROGRAM_BYTES = 450_000_000
+# ... and Python, the array framework and a short prompt's activations. On Linux with torch, 4 bits, VmHWM was 1.89 GB
+# (E2B) and 3.20 GB (E4B): this makes the estimates 2.05 and 3.21 GB, on the safe side.
+_PROGRAM_BYTES = 620_000_000
 
 
 @dataclass(frozen=True, slots=True)

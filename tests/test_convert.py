@@ -383,7 +383,7 @@ def test_list_slices(capsys: pytest.CaptureFixture[str], tiny_folder: Path, tabl
     published = capsys.readouterr().out
     assert len(published.splitlines()) == 17
     assert "Config for E2.49B (block-level)" in published
-    assert main(["--list-slices", "--fits", "3GiB", "--q-bits", "8"]) == 0
+    assert main(["--list-slices", "--fits", "3.1GiB", "--q-bits", "8"]) == 0
     assert "largest slice that fits: e1.96b-layer" in capsys.readouterr().out
     assert main(["--list-slices", "--hf-path", str(tiny_folder), "--matformer-config", str(table)]) == 0
     own = capsys.readouterr().out.splitlines()
