@@ -8,10 +8,8 @@ from pathlib import Path
 
 from g3n_mlx import hub
 from g3n_mlx.checkpoint import Checkpoint
-from g3n_mlx.config import ModelConfig, read_json
-from g3n_mlx.convert import cached_conversion
-from g3n_mlx.layouts import nested_config
-from g3n_mlx.matformer import SlicePlan, find_slice, plan_slice, read_slices
+from g3n_mlx.config import read_json
+from g3n_mlx.convert import cached_conversion, plan_for
 from g3n_mlx.model import Gemma3n
 from g3n_mlx.tokenizer import Tokenizer
 
@@ -42,12 +40,16 @@ def load(
     devices = importlib.import_module(f"g3n_mlx.backends.{backend}.device")
     place = devices.device_of(device)
     folder = hub.resolve(path_or_id, revision)
-    plan = slice_plan(folder, matformer, matformer_config)
-    if q_bits is not None:
-        folder, plan = cached_conversion(folder, q_bits=q_bits, plan=plan), None
-    checkpoint = Checkpoint.open(folder, plan)
-    quantized = checkpoint.quantization("language_model.embed_tokens") is not None
-    activations = devices.dtype_of(dtype, place, quantized)
+    name = folder.resolve().name if Path(path_or_id).expanduser().is_dir() else str(path_or_id)
+    if matformer is None and matformer_config is not None:
+        raise ValueError("matformer_config was given without matformer: name the slice to take from it")
+    plan = None if matformer is None else plan_for(folder, matformer, matformer_config)
+    if q_bits is None:
+        checkpoint = Checkpoint.open(folder, plan)
+    else:
+        folder = cached_conversion(folder, q_bits=q_bits, plan=plan)
+        checkpoint = Checkpoint.open(folder)
+    activations = devices.dtype_of(dtype, place, bool(checkpoint.quantizations))
     tokenizer = Tokenizer.from_folder(folder)
     generation = folder / "generation_config.json"
     devices.claim(place)
@@ -56,23 +58,12 @@ def load(
         multimodal.Gemma3nModel(checkpoint, activations, place),
         checkpoint,
         tokenizer,
-        name=str(path_or_id) if not Path(path_or_id).expanduser().is_dir() else folder.resolve().name,
+        name=name,
+        slice_name=None if plan is None else plan.slice_name,
         backend=backend,
         device=device_name(place),
         generation_config=read_json(generation) if generation.exists() else {},
     )
-
-
-def slice_plan(folder: Path, matformer: str | None, matformer_config: str | Path | None) -> SlicePlan | None:
-    """What a named MatFormer slice keeps of the checkpoint in a folder; None is all of it."""
-    if matformer is None:
-        if matformer_config is not None:
-            raise ValueError("matformer_config was given without matformer: name the slice to take from it")
-        return None
-    where = folder / "config.json"
-    config = ModelConfig.from_dict(nested_config(read_json(where)), str(where))
-    slices = read_slices(None if matformer_config is None else Path(matformer_config))
-    return plan_slice(config.text, find_slice(matformer, slices))
 
 
 def chosen_backend(name: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from g3n_mlx.cache import Conversation
 from g3n_mlx.checkpoint import Checkpoint
 from g3n_mlx.config import ModelConfig
-from g3n_mlx.generate import Timings, chunks, generate_tokens
+from g3n_mlx.generate import Timings, check_length, chunks, generate_tokens
 from g3n_mlx.interface import Model, Step
 from g3n_mlx.memory import peak_process_bytes
 from g3n_mlx.prompt import Prompt, prepare
@@ -70,6 +70,7 @@ class Gemma3n:
         tokenizer: Tokenizer,
         *,
         name: str,
+        slice_name: str | None,
         backend: str,
         device: str,
         generation_config: Mapping[str, Any],
@@ -79,7 +80,7 @@ class Gemma3n:
         self.name = name
         self.backend = backend
         self.device = device
-        self.slice_name = checkpoint.slice_name
+        self.slice_name = slice_name
         self.sampling_defaults = SamplingParams.published_defaults(generation_config)
         eos = generation_config.get("eos_token_id", self.config.eos_token_ids)
         self.eos_token_ids = frozenset(eos if isinstance(eos, Sequence) else [eos])
@@ -128,13 +129,14 @@ class Gemma3n:
         given = {name: value for name, value in sampling.items() if value is not None}
         params = SamplingParams(**{**self.sampling_defaults, **given})
         params.check_vocabulary(self.config.text.vocab_size)
-        return self._stream(self._prompt(prompt), params)
+        prepared = self._prompt(prompt)
+        check_length(len(prepared.token_ids), 1, self.config.text.max_position_embeddings)
+        return self._stream(prepared, params)
 
     def logits(self, prompt: PromptLike) -> np.ndarray:
         """Logits after every token of a prompt, float32 [T, V], for scoring. Raises as `generate`."""
         ids = np.asarray(self._prompt(prompt).token_ids, dtype=np.int64)
-        if len(ids) > self.config.text.max_position_embeddings:
-            raise ValueError(f"{len(ids)} tokens, the context has {self.config.text.max_position_embeddings}")
+        check_length(len(ids), 0, self.config.text.max_position_embeddings)
         cache = self._model.make_cache()
         spans = chunks(0, len(ids), (), SamplingParams().prefill_step_size)
         return np.concatenate([self._model.logits(ids[a:b], cache) for a, b in spans])
