@@ -31,6 +31,17 @@ class Timings:
     at_limit: bool = False  # ended by max_tokens or the end of the context
 
 
+def check_length(prompt_tokens: int, answer_tokens: int, context_tokens: int) -> None:
+    """Raises PromptTooLong when the context has no room for a prompt and the least answer wanted."""
+    excess = prompt_tokens + answer_tokens - context_tokens
+    if excess > 0:
+        answer = " and an answer" if answer_tokens else ""
+        raise PromptTooLong(
+            f"the prompt has {prompt_tokens} tokens, {excess} too many for the context of {context_tokens} "
+            f"tokens{answer}: shorten it"
+        )
+
+
 def chunks(start: int, length: int, borders: Sequence[int], step_size: int) -> Iterator[tuple[int, int]]:
     """Spans [a, b) that cover start..length: cut at every border, and every `step_size` ids after one.
 
@@ -58,12 +69,8 @@ def generate_tokens(
 
     Raises PromptTooLong before anything runs. The conversation's cache goes on from what it shares with the prompt.
     """
+    check_length(len(prompt_ids), 1, context_tokens)
     room = context_tokens - len(prompt_ids)
-    if room < 1:
-        raise PromptTooLong(
-            f"the prompt has {len(prompt_ids)} tokens, {1 - room} too many for the context of {context_tokens} "
-            "tokens and an answer: shorten it"
-        )
     limit = room if params.max_tokens is None else min(room, params.max_tokens)
     started = time.perf_counter()
     sampler = model.make_sampler(params, prompt_ids)

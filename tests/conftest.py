@@ -61,6 +61,10 @@ def backend(request: pytest.FixtureRequest) -> str:
     name = request.param
     if not installed(BACKEND_PACKAGES[name]):
         pytest.skip(f"{BACKEND_PACKAGES[name]} is not installed")
+    if name == "torch":
+        import torch
+
+        torch.set_num_threads(1)  # threads wait for each other longer than the tiny products take
     return name
 
 

@@ -1,0 +1,225 @@
+"""The loop over token ids, and the conversation's cache, with a model of the seam's calls that counts them."""
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from g3n_mlx.cache import MAX_SNAPSHOTS, Conversation
+from g3n_mlx.generate import PromptTooLong, Timings, chunks, generate_tokens
+from g3n_mlx.sampling import SamplingParams
+
+VOCABULARY = 50
+
+
+class ListCache:
+    """Remembers the ids themselves. As a sliding window, it goes back to snapshots and nowhere else."""
+
+    def __init__(self):
+        self.ids = []
+
+    @property
+    def offset(self):
+        return len(self.ids)
+
+    @property
+    def nbytes(self):
+        return 8 * len(self.ids)
+
+    def snapshot(self):
+        return tuple(self.ids)
+
+    def restore(self, snapshot):
+        assert tuple(self.ids[: len(snapshot)]) == snapshot, "the ids before a snapshot have changed"
+        self.ids = list(snapshot)
+
+
+class HashModel:
+    """The next token is a hash of all ids before it, so a cache that holds other ids shows at once."""
+
+    def __init__(self):
+        self.calls = []
+
+    def make_cache(self):
+        return ListCache()
+
+    def make_sampler(self, params, prompt_ids):
+        return params
+
+    def prefill(self, token_ids, cache, sampler):
+        self.calls.append(("prefill", len(token_ids)))
+        cache.ids.extend(token_ids.tolist())
+        return None if sampler is None else self.after(cache)
+
+    def decode(self, step, cache, sampler):
+        self.calls.append(("decode", 1))
+        cache.ids.append(int(step))
+        return self.after(cache)
+
+    @staticmethod
+    def after(cache):
+        return hash(tuple(cache.ids)) % VOCABULARY
+
+
+def answer(model, conversation, prompt, borders=(), context=1000, stop_ids=(), **options):
+    timings = Timings()
+    params = SamplingParams(**{"max_tokens": 5, **options})
+    steps = generate_tokens(model, conversation, prompt, borders, params, frozenset(stop_ids), context, timings)
+    return [int(step) for step in steps], timings
+
+
+def fresh(prompt, **options):
+    model = HashModel()
+    return answer(model, Conversation(model.make_cache()), prompt, **options)[0]
+
+
+PROMPT = tuple(range(20))
+
+
+@given(
+    start=st.integers(0, 40),
+    length=st.integers(1, 60),
+    borders=st.lists(st.integers(0, 70)),
+    step_size=st.integers(1, 30),
+)
+def test_chunks_cover_everything_once_and_end_at_borders(start, length, borders, step_size):
+    spans = list(chunks(start, length, borders, step_size))
+    assert [i for a, b in spans for i in range(a, b)] == list(range(start, length))
+    assert all(0 < b - a <= step_size for a, b in spans)
+    assert {b for b in borders if start < b < length} <= {b for _, b in spans}
+
+
+@given(borders=st.lists(st.integers(1, 59), min_size=1), step_size=st.integers(1, 30), data=st.data())
+def test_chunks_after_a_border_are_those_of_a_fresh_run(borders, step_size, data):
+    border = data.draw(st.sampled_from(borders))
+    whole = list(chunks(0, 60, borders, step_size))
+    assert list(chunks(border, 60, borders, step_size)) == [span for span in whole if span[0] >= border]
+
+
+def test_prompt_too_long_says_by_how_much():
+    model = HashModel()
+    with pytest.raises(PromptTooLong, match="20 tokens, 5 too many for the context of 16 tokens"):
+        answer(model, Conversation(model.make_cache()), PROMPT, context=16)
+    with pytest.raises(PromptTooLong, match="1 too many"):
+        answer(model, Conversation(model.make_cache()), PROMPT, context=20)
+    assert model.calls == []
+
+
+def test_the_context_ends_the_answer():
+    tokens, timings = answer(HashModel(), Conversation(ListCache()), PROMPT, context=23, max_tokens=None)
+    assert len(tokens) == 3
+    assert timings.at_limit
+    tokens, timings = answer(HashModel(), Conversation(ListCache()), PROMPT, context=23, max_tokens=2)
+    assert len(tokens) == 2
+
+
+def test_max_tokens_ends_the_answer_and_nothing_more_is_decoded():
+    model = HashModel()
+    tokens, timings = answer(model, Conversation(model.make_cache()), PROMPT, max_tokens=4, prefill_step_size=8)
+    assert len(tokens) == timings.completion_tokens == 4
+    assert timings.at_limit
+    assert model.calls == [("prefill", 8), ("prefill", 8), ("prefill", 4)] + [("decode", 1)] * 3
+
+
+def test_a_stop_id_ends_the_answer_and_is_not_part_of_it():
+    tokens = fresh(PROMPT, max_tokens=8)
+    stop = next(token for token in tokens[2:] if token not in tokens[:2])
+    stopped, timings = answer(HashModel(), Conversation(ListCache()), PROMPT, stop_ids=[stop], max_tokens=8)
+    assert stopped == tokens[: tokens.index(stop)]
+    assert timings.completion_tokens == len(stopped)
+    assert not timings.at_limit
+    none, timings = answer(HashModel(), Conversation(ListCache()), PROMPT, stop_ids=[tokens[0]])
+    assert none == []
+    assert timings.completion_tokens == 0
+
+
+def test_a_stop_id_as_the_last_allowed_token_is_no_limit():
+    tokens = fresh(PROMPT, max_tokens=2)
+    _, timings = answer(HashModel(), Conversation(ListCache()), PROMPT, stop_ids=[tokens[1]], max_tokens=2)
+    assert timings.completion_tokens == (0 if tokens[0] == tokens[1] else 1)
+    assert not timings.at_limit
+
+
+def test_an_answer_that_is_closed_runs_nothing_more():
+    model = HashModel()
+    conversation = Conversation(model.make_cache())
+    steps = generate_tokens(model, conversation, PROMPT, (), SamplingParams(), frozenset(), 1000, Timings())
+    first = [int(step) for step in itertools.islice(steps, 3)]
+    calls = list(model.calls)
+    steps.close()
+    assert model.calls == calls
+    assert conversation.token_ids == [*PROMPT, *first[:2]]
+    assert conversation.cache.ids == conversation.token_ids
+
+
+def test_the_next_turn_runs_what_is_new():
+    model = HashModel()
+    conversation = Conversation(model.make_cache())
+    reply, _ = answer(model, conversation, PROMPT)
+    model.calls.clear()
+    prompt = (*PROMPT, *reply, 7, 8, 9)
+    tokens, timings = answer(model, conversation, prompt)
+    assert tokens == fresh(prompt)
+    assert timings.cached_tokens == len(PROMPT) + len(reply) - 1  # the last drawn token was not run
+    assert model.calls[0] == ("prefill", 4)
+
+
+def test_another_reply_goes_back_to_the_prompt_before_it():
+    model = HashModel()
+    conversation = Conversation(model.make_cache())
+    answer(model, conversation, PROMPT)
+    prompt = (*PROMPT, 49, 48, 47, 7, 8, 9)
+    tokens, timings = answer(model, conversation, prompt)
+    assert tokens == fresh(prompt)
+    assert timings.cached_tokens == len(PROMPT)
+
+
+def test_another_user_message_goes_back_to_the_system_text():
+    model = HashModel()
+    conversation = Conversation(model.make_cache())
+    answer(model, conversation, PROMPT, borders=(6, len(PROMPT)))
+    prompt = (*PROMPT[:9], 40, 41)
+    tokens, timings = answer(model, conversation, prompt, borders=(6, len(prompt)))
+    assert tokens == fresh(prompt)
+    assert timings.cached_tokens == 6
+
+
+def test_the_same_prompt_again_runs_its_last_turn():
+    """A snapshot at the very end of the prompt is of no use: its last token has to run to give logits."""
+    model = HashModel()
+    conversation = Conversation(model.make_cache())
+    first, _ = answer(model, conversation, PROMPT, borders=(6, 12, len(PROMPT)))
+    again, timings = answer(model, conversation, PROMPT, borders=(6, 12, len(PROMPT)))
+    assert again == first
+    assert timings.cached_tokens == 12
+
+
+def test_snapshots_are_bounded_and_the_first_stays():
+    model = HashModel()
+    conversation = Conversation(model.make_cache())
+    prompt = list(range(4))
+    answer(model, conversation, prompt, borders=(4,), max_tokens=1)
+    for turn in range(2 * MAX_SNAPSHOTS):
+        prompt += [30 + turn, 2, 3]
+        answer(model, conversation, prompt, max_tokens=1)
+    assert len(conversation._marks) == MAX_SNAPSHOTS
+    _, timings = answer(model, conversation, [*range(4), 9, 9])
+    assert timings.cached_tokens == 4
+
+
+prompts = st.lists(st.integers(0, 2), min_size=1, max_size=12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(turns=st.lists(st.tuples(prompts, st.lists(st.integers(1, 12), max_size=3), st.integers(1, 6)), max_size=10))
+def test_any_sequence_of_prompts_is_answered_as_if_fresh(turns):
+    """Prompts of three ids, so that many begin alike; the cache always holds exactly the ids it is said to hold."""
+    model = HashModel()
+    conversation = Conversation(model.make_cache())
+    for prompt, borders, step_size in turns:
+        tokens, timings = answer(model, conversation, prompt, borders=borders, prefill_step_size=step_size)
+        assert tokens == fresh(prompt)
+        assert conversation.cache.ids == conversation.token_ids == [*prompt, *tokens[:-1]]
+        assert timings.cached_tokens < len(prompt)
+        assert timings.prompt_tokens == len(prompt)
