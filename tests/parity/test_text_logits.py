@@ -1,5 +1,7 @@
 """Logits and greedy tokens of the whole text model against the reference; one-shot, in chunks, token by token."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,7 +17,7 @@ GREEDY = SamplingParams(temperature=0)
 def scored(network, ids, spans):
     """Logits of all rows, the prompt cut at the given positions."""
     cache, borders = network.make_cache(), [0, *spans, len(ids)]
-    return np.concatenate([network.logits(ids[a:b], cache) for a, b in zip(borders, borders[1:], strict=False)])
+    return np.concatenate([network.logits(ids[a:b], cache) for a, b in pairwise(borders)])
 
 
 @pytest.mark.parametrize("case", ["", "media_token_"])
@@ -52,7 +54,7 @@ def test_any_prefill_gives_the_same_next_token(network, golden_arrays, borders, 
     cache, sampler = network.make_cache(), network.make_sampler(GREEDY, ids)
     cuts = [0, *sorted(border for border in borders if border < length), length]
     step = None
-    for a, b in zip(cuts, cuts[1:], strict=False):
+    for a, b in pairwise(cuts):
         step = network.prefill(ids[a:b], cache, sampler if b == length else None)
     assert cache.offset == length
     expected = golden["logits"][0, length - 1]
