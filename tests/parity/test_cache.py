@@ -1,0 +1,169 @@
+"""The caches of keys and values: any chunking equals one concatenation, windows are bounded, the way back is exact."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from g3n_mlx.sampling import SamplingParams
+
+GREEDY = SamplingParams(temperature=0)
+
+
+def rows(count):
+    """Keys and values [1, 2, S, 3] that are all different."""
+    keys = np.arange(count * 6, dtype=np.float32).reshape(1, 2, count, 3)
+    return keys, -1 - keys
+
+
+def feed(framework, cache, all_keys, all_values, start, stop):
+    """Updates with the rows [start, stop); what the update returns, as numpy."""
+    keys, values = (framework.array(np.ascontiguousarray(x[:, :, start:stop])) for x in (all_keys, all_values))
+    return tuple(framework.numpy(x) for x in cache.update(keys, values))
+
+
+def assert_rows(returned, all_keys, all_values, first, stop):
+    np.testing.assert_array_equal(returned[0], all_keys[:, :, first:stop])
+    np.testing.assert_array_equal(returned[1], all_values[:, :, first:stop])
+
+
+# What is done to a cache: rows added (one by one mostly, or many), or rows forgotten.
+steps = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("add"), st.one_of(st.integers(1, 3), st.integers(1, 40), st.sampled_from([255, 256, 257, 600]))
+        ),
+        st.tuples(st.just("trim"), st.one_of(st.integers(0, 3), st.integers(0, 300))),
+    ),
+    max_size=10,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=steps)
+def test_a_full_cache_is_one_concatenation(framework, steps):
+    cache, keys, values = framework.module("cache").KVCache(), *rows(6100)
+    offset = 0
+    for kind, count in steps:
+        if kind == "add":
+            returned = feed(framework, cache, keys, values, offset, offset + count)
+            offset += count
+            assert_rows(returned, keys, values, 0, offset)
+        elif count <= offset:
+            cache.trim(count)
+            offset -= count
+        else:
+            with pytest.raises(ValueError, match=f"cannot trim {count} of {offset}"):
+                cache.trim(count)
+        assert cache.offset == offset
+        assert cache.nbytes <= 2 * 4 * 6 * (6100 + 256)
+
+
+@settings(max_examples=100, deadline=None)
+@given(window=st.sampled_from([1, 2, 5, 16, 300]), steps=steps)
+def test_a_sliding_cache_is_the_end_of_one_concatenation(framework, window, steps):
+    """An update returns the window - 1 rows before the new ones, and those; memory does not grow with the offset."""
+    module = framework.module("cache")
+    cache, keys, values = module.SlidingKVCache(window), *rows(6100)
+    offset, held = 0, 0  # rows that a trim may fall back on
+    for kind, count in steps:
+        if kind == "add":
+            returned = feed(framework, cache, keys, values, offset, offset + count)
+            first = offset - min(offset, window - 1)
+            offset += count
+            held = cache.length
+            assert_rows(returned, keys, values, first, offset)
+        elif count <= offset and held - count >= min(offset - count, window - 1):
+            cache.trim(count)
+            offset, held = offset - count, held - count
+        else:
+            with pytest.raises(ValueError, match=f"cannot trim {count} of {offset}"):
+                cache.trim(count)
+        assert cache.offset == offset
+        assert min(offset, window - 1) <= cache.length <= window + module.GROWTH_ROWS
+        assert cache.nbytes <= 2 * 4 * 6 * (window + module.GROWTH_ROWS)
+
+
+@pytest.mark.parametrize("window", [1, 5, 16])
+def test_tokens_one_by_one_can_be_taken_back(framework, window):
+    """Up to GROWTH_ROWS of them; after a long prefill none, for their window is gone."""
+    cache, keys, values = framework.module("cache").SlidingKVCache(window), *rows(400)
+    feed(framework, cache, keys, values, 0, 100)
+    with pytest.raises(ValueError, match="is gone"):
+        cache.trim(2)
+    for offset in range(100, 200):
+        feed(framework, cache, keys, values, offset, offset + 1)
+    cache.trim(100)
+    returned = feed(framework, cache, keys, values, 100, 110)
+    assert_rows(returned, keys, values, 100 - (window - 1), 110)
+
+
+def test_a_negative_trim_is_refused(framework):
+    for cache in (framework.module("cache").KVCache(), framework.module("cache").SlidingKVCache(4)):
+        with pytest.raises(ValueError, match="cannot trim -1"):
+            cache.trim(-1)
+        assert cache.nbytes == 0
+
+
+# The whole cache of the tiny model, whose window is 16.
+
+
+def decoded(network, cache, step, sampler, count):
+    """Logits of `count` decode steps."""
+    found = []
+    for _ in range(count):
+        step = network.decode(step, cache, sampler)
+        found.append(np.asarray(step.logits).copy())
+    return np.stack(found) if found else np.zeros((0, network.config.text.vocab_size))
+
+
+def ids_of(count, seed):
+    return np.random.default_rng(seed).integers(0, 1152, count)
+
+
+@pytest.mark.parametrize("before", [1, 15, 16, 17, 60])
+@pytest.mark.parametrize("between", [0, 3, 40, 300])
+def test_back_at_a_snapshot_is_as_if_nothing_had_come_after_it(network, before, between):
+    """Bit for bit, since the same calls are made; the way back is long past the window and its spare rows."""
+    first, other, last = ids_of(before, 1), ids_of(between + 1, 2), ids_of(23, 3)
+    fresh, cache = network.make_cache(), network.make_cache()
+    network.prefill(first, fresh, None)
+    network.prefill(first, cache, None)
+    snapshot = cache.snapshot()
+    assert snapshot.offset == before
+    sampler = network.make_sampler(GREEDY, other)
+    decoded(network, cache, network.prefill(other[:1], cache, sampler), sampler, min(between, 6))
+    if between:
+        network.prefill(other[1:], cache, None)
+    for _ in range(2):  # a snapshot serves more than once
+        cache.restore(snapshot)
+        assert cache.offset == before
+        sampler = network.make_sampler(GREEDY, last)
+        again = decoded(network, cache, network.prefill(last, cache, sampler), sampler, 6)
+    sampler = network.make_sampler(GREEDY, last)
+    np.testing.assert_array_equal(again, decoded(network, fresh, network.prefill(last, fresh, sampler), sampler, 6))
+
+
+def test_a_snapshot_of_nothing(network):
+    cache = network.make_cache()
+    snapshot = cache.snapshot()
+    ids = ids_of(30, 4)
+    expected = network.logits(ids, network.make_cache())
+    network.logits(ids_of(50, 5), cache)
+    cache.restore(snapshot)
+    assert cache.offset == 0
+    np.testing.assert_array_equal(network.logits(ids, cache), expected)
+
+
+def test_only_owners_of_keys_have_caches_and_windows_are_bounded(framework, network):
+    text = network.config.text
+    cache = network.make_cache()
+    network.prefill(ids_of(700, 6), cache, None)
+    assert list(cache.layers) == list(range(text.first_kv_shared_layer))
+    row = 2 * 4 * text.num_key_value_heads * text.head_dim  # bytes of keys and values of a token, float32
+    growth = framework.module("cache").GROWTH_ROWS
+    sliding = (text.sliding_window + growth) * row
+    full = -(-700 // growth) * growth * row
+    assert cache.nbytes == 4 * sliding + full
+    snapshot = cache.snapshot()
+    assert snapshot.nbytes == 4 * (text.sliding_window - 1) * row
