@@ -82,7 +82,8 @@ class Gemma3n:
         self.device = device
         self.slice_name = slice_name
         self.sampling_defaults = SamplingParams.published_defaults(generation_config)
-        eos = generation_config.get("eos_token_id", self.config.eos_token_ids)
+        eos = generation_config.get("eos_token_id")
+        eos = self.config.eos_token_ids if eos is None else eos
         self.eos_token_ids = frozenset(eos if isinstance(eos, Sequence) else [eos])
         self._model = model
         self._conversation: Conversation | None = None

@@ -1,0 +1,331 @@
+"""`load`: backends and devices, layouts, slices and quantization on the way, and errors in one sentence."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import checkpoint_files as files
+import numpy as np
+import pytest
+
+from g3n_mlx import hub, load
+from g3n_mlx.convert import convert
+from g3n_mlx.load import chosen_backend, device_name
+
+TABLE_HEAD = "name,# Layers,# Effective Params (B),MMLU PT accuracy,FFN Hidden Dims,Layers Skipped\n"
+
+
+@pytest.fixture
+def open_model(backend):
+    """open_model(folder, ...): load in float32 on the CPU, by the backend under test."""
+
+    def opened(folder, **options):
+        return load(folder, backend=backend, device="cpu", **{"dtype": "float32", **options})
+
+    return opened
+
+
+@pytest.fixture
+def cache_folder(tmp_path, monkeypatch):
+    """The user's cache folder, for this test alone."""
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(hub.platformdirs, "user_cache_path", lambda *names, **options: folder)
+    return folder
+
+
+@pytest.fixture
+def ids(golden_arrays):
+    return golden_arrays("text_logits")["input_ids"][0].tolist()
+
+
+# Slices.
+
+
+@pytest.fixture(scope="module")
+def table(golden_json, tmp_path_factory):
+    """The goldens' slices as a table of the user's own."""
+    lines = [TABLE_HEAD]
+    for name, case in golden_json("matformer").items():
+        widths, skipped = case["slice"]["intermediate_size"], case["slice"]["skipped_layers"]
+        lines.append(f'Config for {name},{len(widths)},,,"{widths}","{skipped or ""}"\n')
+    path = tmp_path_factory.mktemp("slices") / "own.csv"
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.mark.parametrize("name", ["half_width", "skip_shared", "mixed"])
+def test_matformer_goldens_at_load(open_model, tiny_folder, table, golden_arrays, name):
+    golden = golden_arrays("matformer")
+    model = open_model(tiny_folder, matformer=f"Config for {name}", matformer_config=table)
+    assert model.slice_name == f"Config for {name}"
+    ids = golden[f"{name}.input_ids"][0].tolist()
+    np.testing.assert_allclose(model.logits(ids), golden[f"{name}.logits"][0], rtol=0, atol=1e-4)
+    near = np.nonzero(golden[f"{name}.margins"] < 1e-3)[0]
+    count = int(near[0]) if len(near) else len(golden[f"{name}.tokens"])
+    tokens = model.generate(ids, temperature=0, ignore_eos=True, max_tokens=count).token_ids
+    assert list(tokens) == golden[f"{name}.tokens"][:count].tolist()
+
+
+@pytest.mark.parametrize("q_bits", [None, 4, 8])
+def test_a_slice_at_load_is_the_slice_that_a_conversion_writes(open_model, tiny_folder, table, tmp_path, ids, q_bits):
+    source = tiny_folder
+    if q_bits is not None:
+        source = convert(tiny_folder, tmp_path / "whole", q_bits=q_bits, progress=False)
+    options = {"matformer": "Config for mixed", "matformer_config": table}
+    written = convert(source, tmp_path / "slice", progress=False, **options)
+    at_load = open_model(source, **options)
+    np.testing.assert_array_equal(at_load.logits(ids), open_model(written).logits(ids))
+    assert at_load.config == open_model(written).config
+
+
+def test_an_unknown_slice_names_the_nearest(open_model, tiny_folder, table):
+    with pytest.raises(ValueError, match="Config for mixed"):
+        open_model(tiny_folder, matformer="Config for mixd", matformer_config=table)
+
+
+def test_a_slice_of_another_base_model(open_model, tiny_folder):
+    with pytest.raises(ValueError, match="10"):
+        open_model(tiny_folder, matformer="e2b")
+
+
+def test_a_table_without_a_slice(open_model, tiny_folder, table):
+    with pytest.raises(ValueError, match="matformer_config was given without matformer"):
+        open_model(tiny_folder, matformer_config=table)
+
+
+# In-situ quantization.
+
+
+def test_q_bits_converts_once(open_model, tiny_folder, cache_folder, tmp_path, ids):
+    model = open_model(tiny_folder, q_bits=4)
+    (made,) = (cache_folder / "conversions").glob("demo-4bit-*")
+    written = {path.name: path.stat().st_mtime_ns for path in made.iterdir()}
+    again = open_model(tiny_folder, q_bits=4)
+    assert {path.name: path.stat().st_mtime_ns for path in made.iterdir()} == written
+    assert model.checkpoint.folder == again.checkpoint.folder == made
+    assert model.name == tiny_folder.name
+    by_hand = convert(tiny_folder, tmp_path / "by_hand", q_bits=4, progress=False)
+    expected = open_model(by_hand).logits(ids)
+    np.testing.assert_array_equal(model.logits(ids), expected)
+    np.testing.assert_array_equal(again.logits(ids), expected)
+
+
+def test_q_bits_of_a_slice(open_model, tiny_folder, cache_folder, table, tmp_path, ids):
+    options = {"matformer": "Config for mixed", "matformer_config": table}
+    model = open_model(tiny_folder, q_bits=8, **options)
+    assert model.slice_name == "Config for mixed"
+    whole = convert(tiny_folder, tmp_path / "whole", q_bits=8, progress=False)
+    np.testing.assert_array_equal(model.logits(ids), open_model(whole, **options).logits(ids))
+
+
+def test_q_bits_of_a_quantized_checkpoint(open_model, tiny_folder, cache_folder, tmp_path):
+    quantized = convert(tiny_folder, tmp_path / "quantized", q_bits=4, progress=False)
+    with pytest.raises(ValueError, match="quantized already"):
+        open_model(quantized, q_bits=3)
+    assert not list(cache_folder.glob("conversions/*/config.json"))
+
+
+def test_bits_that_do_not_exist(open_model, tiny_folder, cache_folder):
+    with pytest.raises(ValueError, match="7 bits"):
+        open_model(tiny_folder, q_bits=7)
+
+
+# Layouts.
+
+
+@pytest.fixture(scope="module")
+def published(tiny_folder):
+    return files.read_config(tiny_folder), files.read_folder(tiny_folder)
+
+
+@pytest.mark.parametrize("layout", ["text_only", "resaved", "mlx_lm", "mlx_vlm", "old_vision"])
+def test_every_layout_gives_the_goldens(open_model, tiny_folder, published, tmp_path, golden_arrays, layout):
+    golden = golden_arrays("text_logits")
+    config, tensors = getattr(files, layout)(*published)
+    folder = files.write_folder(tmp_path / layout, config, tensors, shards=2)
+    files.copy_sidecars(tiny_folder, folder)
+    model = open_model(folder)
+    ids = golden["input_ids"][0].tolist()
+    np.testing.assert_allclose(model.logits(ids), golden["logits"][0], rtol=0, atol=1e-4)
+    media = golden["media_token_input_ids"][0].tolist()
+    logits = model.logits(media)
+    if layout in ("text_only", "mlx_lm"):
+        # No embedders: ids of images and sounds are rows of the token table, as in Gemma3nForCausalLM.
+        assert model.config.vision is None
+        assert np.abs(logits - golden["media_token_logits"][0]).max() > 0.1
+        rows = tensors[
+            "model.embed_tokens.weight" if layout == "text_only" else "model.language_model.embed_tokens.weight"
+        ]
+        media_id = next(token for token in media if token >= 896)
+        embedded = model._model.embed(np.array([media_id]))
+        expected = rows[media_id].astype(np.float32) * np.sqrt(np.float32(rows.shape[1]))
+        np.testing.assert_allclose(np.asarray(embedded)[0], expected, rtol=1e-6)
+    else:
+        np.testing.assert_allclose(logits, golden["media_token_logits"][0], rtol=0, atol=1e-4)
+    assert len(model.generate("Hello", max_tokens=3, ignore_eos=True).token_ids) == 3
+
+
+def test_a_folder_without_a_generation_config(open_model, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    (folder / "generation_config.json").unlink()
+    model = open_model(folder)
+    assert model.sampling_defaults == {}
+    assert model.eos_token_ids == {1, 106}
+
+
+def test_a_generation_config_without_an_end(open_model, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": False, "eos_token_id": None}))
+    model = open_model(folder)
+    assert model.sampling_defaults == {"temperature": 0.0}
+    assert model.eos_token_ids == {1, 106}
+
+
+def test_one_end_as_a_number(open_model, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    assert open_model(folder).eos_token_ids == {7}
+
+
+# What was loaded, and where.
+
+
+def test_what_a_model_says_of_itself(open_model, backend, tiny_folder):
+    model = open_model(tiny_folder)
+    assert (model.backend, model.device, model.name, model.slice_name) == (backend, "cpu", "demo", None)
+
+
+def test_bfloat16_by_default_and_by_name(open_model, tiny_folder, golden_arrays, golden_json):
+    golden, allowed = golden_arrays("text_logits"), golden_json("noise")["text_logits.logits"]["bfloat16"]
+    ids = golden["input_ids"][0].tolist()
+    default, named = (open_model(tiny_folder, dtype=dtype).logits(ids) for dtype in (None, "bfloat16"))
+    np.testing.assert_array_equal(default, named)
+    error = np.abs(default - golden["logits"][0]).max()
+    assert 1e-3 < error <= 1.5 * allowed
+
+
+@pytest.mark.parametrize("device", ["mps", "gpu", "tpu", "cuda:one", "cpu:0", ""])
+def test_devices_that_are_not_supported(backend, tiny_folder, device):
+    with pytest.raises(
+        ValueError, match=f"device {device!r} is not supported by the {backend} backend: expected 'cpu'"
+    ):
+        load(tiny_folder, backend=backend, device=device)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:77"])
+def test_a_cuda_device_that_is_not_there(backend, tiny_folder, device, monkeypatch):
+    if backend == "torch":
+        import torch
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    else:
+        import mlx.core as mx
+
+        monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=f"device {device!r}: .* sees 0 CUDA devices here; use device 'cpu'"):
+        load(tiny_folder, backend=backend, device=device)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", "bf16"])
+def test_dtypes_that_are_not_supported(open_model, tiny_folder, dtype):
+    with pytest.raises(ValueError, match=f"dtype {dtype!r} is not supported: expected one of"):
+        open_model(tiny_folder, dtype=dtype)
+
+
+def test_a_backend_that_does_not_exist(tiny_folder):
+    with pytest.raises(ValueError, match="backend 'jax' does not exist: expected 'auto', 'mlx' or 'torch'"):
+        load(tiny_folder, backend="jax")
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """installed("torch"): as if these backends were installed, and no others."""
+
+    def only(*names):
+        for name, modules in (("mlx", ("mlx", "mlx.core")), ("torch", ("torch",))):
+            for module in modules:
+                present = SimpleNamespace(__spec__=SimpleNamespace(name=module), __path__=[])
+                monkeypatch.setitem(sys.modules, module, present if name in names else None)
+
+    return only
+
+
+def test_auto_takes_what_is_there(installed, monkeypatch):
+    installed("mlx")
+    assert chosen_backend("auto") == "mlx"
+    installed("torch")
+    assert chosen_backend("auto") == "torch"
+    installed("mlx", "torch")
+    for system, machine, expected in (
+        ("darwin", "arm64", "mlx"),
+        ("darwin", "x86_64", "torch"),
+        ("linux", "arm64", "torch"),
+    ):
+        monkeypatch.setattr(sys, "platform", system)
+        monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
+        assert chosen_backend("auto") == expected
+
+
+def test_a_backend_that_is_not_installed(installed):
+    installed("mlx")
+    with pytest.raises(ImportError, match=r"the torch backend is not installed: pip install 'g3n-mlx\[torch\]'"):
+        chosen_backend("torch")
+
+
+def test_no_backend_at_all(tiny_folder):
+    code = (
+        "import sys\nsys.modules['torch'] = sys.modules['mlx'] = None\nfrom g3n_mlx import load\n"
+        "try:\n    load(sys.argv[1])\nexcept ImportError as error:\n    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, os.fspath(tiny_folder)], capture_output=True, text=True, timeout=60, check=True
+    )
+    preferred = "mlx" if (sys.platform, platform.machine()) == ("darwin", "arm64") else "torch"
+    assert done.stdout == f"neither MLX nor PyTorch is installed: pip install 'g3n-mlx[{preferred}]'\n"
+
+
+def test_a_folder_that_is_no_model(open_model, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        open_model(tmp_path)
+
+
+def test_device_names():
+    assert device_name("cpu") == "cpu"
+    assert device_name("cuda:1") == "cuda:1"
+    assert device_name("Device(cpu, 0)") == "cpu"
+    assert device_name("Device(gpu, 0)") == "gpu"
+
+
+# What only a Mac runs, with the questions about the device answered by the test.
+
+
+def test_claim_on_metal(monkeypatch):
+    mx = pytest.importorskip("mlx.core")
+    from g3n_mlx.backends.mlx import device
+
+    calls = []
+    monkeypatch.setattr(mx, "set_default_device", lambda device: calls.append(("default", device)))
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda *device: {"max_recommended_working_set_size": 8 << 30})
+    monkeypatch.setattr(mx, "set_wired_limit", lambda limit: calls.append(("wired", limit)))
+    monkeypatch.setattr(mx, "set_cache_limit", lambda limit: calls.append(("cache", limit)))
+    gpu = mx.Device(mx.gpu, 0)
+    device.claim(gpu)
+    assert calls == [("default", gpu), ("wired", 8 << 30), ("cache", 1 << 30)]
+    calls.clear()
+    device.claim(mx.Device(mx.cpu, 0))
+    assert [name for name, _ in calls] == ["default"]
+
+
+def test_defaults_on_metal(monkeypatch):
+    mx = pytest.importorskip("mlx.core")
+    from g3n_mlx.backends.mlx import device
+
+    gpu = mx.Device(mx.gpu, 0)
+    monkeypatch.setattr(mx, "default_device", lambda: gpu)
+    assert device.device_of(None) == gpu
+    assert device.dtype_of(None, gpu, True) == device.dtype_of(None, gpu, False) == mx.bfloat16
