@@ -51,7 +51,7 @@ def test_wheel_contents(wheel, repository):
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"g3n_mlx"}
     assert table == (repository / "matformer_configs" / "gemma3n.csv").read_bytes()
-    assert archive.read("g3n_mlx/matformer_configs/gemma3n-e4b.json")  # what --list-slices sizes without a model
+    assert "g3n_mlx/matformer_configs/gemma3n-e4b.json" in names  # what --list-slices sizes without a model
     expected = {
         str(path.relative_to(repository / "g3n_mlx").as_posix())
         for pattern in ("**/*.py", "demo/*", "py.typed")
