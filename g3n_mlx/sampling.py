@@ -8,6 +8,7 @@ Names and ranges as in OpenAI's API and vLLM.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any
 
@@ -46,6 +47,8 @@ class SamplingParams:
         object.__setattr__(self, "logit_bias", MappingProxyType(bias))
         if self.top_k == -1:  # vLLM's spelling of "all"
             object.__setattr__(self, "top_k", 0)
+        for name in ("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty"):
+            _require(isinstance(getattr(self, name), Real), name, getattr(self, name), "a number")
         _require(self.temperature >= 0 and np.isfinite(self.temperature), "temperature", self.temperature, "at least 0")
         _require(_is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "an integer of at least 0 (0: all)")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
@@ -53,7 +56,8 @@ class SamplingParams:
         _require(np.isfinite(self.frequency_penalty), "frequency_penalty", self.frequency_penalty, "a finite number")
         _require(np.isfinite(self.presence_penalty), "presence_penalty", self.presence_penalty, "a finite number")
         _require(0 < self.repetition_penalty < np.inf, "repetition_penalty", self.repetition_penalty, "above 0")
-        _require(all(not np.isnan(b) for b in bias.values()), "logit_bias", bias, "numbers")
+        # -inf forbids a token; +inf would leave no probabilities.
+        _require(all(b < np.inf for b in bias.values()), "logit_bias", bias, "numbers below infinity")
         _require(self.seed is None or (_is_int(self.seed) and self.seed >= 0), "seed", self.seed, "an integer >= 0")
         bounded = self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1)
         _require(bounded, "max_tokens", self.max_tokens, "an integer of at least 1")
@@ -94,7 +98,7 @@ def _require(holds: bool, name: str, value: object, expected: str) -> None:
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 class UniformStream:
