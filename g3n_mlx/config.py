@@ -162,7 +162,7 @@ class ModelConfig:
             raise ValueError(f"{where}: model_type is {kind!r}, expected 'gemma3n' or 'gemma3n_text'")
         vision, audio = raw.get("vision_config"), raw.get("audio_config")
         text = raw.get("text_config", raw)
-        eos = raw.get("eos_token_id", text.get("eos_token_id", [1, 106]))
+        eos = next(e for e in (raw.get("eos_token_id"), text.get("eos_token_id"), [1, 106]) if e is not None)
         return ModelConfig(
             text=TextConfig.from_dict(text, where),
             vision=EmbedderConfig.from_dict(vision, f"{where}, vision_config") if vision else None,
@@ -202,10 +202,10 @@ class _Reader:
         return value
 
     def per_layer(self, key: str, layers: int, kind: type) -> tuple[Any, ...]:
-        """A list with one entry a layer; older files write one scalar for all, or null for zeros."""
+        """A list with one entry a layer; older files write one scalar for all."""
         value = self.get(key)
-        if value is None and kind is float:
-            value = 0.0
+        if value is None:  # the reference fills it in from numbers of its own
+            raise ValueError(f"{self._where}: {key} is null, expected a value for every layer: write the list out")
         entries: list[Any] = value if isinstance(value, list) else [value] * layers
         if len(entries) != layers:
             raise ValueError(

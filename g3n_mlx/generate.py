@@ -47,12 +47,14 @@ def chunks(start: int, length: int, borders: Sequence[int], step_size: int) -> I
 
     They depend on the prompt and on nothing else, so that a prompt is prefilled by the same calls every time.
     """
+    anchor = max((b for b in borders if b <= start), default=0)
     position = start
     for border in sorted({*(b for b in borders if start < b < length), length}):
         while position < border:
-            end = min(position + step_size, border)
+            end = min(anchor + (position - anchor) // step_size * step_size + step_size, border)
             yield position, end
             position = end
+        anchor = border
 
 
 def generate_tokens(

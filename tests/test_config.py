@@ -47,7 +47,7 @@ def test_transformers_5_rope_parameters(raw):
 
 
 def test_scalar_widths_become_one_a_layer(raw):
-    text = {**raw["text_config"], "intermediate_size": 64, "activation_sparsity_pattern": None}
+    text = {**raw["text_config"], "intermediate_size": 64, "activation_sparsity_pattern": 0.0}
     config = TextConfig.from_dict(text)
     assert config.intermediate_size == (64,) * config.num_hidden_layers
     assert set(config.activation_sparsity_pattern) == {0.0}

@@ -97,6 +97,13 @@ def test_chunks_after_a_border_are_those_of_a_fresh_run(borders, step_size, data
     assert list(chunks(border, 60, borders, step_size)) == [span for span in whole if span[0] >= border]
 
 
+@given(st.integers(0, 59), st.sets(st.integers(1, 60)), st.integers(1, 20))
+def test_chunks_end_where_the_prompt_says_wherever_they_start(start, borders, step_size):
+    """A prompt that goes on from the end of a reply, which is no border, is cut where a fresh one is."""
+    ends = [end for _, end in chunks(0, 60, borders, step_size) if end > start]
+    assert [end for _, end in chunks(start, 60, borders, step_size)] == ends
+
+
 def test_prompt_too_long_says_by_how_much():
     model = HashModel()
     with pytest.raises(PromptTooLong, match="20 tokens, 5 too many for the context of 16 tokens"):

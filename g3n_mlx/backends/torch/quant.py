@@ -110,6 +110,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, K] -> [T, N]."""
+        x = x.contiguous()  # the kernels refuse a slice of the streams
         if x.device.type == "cuda":
             return torch.ops.aten._weight_int4pack_mm(x, self.packed, self.group_size, self.scales_and_zeros)
         if x.shape[0] < dense_product_rows() and x.dtype == torch.bfloat16:
@@ -204,7 +205,7 @@ def dense_product_rows() -> int:
 def packs(weights: Weights, quantization: Quantization) -> bool:
     """Whether torch's int4 kernel for the device takes this weight."""
     rows, in_features = weights.shape()[0], weights.shape("scales")[1] * quantization.group_size
-    if quantization.bits != 4 or quantization.group_size not in (32, 64, 128, 256):
+    if quantization.bits != 4 or quantization.group_size not in (32, 64, 128):
         return False
     if weights.device.type == "cuda":
         kernel = weights.dtype == torch.bfloat16 and torch.cuda.get_device_capability(weights.device) >= (8, 0)
