@@ -33,8 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("give either --matformer or --fits")
     if flags.matformer_config and not (flags.matformer or flags.fits or flags.list_slices):
         parser.error("--matformer-config needs --matformer, --fits or --list-slices")
-    if flags.q_bits is not None and not flags.quantize and not flags.list_slices:
-        parser.error("--q-bits is for a conversion with -q")
+    for name in ("q_bits", "ple_bits", "q_group_size"):
+        if getattr(flags, name) is not None and not flags.quantize and not flags.list_slices:
+            parser.error(f"--{name.replace('_', '-')} is for a conversion with -q")
+    if flags.list_slices and flags.matformer:
+        parser.error("--list-slices lists all slices: leave out --matformer")
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("g3n_mlx").setLevel(logging.INFO)
     try:
@@ -57,7 +60,7 @@ def _convert(flags: argparse.Namespace) -> int:
         flags.hf_path,
         flags.output,
         q_bits=(flags.q_bits or _DEFAULT_BITS) if flags.quantize else None,
-        q_group_size=flags.q_group_size,
+        q_group_size=flags.q_group_size or DEFAULT_GROUP_SIZE,
         ple_bits=flags.ple_bits,
         matformer=matformer,
         matformer_config=flags.matformer_config,
@@ -84,7 +87,7 @@ def _sized(flags: argparse.Namespace) -> list[SizedSlice]:
         _text_config(flags.hf_path, flags.revision),
         read_slices(flags.matformer_config),
         (flags.q_bits or _DEFAULT_BITS) if quantize else None,
-        flags.q_group_size,
+        flags.q_group_size or DEFAULT_GROUP_SIZE,
         flags.ple_bits or DEFAULT_PLE_BITS,
         FLOATS[flags.dtype or "bfloat16"],
     )
@@ -120,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-o", "--output", type=Path, metavar="FOLDER", help="the folder to make")
     add("-q", "--quantize", action="store_true", help="quantize the text model")
     add("--q-bits", type=int, choices=BITS, help=f"bits a weight (default {_DEFAULT_BITS})")
-    add("--q-group-size", type=int, choices=GROUP_SIZES, default=DEFAULT_GROUP_SIZE, help="default %(default)s")
+    add("--q-group-size", type=int, choices=GROUP_SIZES, help=f"default {DEFAULT_GROUP_SIZE}")
     add("--ple-bits", type=int, choices=BITS, help=f"bits of the PLE table (default {DEFAULT_PLE_BITS})")
     add("--matformer", metavar="SLICE", help="a MatFormer slice by full or short name: e2.49b-block")
     add("--matformer-config", type=Path, metavar="FILE.csv", help="a table of slices (default: the published one)")

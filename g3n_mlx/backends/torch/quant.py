@@ -208,7 +208,12 @@ def packs(weights: Weights, quantization: Quantization) -> bool:
     if quantization.bits != 4 or quantization.group_size not in (32, 64, 128):
         return False
     if weights.device.type == "cuda":
-        kernel = weights.dtype == torch.bfloat16 and torch.cuda.get_device_capability(weights.device) >= (8, 0)
+        # AMD's build calls itself CUDA too, and packs in other tiles.
+        kernel = (
+            torch.version.hip is None
+            and weights.dtype == torch.bfloat16
+            and torch.cuda.get_device_capability(weights.device) >= (8, 0)
+        )
         return kernel and rows % 8 == 0 and in_features % (16 * CUDA_INNER_K_TILES) == 0
     tail = rows % packing_block_rows() if packing_block_rows() else 0
     return packing_block_rows() > 0 and rows % 16 == 0 and (tail == 0 or nibble_rows(tail) is not None)
