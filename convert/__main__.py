@@ -29,9 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--list-slices converts nothing: leave out -o")
     if not flags.list_slices and not (flags.hf_path and flags.output):
         parser.error("give --hf-path and -o, or --list-slices")
-    if flags.fits and flags.matformer:
+    if flags.fits is not None and flags.matformer:
         parser.error("give either --matformer or --fits")
-    if flags.matformer_config and not (flags.matformer or flags.fits or flags.list_slices):
+    if flags.matformer_config and not (flags.matformer or flags.fits is not None or flags.list_slices):
         parser.error("--matformer-config needs --matformer, --fits or --list-slices")
     for name in ("q_bits", "ple_bits", "q_group_size"):
         if getattr(flags, name) is not None and not flags.quantize and not flags.list_slices:
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _convert(flags: argparse.Namespace) -> int:
     matformer = flags.matformer
-    if flags.fits:
+    if flags.fits is not None:
         fitting = largest_fitting(_sized(flags), flags.fits)
         matformer = fitting.slice.name
         print(f"largest slice that fits: {_in_words(fitting)}", file=sys.stderr)
@@ -75,7 +75,7 @@ def _convert(flags: argparse.Namespace) -> int:
 def _list_slices(flags: argparse.Namespace) -> int:
     sized = _sized(flags)
     print(table(sized))
-    if flags.fits:
+    if flags.fits is not None:
         print(f"\nlargest slice that fits: {_in_words(largest_fitting(sized, flags.fits))}")
     return 0
 

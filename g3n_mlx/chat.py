@@ -277,7 +277,13 @@ class Session:
         if path.exists() and _conversation(path) is None:
             raise ValueError(f"{path} exists and is no saved conversation; choose another name")
         document = {"model": self.model.name, "messages": [*self._system_message(), *self.messages]}
-        path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        # Written beside it first: a full disk must not cost the conversation saved before.
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
         say(f"saved {len(self.messages)} messages to {path}")
 
     def _load(self, name: str) -> None:
