@@ -162,6 +162,22 @@ def test_what_can_not_be_loaded_changes_nothing(session, tmp_path, capsys, conte
     assert [message["content"] for message in session.messages] == ["a", "A"]
 
 
+def test_a_save_that_fails_keeps_the_one_before(session, tmp_path, monkeypatch):
+    path = tmp_path / "talk.json"
+    session.run(iter(["Hello", f"/save {path}"]))
+    before = path.read_bytes()
+    write = Path.write_text
+
+    def full_disk(self, text, **options):
+        write(self, text[:5], **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    session.run(iter(["Hello again", f"/save {path}"]))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_save_and_load_errors_are_one_line(session, tmp_path, capsys):
     (tmp_path / "letter.txt").write_text("dear aunt")
     talk(
