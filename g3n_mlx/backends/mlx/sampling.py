@@ -18,9 +18,12 @@ class Step:
         self.token = token  # [1] int64
         self.logits = logits  # [V] float32, before penalties
         self.ahead = ahead
+        self._token_id: int | None = None
 
     def __int__(self) -> int:
-        return cast(int, self.token.item())
+        if self._token_id is None:  # waited for and copied once, however often it is asked
+            self._token_id = cast(int, self.token.item())
+        return self._token_id
 
     def logprob(self) -> float:
         """Log probability of the token before penalties and filters."""
