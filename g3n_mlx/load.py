@@ -39,10 +39,10 @@ def load(
     backend = chosen_backend(backend)
     devices = importlib.import_module(f"g3n_mlx.backends.{backend}.device")
     place = devices.device_of(device)
-    folder = hub.resolve(path_or_id, revision)
-    name = folder.resolve().name if Path(path_or_id).expanduser().is_dir() else str(path_or_id)
     if matformer is None and matformer_config is not None:
         raise ValueError("matformer_config was given without matformer: name the slice to take from it")
+    folder = hub.resolve(path_or_id, revision)
+    name = folder.resolve().name if Path(path_or_id).expanduser().is_dir() else str(path_or_id)
     plan = None if matformer is None else plan_for(folder, matformer, matformer_config)
     if q_bits is None:
         checkpoint = Checkpoint.open(folder, plan)
