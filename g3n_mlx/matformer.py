@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from g3n_mlx.config import TextConfig
-from g3n_mlx.manifest import PLE_TABLE, TEXT, effective_parameters
+from g3n_mlx.manifest import PLE_TABLE, TEXT
 
 PUBLISHED = Path(__file__).parent / "matformer_configs" / "gemma3n.csv"
 
@@ -243,18 +243,3 @@ def _optional_number(text: str, where: str) -> float | None:
         return float(text)
     except ValueError:
         raise ValueError(f"{where}: {text!r} is not a number") from None
-
-
-__all__ = [
-    "PUBLISHED",
-    "Cut",
-    "Ranges",
-    "Slice",
-    "SlicePlan",
-    "cut",
-    "effective_parameters",
-    "find_slice",
-    "plan_slice",
-    "read_slices",
-    "slice_config",
-]

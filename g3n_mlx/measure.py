@@ -23,6 +23,7 @@ import numpy as np
 
 from g3n_mlx.config import ModelConfig, read_json
 from g3n_mlx.memory import peak_process_bytes
+from g3n_mlx.shards import DTYPES
 
 ENGINES = ("g3n_mlx", "mlx-lm", "transformers")
 WARM_UP_PROMPT, WARM_UP_TOKENS = 16, 4  # enough to compile what decode compiles
@@ -135,7 +136,7 @@ def _load_ours(request: Request) -> Loaded:
         # The head reads all of embed_tokens; of the PLE table a token reads one row, of the embedders nothing.
         if name.startswith("language_model.") and ".embed_tokens_per_layer." not in name:
             info = model.checkpoint.info(name)
-            read += math.prod(info.shape) * _ITEM_BYTES[info.dtype]
+            read += math.prod(info.shape) * DTYPES[info.dtype].itemsize
     return Loaded(
         description=f"g3n_mlx, {model.backend}, {model.device}",
         generate=generate,
@@ -226,9 +227,6 @@ class _TokenStreamer:
 
     def end(self) -> None:
         pass
-
-
-_ITEM_BYTES = {"F32": 4, "U32": 4, "BF16": 2, "F16": 2, "U8": 1, "I8": 1}
 
 
 def _peak_device_bytes(loaded: Loaded) -> int | None:

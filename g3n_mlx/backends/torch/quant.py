@@ -90,7 +90,6 @@ class PackedLinear(nn.Module):
         self.group_size = quantization.group_size
         self.out_features = weights.shape()[0]
         self.in_features = weights.shape("scales")[1] * self.group_size
-        self.device = weights.device
         self.dtype = weights.dtype
         self.packed = empty_packed(self.out_features, self.in_features, weights.device)
         # [K / group size, N, 2]: scale and zero of every group, the kernels' order
