@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from g3n_mlx.checkpoint import Checkpoint
-from g3n_mlx.config import ModelConfig, read_json
+from g3n_mlx.config import ModelConfig
+from g3n_mlx.config_file import read_json
 from g3n_mlx.convert.quantize import FLOATS, choose_quantizations, plan_jobs
 from g3n_mlx.convert.write import (
     appearing_folder,

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from g3n_mlx.config import ModelConfig, read_json
+from g3n_mlx.config import ModelConfig
+from g3n_mlx.config_file import read_json
 from g3n_mlx.hub import default_model, resolve
 from g3n_mlx.measure import ENGINES, Request, Run
 

@@ -6,13 +6,15 @@ text-only `Gemma3nForCausalLM`, and transformers 5's `rope_parameters`.
 Source of the semantics: transformers, configuration_gemma3n.py.
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+
+from g3n_mlx.audio_config import AudioConfig
+from g3n_mlx.config_file import Fields
+from g3n_mlx.vision_config import VisionConfig
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"
@@ -81,7 +83,7 @@ class TextConfig:
     @staticmethod
     def from_dict(raw: dict[str, Any], where: str = "config.json") -> "TextConfig":
         """Reads a text config; raises ValueError naming the key that is missing or does not fit."""
-        values = _Reader(raw, where)
+        values = Fields(raw, where)
         layers = values.integer("num_hidden_layers", at_least=1)
         _require_supported(raw, where)
         rope_theta, rope_local = _rope_bases(raw, values, where)
@@ -114,33 +116,12 @@ class TextConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class EmbedderConfig:
-    """One modality's way into the text model: its id range and the width of its soft tokens."""
-
-    hidden_size: int
-    vocab_size: int
-    vocab_offset: int  # first id of the modality's range
-    rms_norm_eps: float
-
-    @staticmethod
-    def from_dict(raw: dict[str, Any], where: str) -> "EmbedderConfig":
-        """Reads `vision_config` or `audio_config`; raises ValueError naming the missing key."""
-        values = _Reader(raw, where)
-        return EmbedderConfig(
-            hidden_size=values.integer("hidden_size", at_least=1),
-            vocab_size=values.integer("vocab_size", at_least=1),
-            vocab_offset=values.integer("vocab_offset"),
-            rms_norm_eps=float(values.get("rms_norm_eps")),
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A whole checkpoint's config; `vision` and `audio` are None in text-only ones."""
 
     text: TextConfig
-    vision: EmbedderConfig | None
-    audio: EmbedderConfig | None
+    vision: VisionConfig | None
+    audio: AudioConfig | None
     eos_token_ids: tuple[int, ...]
 
     def embedder_of(self, token_id: int) -> str | None:
@@ -163,59 +144,16 @@ class ModelConfig:
         vision, audio = raw.get("vision_config"), raw.get("audio_config")
         text = raw.get("text_config", raw)
         eos = next(e for e in (raw.get("eos_token_id"), text.get("eos_token_id"), [1, 106]) if e is not None)
+
+        def soft(kind: str) -> int:
+            return Fields(raw, where).integer(f"{kind}_soft_tokens_per_image", at_least=1)
+
         return ModelConfig(
             text=TextConfig.from_dict(text, where),
-            vision=EmbedderConfig.from_dict(vision, f"{where}, vision_config") if vision else None,
-            audio=EmbedderConfig.from_dict(audio, f"{where}, audio_config") if audio else None,
+            vision=VisionConfig.from_dict(vision, soft("vision"), f"{where}, vision_config") if vision else None,
+            audio=AudioConfig.from_dict(audio, soft("audio"), f"{where}, audio_config") if audio else None,
             eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises FileNotFoundError or ValueError with the path in the message."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: is {path.parent} a model folder?")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
-    return value
-
-
-class _Reader:
-    """Typed access to one JSON object, with errors that say where the key should stand."""
-
-    def __init__(self, raw: dict[str, Any], where: str):
-        self._raw, self._where = raw, where
-
-    def get(self, key: str) -> Any:
-        if key not in self._raw:
-            raise ValueError(f"{self._where}: the key {key!r} is missing")
-        return self._raw[key]
-
-    def integer(self, key: str, at_least: int = 0) -> int:
-        value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-            raise ValueError(f"{self._where}: {key} is {value!r}, expected an integer of at least {at_least}")
-        return value
-
-    def per_layer(self, key: str, layers: int, kind: type) -> tuple[Any, ...]:
-        """A list with one entry a layer; older files write one scalar for all."""
-        value = self.get(key)
-        if value is None:  # the reference fills it in from numbers of its own
-            raise ValueError(f"{self._where}: {key} is null, expected a value for every layer: write the list out")
-        entries: list[Any] = value if isinstance(value, list) else [value] * layers
-        if len(entries) != layers:
-            raise ValueError(
-                f"{self._where}: {key} has {len(entries)} entries, num_hidden_layers is {layers}; "
-                "was the checkpoint sliced without its config?"
-            )
-        try:
-            return tuple(kind(entry) for entry in entries)
-        except (TypeError, ValueError):
-            raise ValueError(f"{self._where}: {key} is {value!r}, expected {kind.__name__} entries") from None
 
 
 def _optional_float(value: Any) -> float | None:
@@ -230,7 +168,7 @@ def _require_supported(raw: dict[str, Any], where: str) -> None:
             raise ValueError(f"{where}: {key} is {raw[key]!r}, only {value!r} is supported")
 
 
-def _rope_bases(raw: dict[str, Any], values: _Reader, where: str) -> tuple[float, float]:
+def _rope_bases(raw: dict[str, Any], values: Fields, where: str) -> tuple[float, float]:
     parameters = raw.get("rope_parameters")
     if parameters is None:
         return float(values.get("rope_theta")), float(values.get("rope_local_base_freq"))

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from g3n_mlx.config import FULL, SLIDING, ModelConfig, read_json
+from g3n_mlx.config import FULL, SLIDING, ModelConfig
+from g3n_mlx.config_file import read_json
 from g3n_mlx.manifest import TEXT, dead_manifest, embedder_manifest, text_manifest
 from g3n_mlx.quantization import BITS, GROUP_SIZES, Quantization
 from g3n_mlx.shards import Shard, StoredTensor, open_shards

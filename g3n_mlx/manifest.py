@@ -6,7 +6,9 @@ Source: the published checkpoints; transformers, modeling_gemma3n.py.
 
 from math import prod
 
-from g3n_mlx.config import EmbedderConfig, TextConfig
+from g3n_mlx.audio_config import AudioConfig
+from g3n_mlx.config import TextConfig
+from g3n_mlx.vision_config import VisionConfig
 
 TEXT = "language_model."
 PLE_TABLE = "language_model.embed_tokens_per_layer"
@@ -33,7 +35,7 @@ def dead_manifest(config: TextConfig) -> dict[str, tuple[int, ...]]:
     return {name: published[name] for name in names}
 
 
-def embedder_manifest(path: str, config: EmbedderConfig, text_width: int) -> dict[str, tuple[int, ...]]:
+def embedder_manifest(path: str, config: VisionConfig | AudioConfig, text_width: int) -> dict[str, tuple[int, ...]]:
     """Name -> shape of one modality's embedder; path is `embed_vision` or `embed_audio`."""
     width = config.hidden_size
     return {

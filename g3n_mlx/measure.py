@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from g3n_mlx.config import ModelConfig, read_json
+from g3n_mlx.config import ModelConfig
+from g3n_mlx.config_file import read_json
 from g3n_mlx.memory import peak_process_bytes
 from g3n_mlx.shards import DTYPES
 

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from g3n_mlx.config import FULL, SLIDING, ModelConfig, TextConfig, read_json
+from g3n_mlx.config import FULL, SLIDING, ModelConfig, TextConfig
+from g3n_mlx.config_file import read_json
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from g3n_mlx.checkpoint import Checkpoint
-from g3n_mlx.config import TextConfig, read_json
+from g3n_mlx.config import TextConfig
+from g3n_mlx.config_file import read_json
 from g3n_mlx.manifest import dead_manifest, effective_parameters, text_manifest
 from g3n_mlx.matformer import PUBLISHED, Slice, cut, find_slice, plan_slice, read_slices, slice_config
 

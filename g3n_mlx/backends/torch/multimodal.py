@@ -11,20 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from g3n_mlx.audio_config import AudioConfig
 from g3n_mlx.backends.torch.cache import Cache
 from g3n_mlx.backends.torch.quant import linear
 from g3n_mlx.backends.torch.sampling import Sampler, Step
 from g3n_mlx.backends.torch.text import Ahead, LanguageModel, RMSNorm
 from g3n_mlx.backends.torch.weights import Weights, from_numpy
 from g3n_mlx.checkpoint import Checkpoint
-from g3n_mlx.config import EmbedderConfig, ModelConfig
+from g3n_mlx.config import ModelConfig
 from g3n_mlx.sampling import SamplingParams
+from g3n_mlx.vision_config import VisionConfig
 
 
 class MultimodalEmbedder(nn.Module):
     """One modality's ids as text embeddings: embedding, norm, projection, norm without weight; not scaled."""
 
-    def __init__(self, config: EmbedderConfig, weights: Weights) -> None:
+    def __init__(self, config: VisionConfig | AudioConfig, weights: Weights) -> None:
         super().__init__()
         self.vocab_offset = config.vocab_offset
         self.dtype, self.device = weights.dtype, weights.device
