@@ -2,13 +2,14 @@
 
 A full-attention cache can be cut at any token, a sliding one cannot: it has overwritten what came before its window.
 So snapshots of the sliding windows (16 MB at E4B's shape) are taken where later prompts are likely to part from this
-one, and a new prompt goes on from the longest snapshot, or from the very end, whose ids it begins with.
+one, and a new prompt goes on from the longest snapshot, or from the very end, whose ids it begins with. Several
+prompts that begin alike go on from forks: caches of their own that share the snapshots.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from g3n_mlx.interface import Cache
+from g3n_mlx.interface import Cache, Snapshot
 
 # Snapshots kept: the first one, which mostly is the system text's, and the latest.
 MAX_SNAPSHOTS = 6
@@ -17,7 +18,7 @@ MAX_SNAPSHOTS = 6
 @dataclass(frozen=True, slots=True)
 class _Mark:
     length: int  # ids before the snapshot
-    snapshot: object
+    snapshot: Snapshot
 
 
 class Conversation:
@@ -45,6 +46,33 @@ class Conversation:
             self.cache.restore(self._marks[-1].snapshot)
             del self.token_ids[self._marks[-1].length :]
         return len(self.token_ids)
+
+    def reusable(self, token_ids: Sequence[int]) -> int:
+        """How many of these ids `resume`, or `fork` where that is fewer than all it holds, would find in the cache."""
+        shared = _shared_prefix(self.token_ids, token_ids[:-1])
+        if shared == len(self.token_ids):
+            return shared
+        return max((mark.length for mark in self._marks if mark.length <= shared), default=0)
+
+    def fork(self, token_ids: Sequence[int]) -> "Conversation | None":
+        """A conversation of its own at the longest snapshot that begins these ids; None when none does."""
+        shared = _shared_prefix(self.token_ids, token_ids[:-1])
+        marks = [mark for mark in self._marks if mark.length <= shared]
+        if not marks:
+            return None
+        other = Conversation(self.cache.fork(marks[-1].snapshot))
+        other.token_ids = self.token_ids[: marks[-1].length]
+        other._marks = marks
+        return other
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache and of its snapshots."""
+        return self.cache.nbytes + sum(mark.snapshot.nbytes for mark in self._marks)
+
+    def nbytes_at(self, tokens: int) -> int:
+        """The most bytes it takes once it holds so many ids; one must have been taken in, and marked."""
+        return self.cache.nbytes_at(tokens) + MAX_SNAPSHOTS * max(mark.snapshot.nbytes for mark in self._marks)
 
     def append(self, token_ids: Sequence[int]) -> None:
         """Notes that the cache has taken these ids in."""

@@ -28,6 +28,15 @@ class Step(Protocol):
         ...
 
 
+class Snapshot(Protocol):
+    """What a cache needs to come back to an offset."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copied rows."""
+        ...
+
+
 class Cache(Protocol):
     """Keys and values of one sequence, for every layer that owns some."""
 
@@ -41,12 +50,20 @@ class Cache(Protocol):
         """Bytes allocated."""
         ...
 
-    def snapshot(self) -> object:
+    def nbytes_at(self, tokens: int) -> int:
+        """Bytes allocated once it holds so many tokens; one must have been seen, for its size."""
+        ...
+
+    def snapshot(self) -> Snapshot:
         """A copy of what later tokens overwrite (the sliding windows), to come back to this offset."""
         ...
 
-    def restore(self, snapshot: object) -> None:
+    def restore(self, snapshot: Snapshot) -> None:
         """Back to the offset of a snapshot taken of this cache; the tokens before it must be the same ones."""
+        ...
+
+    def fork(self, snapshot: Snapshot) -> "Cache":
+        """A cache of its own at the offset of a snapshot of this one, which stays as it is."""
         ...
 
 

@@ -167,3 +167,36 @@ def test_only_owners_of_keys_have_caches_and_windows_are_bounded(framework, netw
     assert cache.nbytes == 4 * sliding + full
     snapshot = cache.snapshot()
     assert snapshot.nbytes == 4 * (text.sliding_window - 1) * row
+
+
+@pytest.mark.parametrize("before", [1, 16, 60, 300])
+def test_a_fork_goes_on_alone(network, before):
+    """Bit for bit as a fresh cache, whatever its source does next; and the source as if it had never been forked."""
+    first, other, last = ids_of(before, 1), ids_of(40, 2), ids_of(23, 3)
+    fresh, source, plain = network.make_cache(), network.make_cache(), network.make_cache()
+    for cache in (fresh, source, plain):
+        network.prefill(first, cache, None)
+    snapshot = source.snapshot()
+    network.prefill(other, source, None)
+    network.prefill(other, plain, None)
+    forks = [source.fork(snapshot), source.fork(snapshot)]
+    expected = network.logits(last, fresh)
+    for fork in forks:
+        assert fork.offset == before
+        np.testing.assert_array_equal(network.logits(last, fork), expected)
+    np.testing.assert_array_equal(network.logits(last, source), network.logits(last, plain))
+
+
+def test_a_fork_at_nothing_is_an_empty_cache(network):
+    cache = network.make_cache()
+    snapshot = cache.snapshot()
+    network.prefill(ids_of(30, 1), cache, None)
+    assert cache.fork(snapshot).nbytes == 0
+
+
+@pytest.mark.parametrize("tokens", [1, 255, 256, 257, 700])
+def test_the_size_of_a_cache_is_known_beforehand(network, tokens):
+    small, cache = network.make_cache(), network.make_cache()
+    network.prefill(ids_of(1, 1), small, None)
+    network.prefill(ids_of(tokens, 1), cache, None)
+    assert small.nbytes_at(tokens) == cache.nbytes

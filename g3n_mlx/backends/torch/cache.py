@@ -41,6 +41,18 @@ class KVCache:
             raise ValueError(f"cannot trim {n} of {self.offset} cached tokens")
         self.offset -= n
 
+    def fork(self, length: int) -> "KVCache":
+        """A cache of its own that holds the first `length` tokens."""
+        other = KVCache()
+        if self.keys is not None and self.values is not None and length:
+            other.update(self.keys[:, :, :length], self.values[:, :, :length])
+        return other
+
+    def nbytes_at(self, tokens: int) -> int:
+        """Bytes allocated once it holds so many tokens; one must have been seen, for its size."""
+        assert self.keys is not None
+        return self.nbytes // self.keys.shape[2] * -(-tokens // GROWTH_ROWS) * GROWTH_ROWS
+
     @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values."""
@@ -119,6 +131,7 @@ class Cache:
     """The caches of all owner layers of one sequence, by layer index."""
 
     def __init__(self, config: TextConfig) -> None:
+        self.config = config
         self.layers = {
             layer_idx: SlidingKVCache(config.sliding_window) if kind == SLIDING else KVCache()
             for layer_idx, kind in enumerate(config.layer_types[: config.first_kv_shared_layer])
@@ -133,6 +146,12 @@ class Cache:
     def nbytes(self) -> int:
         """Bytes allocated by all layers."""
         return sum(layer.nbytes for layer in self.layers.values())
+
+    def nbytes_at(self, tokens: int) -> int:
+        """Bytes allocated once it holds so many tokens; one must have been seen, for its size."""
+        return sum(
+            layer.nbytes_at(tokens) if isinstance(layer, KVCache) else layer.nbytes for layer in self.layers.values()
+        )
 
     def snapshot(self) -> Snapshot:
         """The present offset with copies of the sliding windows; full caches keep their own rows."""
@@ -156,6 +175,15 @@ class Cache:
                 layer.offset = snapshot.offset
             else:
                 layer.trim(layer.offset - snapshot.offset)
+
+    def fork(self, snapshot: Snapshot) -> "Cache":
+        """A cache of its own at the offset of a snapshot of this one, which stays as it is."""
+        other = Cache(self.config)
+        for layer_idx, layer in self.layers.items():
+            if isinstance(layer, KVCache):
+                other.layers[layer_idx] = layer.fork(snapshot.offset)
+        other.restore(snapshot)
+        return other
 
 
 def grown(old: Tensor | None, like: Tensor, used: int, rows: int) -> Tensor:
