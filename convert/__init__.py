@@ -25,7 +25,7 @@ from g3n_mlx.convert.write import (
 from g3n_mlx.hub import cache_folder, resolve
 from g3n_mlx.layouts import nested_config, open_layout
 from g3n_mlx.manifest import TEXT, dead_manifest
-from g3n_mlx.matformer import SlicePlan, find_slice, plan_slice, read_slices
+from g3n_mlx.matformer import SlicePlan, find_slice, plan_slice, slices_for
 from g3n_mlx.quantization import Quantization
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,8 @@ def convert(
     output = Path(output).expanduser()
     plan = None if matformer is None else plan_for(folder, matformer, matformer_config)
     checkpoint = Checkpoint.open(folder, plan)
+    if not (folder / "tokenizer.json").is_file():
+        logger.warning("%s has no tokenizer.json: put one into %s, or nobody can chat with it", folder, output)
     try:
         check_free_name(output)
         _write(checkpoint, output, q_bits, q_group_size, ple_bits, dtype, progress, wait_for_others=False)
@@ -104,8 +106,8 @@ def cached_conversion(
 
 
 def plan_for(folder: Path, matformer: str, matformer_config: str | Path | None = None) -> SlicePlan:
-    """The plan of a named slice for the checkpoint in a folder; its config.json alone is read."""
-    slices = read_slices(None if matformer_config is None else Path(matformer_config))
+    """The plan of a named slice for the checkpoint in a folder; of it, config.json and its own slices are read."""
+    slices = slices_for(folder, None if matformer_config is None else Path(matformer_config))
     where = folder / "config.json"
     config = ModelConfig.from_dict(nested_config(read_json(where)), str(where))
     return plan_slice(config.text, find_slice(matformer, slices))
@@ -155,7 +157,7 @@ def _write(
     with appearing_folder(output, wait_for_others) as partial:
         check_space(output, jobs)
         write_shards(partial, jobs, progress)
-        copy_sidecars(checkpoint.folder, partial)
+        copy_sidecars(checkpoint.folder, partial, whole=checkpoint.slice_name is None)
         # Last: a folder without config.json is none that anybody loads.
         write_json(partial / "config.json", _config(checkpoint, chosen, stored))
 

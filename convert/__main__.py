@@ -6,7 +6,6 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from g3n_mlx.checkpoint import Checkpoint
 from g3n_mlx.config_file import read_json
@@ -14,11 +13,11 @@ from g3n_mlx.convert import DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS, convert
 from g3n_mlx.convert.quantize import FLOATS
 from g3n_mlx.convert.sizes import SizedSlice, largest_fitting, size_slices, table
 from g3n_mlx.hub import resolve
-from g3n_mlx.matformer import PUBLISHED, read_slices
+from g3n_mlx.matformer import OWN_TABLE, PUBLISHED, read_slices
 from g3n_mlx.quantization import BITS, GROUP_SIZES
 
 _DEFAULT_BITS = 4
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _list_slices(flags) if flags.list_slices else _convert(flags)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"g3n-convert: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
@@ -82,23 +81,25 @@ def _list_slices(flags: argparse.Namespace) -> int:
 
 def _sized(flags: argparse.Namespace) -> list[SizedSlice]:
     """All slices with their sizes, of --hf-path where it is given, else of the published E4B."""
+    raw_text, own_table, stored = read_json(PUBLISHED.with_name("gemma3n-e4b.json")), None, {}
+    if flags.hf_path is not None:
+        folder = resolve(flags.hf_path, flags.revision)
+        checkpoint = Checkpoint.open(folder)
+        checkpoint.close()
+        raw_text, stored = checkpoint.raw_config["text_config"], checkpoint.quantizations
+        own_table = folder / OWN_TABLE if (folder / OWN_TABLE).is_file() else None
     quantize = flags.quantize or flags.q_bits is not None or flags.list_slices
+    if flags.fits is not None and not quantize and not stored:
+        print("sizes are those of the unquantized model; -q makes it smaller", file=sys.stderr)
     return size_slices(
-        _text_config(flags.hf_path, flags.revision),
-        read_slices(flags.matformer_config),
+        raw_text,
+        read_slices(flags.matformer_config or own_table),
         (flags.q_bits or _DEFAULT_BITS) if quantize else None,
         flags.q_group_size or DEFAULT_GROUP_SIZE,
         flags.ple_bits or DEFAULT_PLE_BITS,
         FLOATS[flags.dtype or "bfloat16"],
+        stored,
     )
-
-
-def _text_config(hf_path: str | None, revision: str | None) -> dict[str, Any]:
-    if hf_path is None:
-        return read_json(PUBLISHED.with_name("gemma3n-e4b.json"))
-    checkpoint = Checkpoint.open(resolve(hf_path, revision))
-    checkpoint.close()
-    return checkpoint.raw_config["text_config"]
 
 
 def _in_words(entry: SizedSlice) -> str:
@@ -107,7 +108,7 @@ def _in_words(entry: SizedSlice) -> str:
 
 def _num_bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
-    if match is None or match[2] not in _UNITS:
+    if match is None or not match[2] or match[2] not in _UNITS:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 4GB, 3.5GiB or 900MB")
     return int(float(match[1]) * _UNITS[match[2]])
 

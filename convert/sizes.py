@@ -1,6 +1,6 @@
 """How large a slice is before it is made: bytes on disk, and bytes that a text run keeps in memory."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -9,6 +9,7 @@ from g3n_mlx.config import SLIDING, TextConfig
 from g3n_mlx.convert.quantize import Output, choose_quantizations, quantized_outputs
 from g3n_mlx.manifest import PLE_TABLE, dead_manifest, effective_parameters, text_manifest
 from g3n_mlx.matformer import Slice, plan_slice, slice_config
+from g3n_mlx.quantization import Quantization
 
 # What a run takes besides weights: the KV caches of a conversation of this length, in bfloat16, ...
 _CONTEXT_TOKENS = 4096
@@ -35,14 +36,24 @@ def size_slices(
     q_group_size: int,
     ple_bits: int,
     dtype: str,
+    stored: Mapping[str, Quantization],
 ) -> list[SizedSlice]:
-    """Sizes every slice of a base model whose text_config is given; dtype as safetensors spells it."""
+    """Sizes every slice of a base model whose text_config is given; dtype as safetensors spells it.
+
+    stored: how the base is quantized already, by module path; then the bits asked for have no say.
+    """
     base = TextConfig.from_dict(raw_text)
     sized: list[SizedSlice] = []
     for entry in slices:
-        text = TextConfig.from_dict(slice_config(raw_text, plan_slice(base, entry)))
+        plan = plan_slice(base, entry)
+        text = TextConfig.from_dict(slice_config(raw_text, plan))
         shapes = text_manifest(text) | dead_manifest(text)
-        chosen = {} if q_bits is None else choose_quantizations(shapes, q_bits, q_group_size, ple_bits)
+        chosen: Mapping[str, Quantization] = {}
+        if stored:
+            paths = {name.removesuffix(".weight") for name in shapes}
+            chosen = {path: stored[plan.source_name(path)] for path in paths if plan.source_name(path) in stored}
+        elif q_bits is not None:
+            chosen = choose_quantizations(shapes, q_bits, q_group_size, ple_bits)
         disk = resident = 0
         for name, shape in shapes.items():
             path = name.removesuffix(".weight")

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from g3n_mlx.convert.quantize import Job, Output
+from g3n_mlx.matformer import OWN_TABLE
 from g3n_mlx.shards import DTYPES, INDEX
 
 # As Hugging Face splits.
@@ -100,6 +101,8 @@ def appearing_folder(folder: Path, wait_for_others: bool) -> Generator[Path]:
     """
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder.parent, os.W_OK):  # the lock would take it for another process's
+        raise PermissionError(f"{folder.parent} can't be written to: choose another place for the output folder")
     partial = folder.parent / f".{folder.name}.partial"
     lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=-1 if wait_for_others else 0)
     try:
@@ -160,9 +163,9 @@ def write_shards(folder: Path, jobs: Sequence[Job], progress: bool, max_shard_by
         write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def copy_sidecars(source: Path, folder: Path) -> None:
-    """Tokenizer, chat template, generation and processor settings, licence."""
-    for pattern in _SIDECARS:
+def copy_sidecars(source: Path, folder: Path, whole: bool) -> None:
+    """Tokenizer, chat template, generation and processor settings, licence; of a whole model its slices too."""
+    for pattern in (*_SIDECARS, *([OWN_TABLE] if whole else [])):
         for path in source.glob(pattern):
             if path.is_file() and path.name not in ("config.json", INDEX) and not path.name.startswith("."):
                 shutil.copyfile(path, folder / path.name)

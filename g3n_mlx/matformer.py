@@ -19,6 +19,8 @@ from g3n_mlx.config import TextConfig
 from g3n_mlx.manifest import PLE_TABLE, TEXT
 
 PUBLISHED = Path(__file__).parent / "matformer_configs" / "gemma3n.csv"
+# The slices of a checkpoint that was made for them lie beside it.
+OWN_TABLE = "matformer.csv"
 
 # Ranges [start, stop) along one axis, ascending.
 Ranges = tuple[tuple[int, int], ...]
@@ -93,6 +95,20 @@ def read_slices(path: Path | None = None) -> list[Slice]:
     if not slices:
         raise ValueError(f"{path} holds no slices")
     return slices
+
+
+def slices_for(folder: Path, table: Path | None = None) -> list[Slice]:
+    """The slices that may be taken from the checkpoint in a folder.
+
+    Those of a table, where one is given; else those of the checkpoint's own matformer.csv, and then the published ones.
+    Raises as `read_slices`.
+    """
+    if table is not None:
+        return read_slices(table)
+    own = read_slices(folder / OWN_TABLE) if (folder / OWN_TABLE).is_file() else []
+    taken = {name.casefold() for entry in own for name in (entry.name, entry.short_name)}
+    published = read_slices(None)
+    return own + [e for e in published if not {e.name.casefold(), e.short_name.casefold()} & taken]
 
 
 def find_slice(name: str, slices: Sequence[Slice]) -> Slice:

@@ -361,16 +361,56 @@ def test_two_processes_make_one_cached_conversion(tiny_folder: Path, tmp_path: P
 def test_sizes_are_what_a_conversion_writes(tiny_folder: Path, tensors: Tensors, tmp_path: Path, table: Path) -> None:
     source = files.write_folder(tmp_path / "in", *files.text_only(files.read_config(tiny_folder), tensors))
     raw = Checkpoint.open(source).raw_config["text_config"]
-    for entry in size_slices(raw, read_slices(table), 4, 64, 8, "BF16"):
+    for entry in size_slices(raw, read_slices(table), 4, 64, 8, "BF16", {}):
         output = tmp_path / entry.slice.short_name
         convert(source, output, q_bits=4, matformer=entry.slice.name, matformer_config=table, progress=False)
         stored = files.read_folder(output)
         assert entry.disk_bytes == sum(array.nbytes for array in stored.values())
 
 
+def test_a_quantized_source_is_sized_as_it_is(
+    tiny_folder: Path, tensors: Tensors, tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = files.write_folder(tmp_path / "in", *files.text_only(files.read_config(tiny_folder), tensors))
+    source = convert(dense, tmp_path / "quantized", q_bits=3, q_group_size=32, progress=False)
+    assert main(["--list-slices", "--hf-path", str(source), "--matformer-config", str(table)]) == 0
+    listed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    raw = Checkpoint.open(dense).raw_config["text_config"]
+    for entry in size_slices(raw, read_slices(table), 3, 32, 8, "BF16", {}):
+        assert f" {entry.disk_bytes / 1e9:.2f} GB" in listed[entry.slice.short_name]
+        output = convert(source, tmp_path / entry.slice.short_name, matformer=entry.slice.name, matformer_config=table)
+        sized = size_slices(raw, [entry.slice], None, 64, 8, "BF16", Checkpoint.open(source).quantizations)
+        assert sized[0].disk_bytes == sum(array.nbytes for array in files.read_folder(output).values())
+
+
+def test_a_checkpoints_own_slices(
+    tiny_folder: Path, tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Looked up before the published ones, listed, and kept by a conversion of the whole model alone."""
+    source = tmp_path / "source"
+    shutil.copytree(tiny_folder, source)
+    shutil.copyfile(table, source / "matformer.csv")
+    half = convert(source, tmp_path / "half", matformer="half", progress=False)
+    assert Checkpoint.open(half).config.text.intermediate_size == (128,) * 10
+    assert not (half / "matformer.csv").exists()
+    assert (convert(source, tmp_path / "whole", q_bits=4, progress=False) / "matformer.csv").exists()
+    with pytest.raises(ValueError, match="made for a base model of 35 layers"):  # a published one
+        convert(source, tmp_path / "e2b", matformer="e2.49b-block", progress=False)
+    assert main(["--list-slices", "--hf-path", str(source)]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["slice", "mixed", "half", "whole"]
+
+
+def test_a_source_without_a_tokenizer_is_said(
+    tiny_folder: Path, tensors: Tensors, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = files.write_folder(tmp_path / "in", files.read_config(tiny_folder), tensors)
+    convert(source, tmp_path / "out", progress=False)
+    assert "has no tokenizer.json: put one into" in caplog.text
+
+
 def test_largest_fitting(table: Path, tiny_folder: Path) -> None:
     raw = files.read_config(tiny_folder)["text_config"]
-    sized = size_slices(raw, read_slices(table), 4, 64, 8, "BF16")
+    sized = size_slices(raw, read_slices(table), 4, 64, 8, "BF16", {})
     by_name = {entry.slice.short_name: entry for entry in sized}
     assert largest_fitting(sized, 10**12) is by_name["whole"]
     assert largest_fitting(sized, by_name["whole"].resident_bytes - 1) is not by_name["whole"]
@@ -421,6 +461,7 @@ def test_command_picks_what_fits(
         ["--hf-path", "x", "-o", "y", "--q-bits", "4"],
         ["--hf-path", "x", "-o", "y", "-q", "--q-bits", "7"],
         ["--hf-path", "x", "-o", "y", "--fits", "much"],
+        ["--hf-path", "x", "-o", "y", "--fits", "4"],
         ["--hf-path", "x", "-o", "y", "--matformer-config", "z.csv"],
         ["--hf-path", "x", "-o", "y", "--fits", "4GB", "--matformer", "e2b"],
     ],
@@ -441,7 +482,7 @@ def test_failures_are_one_line(tiny_folder: Path, tmp_path: Path, capsys: pytest
     ):
         assert main([*flags, "-o", str(tmp_path / "out")]) == 1
         errors = capsys.readouterr().err
-        assert errors.startswith("error: ")
+        assert errors.startswith("g3n-convert: ")
         assert errors.count("\n") == 1
 
 
