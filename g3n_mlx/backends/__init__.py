@@ -11,11 +11,13 @@ What the pair is allowed to have differently:
 | quantized products | `mx.quantized_matmul` | int4 kernels on a packed form; blocks of dequantized rows |
 | quantized activations | float32 on the CPU device, where bf16 products are off by 5 % | the chosen dtype |
 | caches | functional updates | in place |
+| vision maps | [B, h, w, C] throughout, kernels turned at construction | so inside; [B, C, h, w] at the tower's ends |
 
 Names that one of them alone has:
 
 - MLX evaluates lazily: `weights.py:evaluated`; it has no log-softmax, and its CPU device adds in sequence, in float32:
   `sampling.py:log_softmax`, `sampling.py:cumulated`.
+- MLX has no resize by output size: `vision.py:interpolated`.
 - torch's packed int4 form: `quant.py:PackedLinear`, `quant.py:blockwise_product`, `quant.py:has_amx`,
   `quant.py:dense_product_dtype`, `quant.py:dense_product_rows`, `quant.py:packs`, `quant.py:empty_packed`,
   `quant.py:packed_codes`, `quant.py:packing_block_rows`, `quant.py:nibble_rows`, `quant.py:nibble_index`,

@@ -1,0 +1,292 @@
+"""The vision tower: a MobileNetV5 encoder whose last stages are fused (MSFA).
+
+Attribute names are the checkpoint's. Maps are [B, h, w, C]; kernels, published as (O, I, kH, kW), are turned at
+construction.
+Arithmetic follows timm, mobilenetv5.py, _efficientnet_blocks.py, attention2d.py (arXiv:2404.10518), but for the norms
+in bfloat16, which are float32 inside here.
+"""
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+from mlx import nn
+
+from g3n_mlx.backends.mlx.text import RMSNorm
+from g3n_mlx.backends.mlx.weights import Weights, evaluated
+from g3n_mlx.vision_config import (
+    BlockConfig,
+    EdgeResidualConfig,
+    MobileAttentionConfig,
+    UniversalInvertedResidualConfig,
+    VisionConfig,
+    same_padding,
+)
+
+# Not in any config: the norms' default in timm.
+EPS = 1e-6
+
+
+def gelu(x: mx.array) -> mx.array:
+    """The tanh form of GELU."""
+    return nn.gelu_approx(x)
+
+
+def enlarged(x: mx.array, height: int, width: int) -> mx.array:
+    """Nearest neighbours, [B, h, w, C] -> [B, height, width, C]."""
+    if x.shape[1:3] == (height, width):
+        return x
+    for axis, size in ((1, height), (2, width)):
+        nearest = mx.floor(mx.arange(size) * (x.shape[axis] / size)).astype(mx.int32)
+        x = mx.take(x, nearest, axis)
+    return x
+
+
+def pooled(x: mx.array, resolution: int) -> mx.array:
+    """Means of equal tiles, or bilinear where there are none, [B, h, w, C] -> [B, resolution, resolution, C]."""
+    batch, height, width, channels = x.shape
+    if height % resolution or width % resolution:
+        return interpolated(interpolated(x, 1, resolution), 2, resolution)
+    tiles = (batch, resolution, height // resolution, resolution, width // resolution, channels)
+    return x.astype(mx.float32).reshape(tiles).mean((2, 4)).astype(x.dtype)
+
+
+def interpolated(x: mx.array, axis: int, size: int) -> mx.array:
+    """Linear along one axis, half-pixel centres, without antialiasing: torch's align_corners=False."""
+    source = mx.maximum((mx.arange(size) + 0.5) * (x.shape[axis] / size) - 0.5, 0.0)
+    below = mx.floor(source).astype(mx.int32)
+    above = mx.minimum(below + 1, x.shape[axis] - 1)
+    share = mx.expand_dims(source - below, tuple(other for other in range(x.ndim) if other != axis))
+    return (mx.take(x, below, axis) * (1 - share) + mx.take(x, above, axis) * share).astype(x.dtype)
+
+
+class Pointwise(nn.Module):
+    """A 1 x 1 convolution: a product over the channels."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        self.weight = weights.tensor().flatten(1)  # [O, I]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[B, h, w, I] -> [B, h, w, O]."""
+        return x @ self.weight.T
+
+
+class Conv2d(nn.Module):
+    """A spatial convolution, dense or depthwise, with TF-SAME padding for the size that comes."""
+
+    def __init__(self, weights: Weights, stride: int, dilation: int, bias: bool = False) -> None:
+        super().__init__()
+        self.stride, self.dilation = stride, dilation
+        self.weight = evaluated(mx.contiguous(weights.tensor().transpose(0, 2, 3, 1)))  # [O, kH, kW, I]
+        self.bias = weights.tensor("bias") if bias else None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[B, h, w, I] -> [B, h / stride, w / stride, O], rounded up."""
+        _, height, width, channels = x.shape
+        top, bottom = same_padding(height, self.weight.shape[1], self.stride, self.dilation)
+        left, right = same_padding(width, self.weight.shape[2], self.stride, self.dilation)
+        padding = ((top, left), (bottom, right))
+        groups = channels // self.weight.shape[3]
+        x = mx.conv_general(x, self.weight, self.stride, padding, self.dilation, groups=groups)
+        return x if self.bias is None else x + self.bias
+
+
+class ConvNorm(nn.Module):
+    """A convolution and its norm."""
+
+    def __init__(self, conv: Pointwise | Conv2d, weights: Weights) -> None:
+        super().__init__()
+        self.conv = conv
+        self.bn = RMSNorm(weights.at("bn"), EPS)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[B, h, w, I] -> [B, h', w', O]."""
+        return self.bn(self.conv(x))
+
+
+class LayerScale(nn.Module):
+    """A factor for every channel."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        self.gamma = weights.tensor("gamma")
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[B, h, w, C], kept."""
+        return x * self.gamma
+
+
+class EdgeResidual(nn.Module):
+    """Spatial expansion, norm, GELU, projection, norm."""
+
+    def __init__(self, config: EdgeResidualConfig, weights: Weights) -> None:
+        super().__init__()
+        self.has_skip = config.has_skip
+        self.conv_exp = Conv2d(weights.at("conv_exp"), config.stride, config.dilation)
+        self.bn1 = RMSNorm(weights.at("bn1"), EPS)
+        conv_pwl = weights.at("conv_pwl")
+        self.conv_pwl = Pointwise(conv_pwl) if config.pw_kernel_size == 1 else Conv2d(conv_pwl, 1, 1)
+        self.bn2 = RMSNorm(weights.at("bn2"), EPS)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[B, h, w, I] -> [B, h', w', O]."""
+        out = self.bn2(self.conv_pwl(gelu(self.bn1(self.conv_exp(x)))))
+        return out + x if self.has_skip else out
+
+
+class UniversalInvertedResidual(nn.Module):
+    """Expansion and projection with depthwise convolutions before, between and after; GELU at the wide places only."""
+
+    def __init__(self, config: UniversalInvertedResidualConfig, weights: Weights) -> None:
+        super().__init__()
+        self.has_skip = config.has_skip
+        start, mid, end = config.strides
+        self.dw_start = depthwise(weights.at("dw_start"), config.dw_kernel_size_start, start, config.dilation)
+        self.pw_exp = ConvNorm(Pointwise(weights.at("pw_exp.conv")), weights.at("pw_exp"))
+        self.dw_mid = depthwise(weights.at("dw_mid"), config.dw_kernel_size_mid, mid, config.dilation)
+        self.pw_proj = ConvNorm(Pointwise(weights.at("pw_proj.conv")), weights.at("pw_proj"))
+        self.dw_end = depthwise(weights.at("dw_end"), config.dw_kernel_size_end, end, config.dilation)
+        self.layer_scale = LayerScale(weights.at("layer_scale")) if config.has_layer_scale else None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[B, h, w, I] -> [B, h', w', O]."""
+        out = x if self.dw_start is None else self.dw_start(x)
+        out = gelu(self.pw_exp(out))
+        out = out if self.dw_mid is None else gelu(self.dw_mid(out))
+        out = self.pw_proj(out)
+        out = out if self.dw_end is None else self.dw_end(out)
+        out = out if self.layer_scale is None else self.layer_scale(out)
+        return out + x if self.has_skip else out
+
+
+def depthwise(weights: Weights, kernel_size: int, stride: int, dilation: int) -> ConvNorm | None:
+    """A depthwise convolution and its norm; None where the kernel has size 0."""
+    return ConvNorm(Conv2d(weights.at("conv"), stride, dilation), weights) if kernel_size else None
+
+
+class Projection(nn.Module):
+    """Queries, keys, values or the output of attention; with a stride, of a smaller map."""
+
+    def __init__(self, weights: Weights, stride: int, dilation: int) -> None:
+        super().__init__()
+        self.stride = stride
+        if stride > 1:
+            self.down_conv = Conv2d(weights.at("down_conv"), stride, dilation)
+            self.norm = RMSNorm(weights.at("norm"), EPS)
+        self.proj = Pointwise(weights.at("proj"))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[B, h, w, I] -> [B, h', w', O]."""
+        return self.proj(self.norm(self.down_conv(x)) if self.stride > 1 else x)
+
+
+class MultiQueryAttention(nn.Module):
+    """Attention with N heads of queries and one of keys and values."""
+
+    def __init__(self, config: MobileAttentionConfig, weights: Weights) -> None:
+        super().__init__()
+        self.key_dim, self.value_dim = config.key_dim, config.value_dim
+        self.query = Projection(weights.at("query"), 1, 1)
+        self.key = Projection(weights.at("key"), config.kv_stride, config.dilation)
+        self.value = Projection(weights.at("value"), config.kv_stride, config.dilation)
+        self.output = Projection(weights.at("output"), 1, 1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[B, h, w, I] -> [B, h, w, O]."""
+        batch, height, width, _ = x.shape
+        # The heads attend to the same keys: they are rows of one query.
+        q = self.query(x).reshape(batch, 1, -1, self.key_dim)  # [B, 1, h * w * N, H]
+        k = self.key(x).reshape(batch, 1, -1, self.key_dim)  # [B, 1, S, H]
+        v = self.value(x).reshape(batch, 1, -1, self.value_dim)
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.key_dim**-0.5)
+        return self.output(out.reshape(batch, height, width, -1))
+
+
+class MobileAttention(nn.Module):
+    """Norm, attention, layer scale."""
+
+    def __init__(self, config: MobileAttentionConfig, weights: Weights) -> None:
+        super().__init__()
+        self.has_skip = config.has_skip
+        self.norm = RMSNorm(weights.at("norm"), EPS)
+        self.attn = MultiQueryAttention(config, weights.at("attn"))
+        self.layer_scale = LayerScale(weights.at("layer_scale"))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[B, h, w, I] -> [B, h, w, O]."""
+        out = self.layer_scale(self.attn(self.norm(x)))
+        return out + x if self.has_skip else out
+
+
+Block = EdgeResidual | UniversalInvertedResidual | MobileAttention
+
+
+def block(config: BlockConfig, weights: Weights) -> Block:
+    """The module of a block."""
+    match config:
+        case EdgeResidualConfig():
+            return EdgeResidual(config, weights)
+        case UniversalInvertedResidualConfig():
+            return UniversalInvertedResidual(config, weights)
+        case MobileAttentionConfig():
+            return MobileAttention(config, weights)
+
+
+class MultiScaleFusionAdapter(nn.Module):
+    """Stages of several resolutions as one map of features."""
+
+    def __init__(self, config: VisionConfig, weights: Weights) -> None:
+        super().__init__()
+        self.resolution = config.msfa_output_resolution
+        self.ffn = UniversalInvertedResidual(config.msfa_ffn, weights.at("ffn"))
+        self.norm = RMSNorm(weights.at("norm"), EPS)
+
+    def __call__(self, stages: list[mx.array]) -> mx.array:
+        """[B, h, w, C] each, the largest map first -> [B, resolution, resolution, hidden]."""
+        height, width = stages[0].shape[1:3]
+        fused = self.ffn(mx.concatenate([enlarged(stage, height, width) for stage in stages], axis=-1))
+        return self.norm(pooled(fused, self.resolution))
+
+
+class MobileNetV5Encoder(nn.Module):
+    """Stem, stages of blocks, fusion."""
+
+    def __init__(self, config: VisionConfig, weights: Weights) -> None:
+        super().__init__()
+        self.msfa_stages = config.msfa_stages
+        self.conv_stem = ConvNorm(Conv2d(weights.at("conv_stem.conv"), 2, 1, bias=True), weights.at("conv_stem"))
+        self.blocks = [
+            [
+                block(block_config, weights.at(f"blocks.{stage_idx}.{block_idx}"))
+                for block_idx, block_config in enumerate(stage)
+            ]
+            for stage_idx, stage in enumerate(config.stages)
+        ]
+        self.msfa = MultiScaleFusionAdapter(config, weights.at("msfa"))
+
+    def stages(self, x: mx.array) -> Iterator[mx.array]:
+        """What the stem and every stage make of pixels [B, h, w, 3]."""
+        x = gelu(self.conv_stem(x))
+        yield x
+        for stage in self.blocks:
+            for module in stage:
+                x = module(x)
+            yield x
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Pixels [B, h, w, 3] -> [B, resolution, resolution, hidden]."""
+        stages = enumerate(self.stages(x))
+        return self.msfa([stage for number, stage in stages if number in self.msfa_stages])
+
+
+class VisionTower(nn.Module):
+    """From pixels to features."""
+
+    def __init__(self, config: VisionConfig, weights: Weights) -> None:
+        super().__init__()
+        self.dtype = weights.dtype
+        self.timm_model = MobileNetV5Encoder(config, weights.at("timm_model"))
+
+    def __call__(self, pixels: mx.array) -> mx.array:
+        """Pixels [B, h, w, 3] of any float dtype -> features [B, resolution, resolution, hidden] in the weights'."""
+        return self.timm_model(pixels.astype(self.dtype))
