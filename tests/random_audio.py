@@ -1,4 +1,4 @@
-"""Seeded random checkpoints with an audio tower of any shape, in the published layout, beside a text model of nothing."""
+"""Seeded random checkpoints with an audio tower of any shape, as published, beside a text model of nothing."""
 
 from pathlib import Path
 from typing import Any

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoint_files import read_config, read_folder
-from random_audio import AUDIO, write_audio
+from random_audio import write_audio
 
 from g3n_mlx.checkpoint import Checkpoint
 
