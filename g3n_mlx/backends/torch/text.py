@@ -238,9 +238,8 @@ class DecoderLayer(nn.Module):
         gate = self.per_layer_input_gate(self.altup.scaled(streams[:, self.active_idx]))
         gated = F.gelu(gate, approximate="tanh") * per_layer_input
         update = self.post_per_layer_input_norm(self.per_layer_projection(gated))
-        # To streams 1.. whatever the active one is.
-        streams[:, 1:] += update[:, None]
-        return streams
+        # To streams 1.. whatever the active one is; not in place, which autograd would refuse.
+        return torch.cat([streams[:, :1], streams[:, 1:] + update[:, None]], dim=1)
 
 
 class LanguageModel(nn.Module):
