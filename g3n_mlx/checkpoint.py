@@ -79,8 +79,8 @@ class Checkpoint:
     def open(folder: Path, plan: SlicePlan | None = None) -> "Checkpoint":
         """Opens a folder and checks its tensors by name and shape against its config.json.
 
-        Below the vision and audio towers names are only indexed. Raises FileNotFoundError or ValueError, the
-        latter naming the tensors that are missing, unexpected or misshapen (ten of each, and the count).
+        Raises FileNotFoundError or ValueError, the latter naming the tensors that are missing, unexpected or
+        misshapen (ten of each, and the count).
         """
         folder = Path(folder)
         layout = open_layout(folder)

@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from g3n_mlx.audio_config import audio_manifest
 from g3n_mlx.config import FULL, SLIDING, ModelConfig
 from g3n_mlx.config_file import read_json
 from g3n_mlx.manifest import TEXT, dead_manifest, embedder_manifest, text_manifest
 from g3n_mlx.quantization import BITS, GROUP_SIZES, Quantization
 from g3n_mlx.shards import Shard, StoredTensor, open_shards
+from g3n_mlx.vision_config import vision_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +76,8 @@ class _Declared:
 def open_layout(folder: Path) -> Layout:
     """Opens a checkpoint folder and checks its tensors by name and shape against its config.json.
 
-    Below the vision and audio towers names are only indexed. Raises FileNotFoundError or ValueError, the
-    latter naming the tensors that are missing, unexpected or misshapen (ten of each, and the count).
+    Raises FileNotFoundError or ValueError, the latter naming the tensors that are missing, unexpected or misshapen
+    (ten of each, and the count). Below the vision and audio towers what nobody reads is no error.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: expected a model folder with config.json")
@@ -92,6 +94,7 @@ def open_layout(folder: Path) -> Layout:
         quantizations = _check_manifest(tensors, config, folder)
         _check_declared(declared, quantizations, where)
         kernel_axes = _kernel_axes(tensors, folder)
+        _check_towers(tensors, kernel_axes, config, folder)
         opened.pop_all()
     return Layout(config, raw_config, shards, tensors, quantizations, kernel_axes)
 
@@ -203,6 +206,34 @@ def _check_manifest(tensors: Mapping[str, StoredTensor], config: ModelConfig, fo
                 quantizations[path] = quantization
     towers = tuple(tower for modality, tower in _TOWERS.items() if getattr(config, modality) is not None)
     unexpected = [name for name in tensors if name not in known and not name.startswith(towers)]
+    _complain(folder, missing, unexpected, misshapen)
+    return quantizations
+
+
+def _check_towers(
+    tensors: Mapping[str, StoredTensor],
+    kernel_axes: Mapping[str, tuple[int, ...]],
+    config: ModelConfig,
+    folder: Path,
+) -> None:
+    shapes = vision_manifest(config.vision) if config.vision is not None else {}
+    if config.audio is not None:
+        shapes |= audio_manifest(config.audio)
+    if lacks_stem_bias(tensors):
+        shapes.pop(f"{STEM}.bias", None)
+    misshapen: list[str] = []
+    for name, shape in shapes.items():
+        if (stored := tensors.get(name)) is not None:
+            axes = kernel_axes.get(name, tuple(range(len(stored.shape))))
+            if tuple(stored.shape[axis] for axis in axes) != shape or stored.dtype not in _FLOATS:
+                misshapen.append(f"{name} {_found(stored)}, expected {list(shape)}")
+    _complain(folder, [name for name in shapes if name not in tensors], [], misshapen)
+    unread = [name for name in tower_names(tensors) if name not in shapes]
+    if unread:
+        logger.info("%d tensors of the towers are not read: %s", len(unread), ", ".join(unread[:10]))
+
+
+def _complain(folder: Path, missing: list[str], unexpected: list[str], misshapen: list[str]) -> None:
     complaints = [
         f"{len(names)} {kind}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
@@ -210,7 +241,6 @@ def _check_manifest(tensors: Mapping[str, StoredTensor], config: ModelConfig, fo
     ]
     if complaints:
         raise ValueError(f"{folder} does not hold the tensors that its config.json describes: {'; '.join(complaints)}")
-    return quantizations
 
 
 def _found(stored: StoredTensor) -> str:

@@ -489,3 +489,20 @@ def test_kernels_of_two_layouts(tmp_path: Path, published: tuple[dict[str, Any],
     mixed[name] = np.ascontiguousarray(mixed[name].transpose(0, 2, 3, 1))
     with pytest.raises(ValueError, match="kernels in different layouts"):
         Checkpoint.open(files.write_folder(tmp_path / "x", config, mixed))
+
+
+def test_towers_are_checked_too(tmp_path: Path, published: tuple[dict[str, Any], dict[str, np.ndarray]]) -> None:
+    """Missing and misshapen is refused; what nobody reads is not, since later files may carry more."""
+    config, tensors = published
+    kernel = "model.vision_tower.timm_model.blocks.0.0.conv_exp.weight"
+    linear = "model.audio_tower.conformer.0.attention.post.weight"
+    broken = {name: array for name, array in tensors.items() if name != linear}
+    broken[kernel] = broken[kernel][:-1]
+    with pytest.raises(ValueError, match="does not hold the tensors") as raised:
+        Checkpoint.open(files.write_folder(tmp_path / "broken", config, broken))
+    assert f"1 missing: {linear.removeprefix('model.')}; 1 misshapen: {kernel.removeprefix('model.')}" in str(
+        raised.value
+    )
+    more = {**tensors, "model.audio_tower.conformer.0.attention.attn.softcap": np.ones(1, np.float32)}
+    checkpoint = Checkpoint.open(files.write_folder(tmp_path / "more", config, more))
+    assert linear.removeprefix("model.") in checkpoint
