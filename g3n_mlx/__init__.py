@@ -9,15 +9,25 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from g3n_mlx.audio import Audio
+    from g3n_mlx.image import Image
     from g3n_mlx.load import load
     from g3n_mlx.model import Gemma3n
     from g3n_mlx.sampling import SamplingParams
+    from g3n_mlx.video import Video
 
     __version__: str
 
-__all__ = ["Gemma3n", "SamplingParams", "__version__", "load"]
+__all__ = ["Audio", "Gemma3n", "Image", "SamplingParams", "Video", "__version__", "load"]
 
-_HOMES = {"load": "g3n_mlx.load", "Gemma3n": "g3n_mlx.model", "SamplingParams": "g3n_mlx.sampling"}
+_HOMES = {
+    "Audio": "g3n_mlx.audio",
+    "Gemma3n": "g3n_mlx.model",
+    "Image": "g3n_mlx.image",
+    "SamplingParams": "g3n_mlx.sampling",
+    "Video": "g3n_mlx.video",
+    "load": "g3n_mlx.load",
+}
 
 
 def __getattr__(name: str) -> Any:

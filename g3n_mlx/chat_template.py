@@ -12,6 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from g3n_mlx.audio import Audio
+from g3n_mlx.image import Image
+from g3n_mlx.video import Video
+
 # Part types of Hugging Face's and OpenAI's messages, and the modality each one brings.
 MEDIA_KINDS = {
     "image": "image",
@@ -106,14 +110,28 @@ def _system_text(content: Any) -> str:
     )
 
 
-def _parts(content: Any, where: str) -> Sequence[Any]:
-    """The parts of a content list, each a string or a mapping with a type."""
+def _parts(content: Any, where: str) -> list[Any]:
+    """The parts of a content list, each a string or a mapping with a type; bare media objects get theirs."""
     if not isinstance(content, Sequence) or isinstance(content, bytes):
         raise ValueError(f"{where}.content is a {type(content).__name__}, expected a string or a list of parts")
+    parts: list[Any] = []
     for index, part in enumerate(content):
+        match part:
+            case Image():
+                part = {"type": "image", "image": part}
+            case Audio():
+                part = {"type": "audio", "audio": part}
+            case Video():
+                part = {"type": "video", "video": part}
+            case _:
+                pass
         if not isinstance(part, str) and not (isinstance(part, Mapping) and isinstance(part.get("type"), str)):
-            raise ValueError(f"{where}.content[{index}] is {part!r:.80}, expected a string or a dict with a 'type'")
-    return content
+            raise ValueError(
+                f"{where}.content[{index}] is {part!r:.80}, expected a string, a dict with a 'type', "
+                "or an Image, Audio or Video"
+            )
+        parts.append(part)
+    return parts
 
 
 def _text(part: Any, where: str) -> str:

@@ -1,0 +1,217 @@
+"""Pictures in any usual form and format to the pixels that enter the vision tower.
+
+Pillow decodes; HEIC needs pillow-heif (extra `heif`). A picture is turned as its EXIF orientation says, brought to
+RGB, with what is transparent composited on white, and resized to the processor's size whatever its shape.
+Source: transformers, image_transforms.py `convert_to_rgb` and image_processing_pil_siglip.py.
+"""
+
+import io
+import struct
+import zlib
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from g3n_mlx.config_file import Fields
+from g3n_mlx.fetch import FetchPolicy, fetch
+
+if TYPE_CHECKING:
+    from PIL import Image as pil
+
+# What Pillow may be asked to decode: a format beyond these is a program more that a stranger's bytes reach.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+# What Pillow's decoders raise for damaged files, besides OSError.
+_DAMAGED = (
+    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError, OverflowError,
+    RuntimeError, MemoryError, struct.error, zlib.error,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFeatures:
+    """A picture as the vision tower reads it."""
+
+    kind: ClassVar[str] = "image"
+    pixels: np.ndarray  # uint8 [h, w, 3]
+    rescale: float  # what a pixel is multiplied by
+    digest: bytes  # of all of the above
+
+    def values(self) -> np.ndarray:
+        """The tower's input, float32 [h, w, 3]."""
+        return self.pixels.astype(np.float32) * np.float32(self.rescale)
+
+
+class Image:
+    """A picture for a message: a path, bytes, a PIL image, an array, a `data:` URI or an http(s) URL.
+
+    An array is [h, w], [h, w, 1], [h, w, 3] or [h, w, 4], uint8 or floats from 0 to 1. Files are opened when the
+    message is used. Raises ValueError when the source is none of these, or an array's shape or values are wrong.
+    """
+
+    def __init__(self, source: "str | Path | bytes | np.ndarray | pil.Image") -> None:
+        if isinstance(source, np.ndarray):
+            source = _pixels_of(source)
+        elif not isinstance(source, str | Path | bytes) and not _is_pil(source):
+            raise ValueError(
+                f"a picture is a {type(source).__name__}, expected a path, bytes, a PIL image, an array or a URL"
+            )
+        self._source = source
+
+    def rgb(self, policy: FetchPolicy) -> np.ndarray:
+        """The picture upright and without transparency, uint8 [h, w, 3].
+
+        Raises ValueError when it can't be fetched, is no picture, is damaged or has too many pixels.
+        """
+        from PIL import Image as pil
+
+        source = self._source
+        if isinstance(source, np.ndarray):
+            _check_pixels(source.shape[1], source.shape[0], policy)
+            return _to_rgb(pil.fromarray(source))
+        if isinstance(source, str | Path):
+            source = fetch(source, policy)
+        return _decode(source, policy) if isinstance(source, bytes) else _upright(source, policy)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageProcessing:
+    """How pixels are made ready for the tower: the picture part of preprocessor_config.json."""
+
+    height: int
+    width: int
+    resample: int  # Pillow's number of the filter; 2 is bilinear
+    rescale: float
+
+    @staticmethod
+    def from_dict(raw: dict[str, Any], where: str) -> "ImageProcessing":
+        """Reads preprocessor_config.json; raises ValueError naming the key that is missing or not supported."""
+        fields = Fields(raw, where)
+        size = fields.get("size")
+        if not isinstance(size, dict):
+            raise ValueError(f"{where}: size is {size!r}, expected an object with height and width")
+        sides = Fields(size, f"{where}, size")
+        for key, expected in {"do_resize": True, "do_normalize": False}.items():
+            if fields.get(key) is not expected:
+                raise ValueError(f"{where}: {key} is {fields.get(key)!r}, only {expected} is supported")
+        if raw.get("do_center_crop"):
+            raise ValueError(f"{where}: do_center_crop is {raw['do_center_crop']!r}, only false is supported")
+        resample = fields.integer("resample")
+        if resample > 5:
+            raise ValueError(f"{where}: resample is {resample}, expected the number of a Pillow filter, 0 to 5")
+        return ImageProcessing(
+            height=sides.integer("height", at_least=1),
+            width=sides.integer("width", at_least=1),
+            resample=resample,
+            rescale=fields.number("rescale_factor") if fields.get("do_rescale") else 1.0,
+        )
+
+    def features(self, rgb: np.ndarray) -> ImageFeatures:
+        """A picture, uint8 [h, w, 3], at the tower's size; its aspect is not kept."""
+        from PIL import Image as pil
+
+        resized = pil.fromarray(rgb).resize((self.width, self.height), pil.Resampling(self.resample))
+        pixels = np.asarray(resized)
+        digest = blake2b(repr((pixels.shape, self.rescale)).encode(), digest_size=32, person=b"image")
+        digest.update(pixels.tobytes())
+        return ImageFeatures(pixels, self.rescale, digest.digest())
+
+
+def _is_pil(source: Any) -> bool:
+    from PIL import Image as pil
+
+    return isinstance(source, pil.Image)
+
+
+def _pixels_of(array: np.ndarray) -> np.ndarray:
+    """An array of a user's, checked, as uint8 [h, w] or [h, w, 3 or 4]."""
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)) or 0 in array.shape:
+        raise ValueError(f"a picture's array has the shape {array.shape}, expected [h, w] or [h, w, 1, 3 or 4]")
+    if np.issubdtype(array.dtype, np.floating):
+        if not (array.min() >= 0 and array.max() <= 1):  # false for NaN too
+            raise ValueError(
+                f"a picture's array has values from {array.min():g} to {array.max():g}, "
+                "expected floats from 0 to 1, or uint8"
+            )
+        array = np.rint(array * 255).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ValueError(f"a picture's array is {array.dtype}, expected uint8, or floats from 0 to 1")
+    return np.ascontiguousarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
+
+
+def _decode(data: bytes, policy: FetchPolicy) -> np.ndarray:
+    from PIL import Image as pil
+
+    if not data:
+        raise ValueError("the picture has no bytes")
+    heif = data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS
+    if heif:
+        _register_heif()
+    try:
+        picture = pil.open(io.BytesIO(data), formats=["HEIF"] if heif else FORMATS)
+    except pil.UnidentifiedImageError:
+        raise ValueError(f"not a picture in one of the formats {', '.join(FORMATS)}, HEIC") from None
+    except pil.DecompressionBombError:
+        raise ValueError(_too_many_pixels(policy)) from None
+    except _DAMAGED as error:
+        raise ValueError(f"the picture is damaged: {error}") from None
+    with picture:
+        return _upright(picture, policy)
+
+
+def _register_heif() -> None:
+    try:
+        import pillow_heif
+    except ImportError:
+        raise ValueError("the picture is HEIC, which needs pillow-heif: pip install 'g3n-mlx[heif]'") from None
+    pillow_heif.register_heif_opener()
+
+
+def _upright(picture: "pil.Image", policy: FetchPolicy) -> np.ndarray:
+    """Decodes a picture and turns it as its EXIF orientation says; uint8 [h, w, 3]."""
+    from PIL import ImageOps
+
+    _check_pixels(picture.width, picture.height, policy)
+    try:
+        return _to_rgb(ImageOps.exif_transpose(picture))
+    except _DAMAGED as error:
+        raise ValueError(f"the picture is damaged: {error}") from None
+
+
+def _to_rgb(picture: "pil.Image") -> np.ndarray:
+    from PIL import Image as pil
+
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+        return _deep_grey_to_rgb(np.asarray(picture))
+    if "A" in picture.getbands() or "a" in picture.getbands() or picture.info.get("transparency") is not None:
+        picture = picture.convert("RGBA")
+        white = pil.new("RGBA", picture.size, (255, 255, 255, 255))
+        picture = pil.alpha_composite(white, picture)
+    return np.asarray(picture.convert("RGB"))
+
+
+def _deep_grey_to_rgb(values: np.ndarray) -> np.ndarray:
+    """Grey of more than 8 bits, scaled to 8: integers are of 16 bits, floats run to 1, or to 255 if they pass it.
+
+    Pillow would clip them at 255, and the picture would be white.
+    """
+    if values.dtype.kind == "f":
+        scale = 255.0 if np.nanmax(values) <= 1 else 1.0
+    else:
+        scale = 255 / 65535
+    grey = np.rint(np.clip(np.nan_to_num(values) * scale, 0, 255)).astype(np.uint8)
+    return np.repeat(grey[:, :, None], 3, axis=2)
+
+
+def _check_pixels(width: int, height: int, policy: FetchPolicy) -> None:
+    if width * height > policy.max_pixels:
+        raise ValueError(f"{_too_many_pixels(policy)}: it is {width} × {height}")
+    if width * height == 0:
+        raise ValueError(f"the picture has no pixels: it is {width} × {height}")
+
+
+def _too_many_pixels(policy: FetchPolicy) -> str:
+    return f"the picture has more than {policy.max_pixels:,} pixels, the most that is decoded"

@@ -1,0 +1,153 @@
+"""Videos to pictures at regular times, each after its time as text, and the sound beside them.
+
+A frame is the one on show at its time, whatever the rate of the file's frames, turned as the file says. The sound is
+split at quiet places; each clip stands after the frames of its stretch. PyAV decodes (extra `video`).
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from g3n_mlx.audio import import_av, open_container, sound_track
+from g3n_mlx.fetch import FetchPolicy, fetch
+
+_log = logging.getLogger(__name__)
+
+# As many pictures as leave half of the published context of 32,768 tokens to words and sound.
+MAX_FRAMES = 60
+# A gap between two wanted times that is worth a jump to the key frame before the second, in seconds.
+_SEEK_GAP_S = 10.0
+# Slack for the rounding of time stamps, and for a picture track that ends a little before its declared end, in seconds.
+_SLACK_S = 1e-3
+_END_SLACK_S = 1.0
+
+
+class Video:
+    """A video for a message: a path, bytes, a `data:` URI or an http(s) URL.
+
+    fps: pictures a second; max_frames: the most pictures, which a longer video spreads over its length. The file is
+    opened when the message is used. Raises ValueError when the source is none of these, or a number makes no sense.
+    """
+
+    def __init__(self, source: str | Path | bytes, fps: float = 1.0, max_frames: int = MAX_FRAMES) -> None:
+        if not isinstance(source, str | Path | bytes):
+            raise ValueError(f"a video is a {type(source).__name__}, expected a path, bytes or a URL")
+        if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= 1000:
+            raise ValueError(f"a video's fps is {fps!r}, expected pictures a second, more than 0")
+        if isinstance(max_frames, bool) or not isinstance(max_frames, int) or max_frames < 1:
+            raise ValueError(f"a video's max_frames is {max_frames!r}, expected an integer of at least 1")
+        self.fps, self.max_frames = fps, max_frames
+        self._source = source
+
+    def data(self, policy: FetchPolicy) -> bytes:
+        """The file's bytes; raises ValueError when they can't be fetched, or there are none."""
+        data = self._source if isinstance(self._source, bytes) else fetch(self._source, policy)
+        if not data:
+            raise ValueError("the video has no bytes")
+        return data
+
+    def frames(self, data: bytes, policy: FetchPolicy) -> Iterator[tuple[float, np.ndarray]]:
+        """Pictures, uint8 [h, w, 3], each with its time in seconds from the first one.
+
+        Raises ValueError when the data are no video, damaged, too long, or their pictures have too many pixels.
+        """
+        av = import_av("a video")
+        with open_container(data) as container:
+            stream = _video_stream(container, policy)
+            declared_s = None if stream.duration is None else float(stream.duration * stream.time_base)
+            times = self._times(_measured_s(data) if declared_s is None else declared_s, policy)
+            try:
+                yield from _frames_at(times, declared_s, container, stream)
+            except av.FFmpegError as error:
+                raise ValueError(f"the video is damaged or cut off: {error.strerror}") from None
+
+    def sound(self, data: bytes, rate: int, policy: FetchPolicy) -> tuple[float, np.ndarray] | None:
+        """When the sound begins in seconds from the first picture, and the sound: float32 [samples] at `rate` Hz.
+
+        None when the video is silent. Raises ValueError when the sound is damaged or too long.
+        """
+        with open_container(data) as container:
+            start_s = _start_s(_video_stream(container, policy))
+        track = sound_track(data, rate, policy)
+        return None if track is None else (track[0] - start_s, track[1])
+
+    def _times(self, duration_s: float, policy: FetchPolicy) -> list[float]:
+        if duration_s > policy.max_seconds:
+            raise ValueError(f"the video is longer than {policy.max_seconds:g} s, the most that is taken")
+        wanted = max(1, math.ceil(duration_s * self.fps - _SLACK_S))
+        if wanted <= self.max_frames:
+            return [index / self.fps for index in range(wanted)]
+        _log.warning("the video of %.1f s is shown in %d pictures, not %d", duration_s, self.max_frames, wanted)
+        return [index * duration_s / self.max_frames for index in range(self.max_frames)]
+
+
+def time_stamp(seconds: float) -> str:
+    """A time as text: `00:03`, `1:02:03`; with tenths where it is no whole second, `00:03.5`."""
+    tenths = round(seconds * 10)
+    minutes, rest = divmod(tenths, 600)
+    hours, minutes = divmod(minutes, 60)
+    fraction = f".{rest % 10}" if rest % 10 else ""
+    return (f"{hours}:" if hours else "") + f"{minutes:02}:{rest // 10:02}{fraction}"
+
+
+def _video_stream(container: Any, policy: FetchPolicy) -> Any:
+    if not container.streams.video:
+        raise ValueError("the file has no video stream; if it is sound, send it as an audio part")
+    stream = container.streams.video[0]
+    width, height = stream.codec_context.width, stream.codec_context.height
+    if width * height > policy.max_pixels:
+        raise ValueError(f"the video's pictures are {width} × {height}, more than {policy.max_pixels:,} pixels")
+    stream.thread_type = "AUTO"
+    return stream
+
+
+def _measured_s(data: bytes) -> float:
+    """The length of a picture track that does not declare it, as in Matroska and in what a browser recorded."""
+    with open_container(data) as container:
+        stream = container.streams.video[0]
+        begun = [(packet.pts, packet.duration or 0) for packet in container.demux(stream) if packet.pts is not None]
+        return float(max((pts + duration for pts, duration in begun), default=0) * stream.time_base) - _start_s(stream)
+
+
+def _start_s(stream: Any) -> float:
+    return 0.0 if stream.start_time is None else float(stream.start_time * stream.time_base)
+
+
+def _frames_at(
+    times: list[float], declared_s: float | None, container: Any, stream: Any
+) -> Iterator[tuple[float, np.ndarray]]:
+    """The picture on show at each of the ascending times; raises ValueError when they end before the declared end."""
+    start_s = _start_s(stream)
+    decoded = _timed(container, stream)
+    coming: Any = next(decoded, None)
+    if coming is None:
+        raise ValueError("the video holds no pictures")
+    shown = coming  # also before its time, when it comes late
+    for time_s in times:
+        if coming is not None and start_s + time_s - coming.time > _SEEK_GAP_S:
+            container.seek(int((start_s + time_s) / stream.time_base), stream=stream)
+            decoded = _timed(container, stream)
+            coming = next(decoded, None)
+            shown = coming or shown
+        while coming is not None and coming.time <= start_s + time_s + _SLACK_S:
+            shown, coming = coming, next(decoded, None)
+        if coming is None and 0 < _end_s(shown) - start_s < time_s + _SLACK_S:
+            if declared_s is not None and _end_s(shown) - start_s < declared_s - _END_SLACK_S:
+                raise ValueError(
+                    f"the video is cut off: its pictures end at {_end_s(shown) - start_s:.1f} s of {declared_s:.1f} s"
+                )
+            return
+        # The angle counts against the clock, as rot90 does.
+        yield time_s, np.rot90(shown.to_ndarray(format="rgb24"), k=round(shown.rotation / 90))
+
+
+def _timed(container: Any, stream: Any) -> Iterator[Any]:
+    return (frame for frame in container.decode(stream) if frame.time is not None)
+
+
+def _end_s(frame: Any) -> float:
+    return frame.time + float((frame.duration or 0) * frame.time_base)
