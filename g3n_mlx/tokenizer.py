@@ -77,6 +77,15 @@ class Tokenizer:
             raise ValueError(f"{self._where} has no token {word!r}; is it the tokenizer of a Gemma 3n?")
         return token_id
 
+    def bytes_of(self, token_id: int) -> bytes | None:
+        """What a token adds to a text, in UTF-8; None for a control token and for an id without a token."""
+        token = None if token_id in self._skipped else self._inner.id_to_token(token_id)
+        if token is None:
+            return None
+        if _BYTE.fullmatch(token):
+            return bytes.fromhex(token[3:5])
+        return self._inner.decode([token_id], skip_special_tokens=False).encode()
+
     def encode(self, text: str) -> list[int]:
         """The ids of a plain text, without `<bos>`; control words inside it are text.
 

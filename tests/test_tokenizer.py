@@ -186,3 +186,19 @@ def test_missing_and_broken_files(tiny_folder, tmp_path):
     (tmp_path / "tokenizer.json").write_text(text.replace("<start_of_turn>", "<start_of_talk>"), encoding="utf-8")
     with pytest.raises(ValueError, match="no token '<start_of_turn>'"):
         Tokenizer.from_folder(tmp_path)
+
+
+@given(st.text())
+def test_a_texts_bytes_are_its_tokens_bytes(tiny: Tokenizer, text: str) -> None:
+    text = text.replace("▁", " ")  # the vocabulary's letter for a space; nothing tells them apart
+    try:
+        encoded = text.encode()
+    except UnicodeEncodeError:
+        return
+    assert b"".join(tiny.bytes_of(token_id) or b"" for token_id in tiny.encode(text)) == encoded
+
+
+def test_control_tokens_and_unknown_ids_have_no_bytes(tiny: Tokenizer) -> None:
+    assert tiny.bytes_of(tiny.end_of_turn_id) is None
+    assert tiny.bytes_of(tiny.vocab_size + 5) is None
+    assert tiny.bytes_of(tiny.id_of("<0x0A>")) == b"\n"

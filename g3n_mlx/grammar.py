@@ -1,0 +1,194 @@
+"""Constrained decoding: which tokens may come next, so that an answer follows a JSON schema, a regex or a grammar.
+
+`Grammars` reads a tokenizer's vocabulary once and makes one `Constraint` for each answer; `Gemma3n.generate`, `stream`
+and `answer` take it. The masks are llguidance's (extra `server`). Text that a grammar forces is tokenized as the
+tokenizer would. JSON comes with little white space, so that an answer can't run away in it: none, one space, or a new
+line and its indentation.
+Sources: llguidance's docs/syntax.md, json_schema.md and special_tokens.md.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from g3n_mlx.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+# At every place where JSON allows white space, at most once.
+WHITE_SPACE = r" |\n {0,40}"
+_JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": WHITE_SPACE, "lenient": False}
+
+
+class GrammarError(ValueError):
+    """A schema or grammar that can't be used, or that became too complex while it was followed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a grammar from a stranger may cost."""
+
+    characters: int = 256 << 10  # of a schema as JSON, a regex or a grammar
+    depth: int = 64  # of a schema: objects and lists inside each other
+    # llguidance's units; about 50,000 and 14,000 a millisecond
+    initial_fuel: int = 1_000_000
+    step_fuel: int = 200_000
+
+
+class Grammars:
+    """Makes constraints for one tokenizer and one model's logits. Building it takes seconds for 262,144 tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, width: int, eos_ids: Iterable[int], limits: Limits | None = None) -> None:
+        """width: of the logits, V; eos_ids: what ends an answer.
+
+        Raises ImportError when llguidance is not installed.
+        """
+        try:
+            import llguidance
+        except ImportError:
+            raise ImportError("grammars and schemas need llguidance: pip install 'g3n-mlx[server]'") from None
+        self.limits = limits or Limits()
+        self.width = width
+        self._llguidance = llguidance
+        self._parser_limits = llguidance.LLParserLimits(
+            initial_lexer_fuel=self.limits.initial_fuel, step_lexer_fuel=self.limits.step_fuel, verbose_errors=False
+        )
+        ends = sorted(eos_ids)
+        vocabulary = _Vocabulary(tokenizer, width, ends)
+        self._tokenizer = llguidance.LLTokenizer(vocabulary, eos_token=ends)  # pyright: ignore[reportArgumentType]
+        reachable = np.ones(width, dtype=bool)
+        reachable[vocabulary.special_token_ids] = False
+        reachable[ends] = True
+        self._reachable = np.packbits(reachable, bitorder="little")
+
+    def json_object(self) -> "Constraint":
+        """Any JSON object."""
+        return self.json_schema({"type": "object"})
+
+    def json_schema(self, schema: Mapping[str, Any] | bool) -> "Constraint":
+        """JSON that validates against a schema (Draft 2020-12); properties come in the schema's order.
+
+        Raises GrammarError saying why when the schema is invalid, unsatisfiable, too large, or uses what can't be kept.
+        """
+        text = self.checked_schema(schema)
+        return self._constraint(self._llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS))
+
+    def regex(self, pattern: str) -> "Constraint":
+        """Text that a regex matches as a whole, in the syntax of Rust's regex crate. Raises GrammarError."""
+        self._check_length("regex", pattern)
+        return self._constraint(self._llguidance.LLMatcher.grammar_from_regex(pattern))
+
+    def lark(self, grammar: str) -> "Constraint":
+        """Text of a context-free grammar in llguidance's dialect of Lark, from its rule `start` on.
+
+        Raises GrammarError.
+        """
+        self._check_length("grammar", grammar)
+        return self._constraint(self._llguidance.LLMatcher.grammar_from_lark(grammar))
+
+    def checked_schema(self, schema: Mapping[str, Any] | bool) -> str:
+        """A schema as JSON, without options of llguidance's; raises GrammarError when it is too large or too deep."""
+        if not isinstance(schema, (Mapping, bool)):
+            raise GrammarError(f"the schema is {schema!r:.80}, expected a JSON object or a bool")
+        if schema is False:
+            raise GrammarError("the schema is false: no JSON validates against it")
+        _check_depth(schema, self.limits.depth)
+        options_left_out = {} if schema is True else {k: v for k, v in schema.items() if k != "x-guidance"}
+        try:
+            text = json.dumps(options_left_out, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise GrammarError(f"the schema is not JSON: {error}") from None
+        self._check_length("schema", text)
+        return text
+
+    def _check_length(self, kind: str, text: str) -> None:
+        if len(text) > self.limits.characters:
+            raise GrammarError(
+                f"the {kind} has {len(text)} characters, expected at most {self.limits.characters}: make it smaller"
+            )
+
+    def _constraint(self, grammar: str) -> "Constraint":
+        matcher = self._llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._parser_limits)
+        if matcher.is_error():
+            raise GrammarError(f"the grammar can't be used: {_reason(matcher.get_error())}")
+        constraint = Constraint(matcher, self.width, self._reachable)
+        if not constraint.mask().any():
+            raise GrammarError("the grammar can't be used: there is no text that follows it")
+        return constraint
+
+
+class Constraint:
+    """How far one answer has come in its grammar. Good for one answer."""
+
+    def __init__(self, matcher: Any, width: int, reachable: np.ndarray) -> None:
+        """matcher: llguidance's LLMatcher; reachable: packed bits of the ids with a text and of the ends."""
+        self._matcher, self._width, self._reachable = matcher, width, reachable
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing but the end may follow."""
+        return self._matcher.is_stopped()
+
+    def mask(self) -> np.ndarray:
+        """The tokens that may come next, bool [V]; an end of sequence where the answer may end.
+
+        Raises GrammarError when the grammar has become too complex to follow.
+        """
+        drawable = self._matcher.compute_bitmask()
+        self._check()
+        bits = np.frombuffer(drawable, dtype=np.uint8)[: len(self._reachable)] & self._reachable
+        return np.unpackbits(bits, count=self._width, bitorder="little").view(np.bool_)
+
+    def push(self, token_id: int) -> None:
+        """Takes note of a drawn token; raises GrammarError when the mask did not have it."""
+        self._matcher.consume_token(token_id)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            reason = _reason(self._matcher.get_error())
+            raise GrammarError(f"there is no text that follows this grammar from here on: {reason}")
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance's LLTokenizer asks for it."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None  # prompts are no business of a grammar
+
+    def __init__(self, tokenizer: Tokenizer, width: int, eos_ids: Sequence[int]) -> None:
+        self.eos_token_id = eos_ids[0]
+        contents = [tokenizer.bytes_of(token_id) for token_id in range(width)]
+        # Grammars write text; what has none is out of their reach, under a name of its own.
+        self.special_token_ids = [token_id for token_id, content in enumerate(contents) if content is None]
+        self.tokens = [
+            f"<[{token_id}]>".encode() if content is None else content for token_id, content in enumerate(contents)
+        ]
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
+
+
+def _check_depth(schema: Any, limit: int) -> None:
+    """Raises GrammarError when lists and objects stand deeper inside each other; before anything recurses."""
+    level, depth = [schema], 0
+    while level := [inner for value in level for inner in _inner(value)]:
+        depth += 1
+        if depth > limit:
+            raise GrammarError(f"the schema is more than {limit} levels deep: make it flatter, with $defs and $ref")
+
+
+def _inner(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, (list, tuple)) else ()
+
+
+def _reason(error: str) -> str:
+    """The first line of llguidance's message, which goes on with the grammar and its own state."""
+    return error.strip().partition("\n")[0][:500]

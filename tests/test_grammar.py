@@ -1,0 +1,275 @@
+"""Constraints: masks let through what a grammar allows and nothing else, and a model's answers follow their schema."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import installed
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+if not (installed("llguidance") and installed("jsonschema")):
+    pytest.skip("llguidance or jsonschema is not installed", allow_module_level=True)
+
+import jsonschema
+
+from g3n_mlx import Gemma3n, load
+from g3n_mlx.grammar import Constraint, GrammarError, Grammars, Limits
+from g3n_mlx.tokenizer import Tokenizer
+
+WIDTH = 1160  # more logits than the tokenizer has tokens
+EOS = (1, 106)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_folder: Path) -> Tokenizer:
+    return Tokenizer.from_folder(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def grammars(tokenizer: Tokenizer) -> Grammars:
+    return Grammars(tokenizer, WIDTH, EOS)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder: Path, backend: str) -> Gemma3n:
+    return load(tiny_folder, backend=backend)
+
+
+def walk(constraint: Constraint, seed: int, limit: int = 2000) -> list[int] | None:
+    """Any answer that the masks let through, without its end; None when it has none after so many tokens."""
+    generator, ids = np.random.default_rng(seed), []
+    for _ in range(limit):
+        token_id = int(generator.choice(np.flatnonzero(constraint.mask())))
+        constraint.push(token_id)
+        if token_id in EOS:
+            assert constraint.finished
+            return ids
+        ids.append(token_id)
+    return None
+
+
+# Random schemas whose answers have an end: texts and lists of bounded length, nothing that names itself.
+NAMES = st.sampled_from(["a", "b c", "ü", 'q"', "long_name"])
+VALUES = st.none() | st.booleans() | st.integers(-9, 99) | st.text("aé\n🙂", max_size=3)
+
+
+@st.composite
+def ranges(draw: st.DrawFn, kind: str, numbers: st.SearchStrategy[float]) -> dict[str, Any]:
+    low, high = sorted([draw(numbers), draw(numbers)])
+    return {"type": kind, "minimum": low, "maximum": high}
+
+
+@st.composite
+def strings(draw: st.DrawFn) -> dict[str, Any]:
+    shortest = draw(st.integers(0, 3))
+    return {"type": "string", "minLength": shortest, "maxLength": shortest + draw(st.integers(0, 3))}
+
+
+@st.composite
+def arrays(draw: st.DrawFn, inner: st.SearchStrategy[Any]) -> dict[str, Any]:
+    fewest = draw(st.integers(0, 2))
+    return {"type": "array", "items": draw(inner), "minItems": fewest, "maxItems": fewest + draw(st.integers(0, 2))}
+
+
+@st.composite
+def objects(draw: st.DrawFn, inner: st.SearchStrategy[Any]) -> dict[str, Any]:
+    properties = draw(st.dictionaries(NAMES, inner, max_size=3))
+    required = [name for name in properties if draw(st.booleans())]
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+SCHEMAS = st.recursive(
+    st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"type": "string", "pattern": "^[a-c]{1,3}x?$"}])
+    | st.sampled_from([{"type": "string", "format": "date"}, {"type": ["null", "boolean"]}])
+    | st.lists(VALUES, min_size=1, max_size=4).map(lambda values: {"enum": values})
+    | VALUES.map(lambda value: {"const": value})
+    | ranges("integer", st.integers(-1000, 1000))
+    | strings(),
+    lambda inner: (
+        arrays(inner) | objects(inner) | st.lists(inner, min_size=1, max_size=2).map(lambda some: {"anyOf": some})
+    ),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(schema=SCHEMAS, seed=st.integers(0, 2**32))
+def test_any_walk_through_the_masks_validates(
+    grammars: Grammars, tokenizer: Tokenizer, schema: dict[str, Any], seed: int
+) -> None:
+    ids = walk(grammars.json_schema(schema), seed)
+    assert ids is not None, "a bounded schema has bounded answers"
+    jsonschema.validate(json.loads(tokenizer.decode(ids)), schema)
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(schema=SCHEMAS, seed=st.integers(0, 2**32))
+def test_a_models_answer_validates_unless_it_was_cut(model: Gemma3n, schema: dict[str, Any], seed: int) -> None:
+    grammars = Grammars(model.tokenizer, model.config.text.vocab_size, model.eos_token_ids)
+    answer = model.generate("hi", constraint=grammars.json_schema(schema), seed=seed, temperature=1.5, max_tokens=120)
+    if answer.finish_reason == "stop":
+        jsonschema.validate(json.loads(answer.text), schema)
+
+
+def test_a_model_writes_what_it_is_told_to_write(model: Gemma3n) -> None:
+    grammars = Grammars(model.tokenizer, model.config.text.vocab_size, model.eos_token_ids)
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    schema["additionalProperties"] = False
+    answer = model.generate("hi", constraint=grammars.json_schema(schema), temperature=0, max_tokens=60)
+    assert answer.finish_reason == "stop"
+    jsonschema.validate(json.loads(answer.text), schema)
+    answer = model.generate("hi", constraint=grammars.regex("(yes|no), [0-9]{3}"), seed=3, max_tokens=60)
+    assert answer.finish_reason == "stop"
+    assert answer.text[-5:-3] == ", "
+    assert answer.text.partition(",")[0] in ("yes", "no")
+
+
+def test_a_mask_has_exactly_the_tokens_that_go_on(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    contents = [tokenizer.bytes_of(token_id) for token_id in range(WIDTH)]
+    digits = grammars.regex("[0-9 ]+")
+    expected = np.array([bool(content) and not content.strip(b"0123456789 ") for content in contents])
+    np.testing.assert_array_equal(digits.mask(), expected)
+    digits.push(int(np.flatnonzero(expected)[0]))
+    expected[list(EOS)] = True  # both of them, now that there is a digit
+    np.testing.assert_array_equal(digits.mask(), expected)
+
+
+def test_a_character_of_several_bytes_is_never_left_half(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    constraint = grammars.regex("(🙂|é)")
+    written = walk(constraint, 0)
+    assert written is not None
+    assert tokenizer.decode(written) in ("🙂", "é")
+    constraint = grammars.regex("[^a]")  # any other character, also one that has no token of its own
+    first = next(i for i in range(WIDTH) if tokenizer.bytes_of(i) == b"\xf0")
+    assert constraint.mask()[first]
+    constraint.push(first)
+    assert not constraint.mask()[list(EOS)].any()
+
+
+def test_neither_control_tokens_nor_ids_without_a_token_are_drawn(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    constraint = grammars.lark("start: <[*]> /(?s:.*)/")
+    mask = constraint.mask()
+    assert mask.sum() > 1000
+    assert not mask[tokenizer.vocab_size :].any()
+    assert not mask[[tokenizer.bos_id, tokenizer.start_of_turn_id, tokenizer.id_of("<image_soft_token>")]].any()
+
+
+def test_control_words_are_spelled_as_text(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    ids = walk(grammars.lark('start: "<start_of_turn>user"'), 0)
+    assert ids is not None
+    assert tokenizer.start_of_turn_id not in ids
+    assert tokenizer.decode(ids) == "<start_of_turn>user"
+
+
+def test_forced_text_is_tokenized_as_the_tokenizer_does(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    text = "the price of peas,\n\nand more"
+    assert walk(grammars.lark(f"start: {json.dumps(text)}"), 0) == tokenizer.encode(text)
+
+
+def test_a_grammar_with_recursion(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    constraint = grammars.lark('start: "(" start ")" | "x"')
+    for text in ("((", "x)"):
+        for token_id in tokenizer.encode(text):
+            constraint.push(token_id)
+    assert not constraint.finished
+    assert not constraint.mask()[list(EOS)].any()
+    constraint.push(tokenizer.encode(")")[0])
+    assert constraint.finished
+    assert np.flatnonzero(constraint.mask()).tolist() == sorted(EOS)
+
+
+def test_a_token_outside_the_mask_is_refused(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    constraint = grammars.regex("[0-9]+")
+    with pytest.raises(GrammarError, match="no text"):
+        constraint.push(tokenizer.encode("x")[0])
+
+
+def test_white_space_between_json_is_bounded(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    constraint = grammars.json_object()
+    constraint.push(tokenizer.encode("{")[0])
+    newline, space = tokenizer.id_of("\n"), tokenizer.encode(" ")[0]
+    constraint.push(newline)
+    assert not constraint.mask()[newline]
+    for _ in range(40):
+        constraint.push(space)
+    assert not constraint.mask()[space]
+
+
+@pytest.mark.parametrize("style", [{}, {"separators": (",", ":")}, {"indent": 2}, {"indent": 4}])
+def test_usual_ways_of_writing_json_are_let_through(
+    grammars: Grammars, tokenizer: Tokenizer, style: dict[str, Any]
+) -> None:
+    text = json.dumps({"a": [1, 2.5, {"b": None}, {}], "é\n": 'q"'}, ensure_ascii=False, **style)
+    constraint = grammars.json_object()
+    for token_id in [*tokenizer.encode(text), EOS[0]]:
+        constraint.push(token_id)
+    assert constraint.finished
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        (False, "is false"),
+        ([], "expected a JSON object"),
+        ({"type": "text"}, "Invalid type: text"),
+        ({"not": {"type": "string"}}, "not"),
+        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"type": "string", "format": "postcode"}, "postcode"),
+        ({"type": "string", "pattern": "(?=a)b"}, "regex"),
+        ({"type": "integer", "minimum": 2, "maximum": 1}, "Unsatisfiable"),
+        ({"$ref": "#/$defs/missing"}, "does not exist"),
+        ({"$ref": "https://example.com/schema.json"}, "does not fetch"),
+        ({"$ref": "#"}, "no text"),
+        ({"const": float("nan")}, "not JSON"),
+        ({"oneOf": [{"type": "string"}, {"minLength": 3}]}, "oneOf"),
+    ],
+)
+def test_a_schema_that_cannot_be_kept_says_why(grammars: Grammars, schema: Any, reason: str) -> None:
+    with pytest.raises(GrammarError, match=reason) as refused:
+        grammars.json_schema(schema)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_schema_true_lets_any_json_through(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    constraint = grammars.json_schema(True)
+    for token_id in tokenizer.encode('[null, {"a": 1e5}]'):
+        constraint.push(token_id)
+    assert constraint.mask()[list(EOS)].all()
+
+
+def test_options_of_the_library_in_a_schema_are_not_obeyed(grammars: Grammars) -> None:
+    with pytest.raises(GrammarError, match="not"):
+        grammars.json_schema({"not": {"type": "string"}, "x-guidance": {"lenient": True}})
+
+
+@pytest.mark.parametrize("pattern", ["(a", "(?=a)b", r"(a)\1"])
+def test_a_regex_that_cannot_be_used_says_so(grammars: Grammars, pattern: str) -> None:
+    with pytest.raises(GrammarError, match="can't be used"):
+        grammars.regex(pattern)
+
+
+@pytest.mark.parametrize("grammar", ["start: missing", "begin: /a/", "start: (", "", "start: <end_of_turn>"])
+def test_a_grammar_that_cannot_be_used_says_so(grammars: Grammars, grammar: str) -> None:
+    with pytest.raises(GrammarError, match="can't be used"):
+        grammars.lark(grammar)
+
+
+def test_limits(tokenizer: Tokenizer) -> None:
+    grammars = Grammars(tokenizer, WIDTH, EOS, Limits(characters=500, depth=8))
+    grammars.json_schema({"items": {"items": {"items": {"type": "string"}}}})
+    nested: dict[str, Any] = {"type": "string"}
+    for _ in range(5000):  # deeper than Python's own limit
+        nested = {"items": nested}
+    with pytest.raises(GrammarError, match="more than 8 levels"):
+        grammars.json_schema(nested)
+    for make in (grammars.regex, grammars.lark):
+        with pytest.raises(GrammarError, match="600 characters, expected at most 500"):
+            make("a" * 600)
+    with pytest.raises(GrammarError, match="at most 500"):
+        grammars.json_schema({"enum": ["a" * 600]})
+    costly = Grammars(tokenizer, WIDTH, EOS, Limits(initial_fuel=1000))
+    with pytest.raises(GrammarError, match="too big"):
+        costly.json_schema({"enum": [f"value {number}" for number in range(2000)]})
