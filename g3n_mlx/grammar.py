@@ -10,18 +10,14 @@ Sources: llguidance's docs/syntax.md, json_schema.md and special_tokens.md.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from g3n_mlx.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions
-
 # At every place where JSON allows white space, at most once.
 WHITE_SPACE = r" |\n {0,40}"
-_JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": WHITE_SPACE, "lenient": False}
 
 
 class GrammarError(ValueError):
@@ -74,13 +70,12 @@ class Grammars:
 
         Raises GrammarError saying why when the schema is invalid, unsatisfiable, too large, or uses what can't be kept.
         """
-        text = self.checked_schema(schema)
-        return self._constraint(self._llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS))
+        return self._constraint(f"start: {self.inline(schema)}")
 
     def regex(self, pattern: str) -> "Constraint":
         """Text that a regex matches as a whole, in the syntax of Rust's regex crate. Raises GrammarError."""
         self._check_length("regex", pattern)
-        return self._constraint(self._llguidance.LLMatcher.grammar_from_regex(pattern))
+        return self._constraint(self._llguidance.LLMatcher.grammar_from_regex(_utf8("regex", pattern)))
 
     def lark(self, grammar: str) -> "Constraint":
         """Text of a context-free grammar in llguidance's dialect of Lark, from its rule `start` on.
@@ -88,22 +83,23 @@ class Grammars:
         Raises GrammarError.
         """
         self._check_length("grammar", grammar)
-        return self._constraint(self._llguidance.LLMatcher.grammar_from_lark(grammar))
+        return self._constraint(_utf8("grammar", grammar))
 
-    def checked_schema(self, schema: Mapping[str, Any] | bool) -> str:
-        """A schema as JSON, without options of llguidance's; raises GrammarError when it is too large or too deep."""
-        if not isinstance(schema, (Mapping, bool)):
-            raise GrammarError(f"the schema is {schema!r:.80}, expected a JSON object or a bool")
-        if schema is False:
-            raise GrammarError("the schema is false: no JSON validates against it")
+    def inline(self, schema: Mapping[str, Any] | bool, *, lenient: bool = False) -> str:
+        """JSON of a schema as a piece of a Lark grammar. lenient: keywords that can't be kept are left out of account.
+
+        Raises GrammarError when the schema is no schema, too large or too deep.
+        """
+        if schema is False or not isinstance(schema, (Mapping, bool)):
+            raise GrammarError(f"the schema is {schema!r:.80}, expected a JSON object or true")
         _check_depth(schema, self.limits.depth)
-        options_left_out = {} if schema is True else {k: v for k, v in schema.items() if k != "x-guidance"}
+        options = {"x-guidance": {"whitespace_pattern": WHITE_SPACE, "lenient": lenient}}
         try:
-            text = json.dumps(options_left_out, allow_nan=False)
+            text = json.dumps(options if schema is True else {**schema, **options}, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise GrammarError(f"the schema is not JSON: {error}") from None
         self._check_length("schema", text)
-        return text
+        return f"%json {text}"
 
     def _check_length(self, kind: str, text: str) -> None:
         if len(text) > self.limits.characters:
@@ -181,6 +177,15 @@ def _check_depth(schema: Any, limit: int) -> None:
         depth += 1
         if depth > limit:
             raise GrammarError(f"the schema is more than {limit} levels deep: make it flatter, with $defs and $ref")
+
+
+def _utf8(kind: str, text: str) -> str:
+    """The text; raises GrammarError when it has half a character, which llguidance can't take."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise GrammarError(f"the {kind} is not UTF-8 text: {error.reason}") from None
+    return text
 
 
 def _inner(value: Any) -> Iterable[Any]:

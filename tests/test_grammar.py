@@ -212,7 +212,9 @@ def test_usual_ways_of_writing_json_are_let_through(
 @pytest.mark.parametrize(
     ("schema", "reason"),
     [
-        (False, "is false"),
+        (False, "False, expected"),
+        ({"const": "\ud800"}, "can't be used"),
+        ({"type": "integer", "minimum": 10**400}, "can't be used"),
         ([], "expected a JSON object"),
         ({"type": "text"}, "Invalid type: text"),
         ({"not": {"type": "string"}}, "not"),
@@ -245,7 +247,7 @@ def test_options_of_the_library_in_a_schema_are_not_obeyed(grammars: Grammars) -
         grammars.json_schema({"not": {"type": "string"}, "x-guidance": {"lenient": True}})
 
 
-@pytest.mark.parametrize("pattern", ["(a", "(?=a)b", r"(a)\1"])
+@pytest.mark.parametrize("pattern", ["(a", "(?=a)b", r"(a)\1", "\x00["])
 def test_a_regex_that_cannot_be_used_says_so(grammars: Grammars, pattern: str) -> None:
     with pytest.raises(GrammarError, match="can't be used"):
         grammars.regex(pattern)
@@ -255,6 +257,12 @@ def test_a_regex_that_cannot_be_used_says_so(grammars: Grammars, pattern: str) -
 def test_a_grammar_that_cannot_be_used_says_so(grammars: Grammars, grammar: str) -> None:
     with pytest.raises(GrammarError, match="can't be used"):
         grammars.lark(grammar)
+
+
+def test_half_a_character_is_refused(grammars: Grammars) -> None:
+    for make in (grammars.regex, grammars.lark):
+        with pytest.raises(GrammarError, match="not UTF-8"):
+            make("start: \ud800")
 
 
 def test_limits(tokenizer: Tokenizer) -> None:
