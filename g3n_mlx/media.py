@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from g3n_mlx.audio import Audio, AudioFeatures, AudioProcessing
+from g3n_mlx.audio import Audio, AudioFeatures, AudioProcessing, split_clips
 from g3n_mlx.chat_template import Media
 from g3n_mlx.config import ModelConfig
 from g3n_mlx.config_file import read_json
@@ -44,6 +44,17 @@ class MediaOpener:
             return self._open(media, policy)
         except ValueError as error:
             raise ValueError(f"{media.where}: {error}") from None
+
+    def split_audio(self, audio: Audio, policy: FetchPolicy) -> list[tuple[float, float, Audio]]:
+        """A sound as clips that the audio tower hears at once: each one's start and end in seconds, and itself.
+
+        Raises ValueError when the sound can't be opened, or the checkpoint has no audio tower.
+        """
+        self._require_tower("audio", "audio")
+        processing = self._audio_processing
+        rate = processing.sampling_rate
+        clips = split_clips(audio.waveform(rate, policy), rate, processing.max_clip_samples)
+        return [(start / rate, (start + len(clip)) / rate, Audio(clip, rate)) for start, clip in clips]
 
     def _open(self, media: Media, policy: FetchPolicy) -> list[Opened]:
         self._require_tower("audio" if media.kind == "audio" else "image", media.kind)

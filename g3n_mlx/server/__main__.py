@@ -1,0 +1,192 @@
+"""`python -m g3n_mlx.server`: a Gemma 3n behind OpenAI's API, for this machine alone unless told otherwise."""
+
+import argparse
+import ipaddress
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from g3n_mlx.model import Gemma3n
+
+EXPECTED_FAILURES = (OSError, ValueError, ImportError, MemoryError)
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the flags, loads the model, serves until interrupted; returns the exit code."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=arguments.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    if arguments.media_root is not None and not arguments.media_root.is_dir():
+        parser.error(f"--media-root {str(arguments.media_root)!r} is no folder")
+    try:
+        _serve(arguments)
+    except EXPECTED_FAILURES as error:
+        log.error("%s", " ".join(str(error).split()) or type(error).__name__)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="g3n-server", description="Serves a Gemma 3n over OpenAI's API.")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", help="folder or hub id; default: the newest Gemma 3n here, else the demo model")
+    model.add_argument("--revision", help="branch, tag or commit of a hub id")
+    model.add_argument("--matformer", metavar="SLICE", help="MatFormer slice to take at load, by name or short form")
+    model.add_argument("--matformer-config", type=Path, metavar="FILE", help="CSV table of slices of your own")
+    model.add_argument("--q-bits", type=int, metavar="N", help="quantize at first load, into the cache: 2 to 6, or 8")
+    model.add_argument("--backend", choices=["auto", "mlx", "torch"], default="auto")
+    model.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: the backend's best")
+    model.add_argument("--dtype", choices=["bfloat16", "float32"], help="of activations; default: the device's best")
+    model.add_argument("--served-model-name", metavar="NAME", help="id in /v1/models; default: the folder's name")
+    access = parser.add_argument_group("access")
+    access.add_argument("--host", default="127.0.0.1", help="address to listen at; default: 127.0.0.1, this machine")
+    access.add_argument("--port", type=int, default=8080, help="0 takes a free one; default: 8080")
+    access.add_argument("--api-key", metavar="KEY", help="what requests must bring as Authorization: Bearer KEY")
+    access.add_argument("--allow-host", metavar="NAME", action="append", default=[], help="a name of this server")
+    access.add_argument(
+        "--cors-origin", metavar="ORIGIN", action="append", default=[], help="web pages that may call, as https://a.b"
+    )
+    media = parser.add_argument_group("media in requests")
+    media.add_argument("--media-root", type=Path, metavar="FOLDER", help="where local paths and file:// may point")
+    media.add_argument(
+        "--allow-media-host",
+        metavar="HOST[:PORT]",
+        action="append",
+        default=[],
+        help="a private host that media may come from",
+    )
+    load = parser.add_argument_group("load")
+    load.add_argument("--parallel", type=_positive, default=4, metavar="N", help="answers in progress; default: 4")
+    load.add_argument("--max-queue", type=_count, default=64, metavar="N", help="requests behind them; default: 64")
+    load.add_argument("--cache-memory", type=_positive_float, default=4.0, metavar="GB", help="of caches; default: 4")
+    load.add_argument("--request-timeout", type=_positive_float, default=600.0, metavar="S", help="default: 600")
+    load.add_argument("--drain-timeout", type=_count, default=60, metavar="S", help="at shutdown; default: 60")
+    load.add_argument("--max-body", type=_positive, default=64, metavar="MB", help="of a request; default: 64")
+    parser.add_argument("--log-level", choices=LOG_LEVELS, default="info")
+    return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is below 0")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def _positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    try:
+        import uvicorn
+    except ImportError:
+        raise ImportError("the server needs more packages: pip install 'g3n-mlx[server]'") from None
+
+    from g3n_mlx.fetch import FetchPolicy
+    from g3n_mlx.server.app import create_app
+    from g3n_mlx.server.engine import Engine, Limits
+    from g3n_mlx.server.gate import GatePolicy
+    from g3n_mlx.server.metrics import Metrics
+    from g3n_mlx.server.models import ModelTable
+    from g3n_mlx.server.scheduler import Scheduler
+
+    if arguments.api_key is None and not _is_loopback(arguments.host):
+        log.warning("listening at %s without --api-key: whoever reaches this machine can use it", arguments.host)
+    limits = Limits(
+        parallel=arguments.parallel,
+        max_queue=arguments.max_queue,
+        request_timeout_s=arguments.request_timeout,
+        policy=FetchPolicy(
+            paths=arguments.media_root,
+            private_hosts=False,
+            allowed_hosts=frozenset(host.lower() for host in arguments.allow_media_host),
+            max_bytes=arguments.max_body << 20,
+            max_pixels=64_000_000,
+            max_seconds=3600.0,
+            timeout_s=30.0,
+            max_redirects=3,
+        ),
+    )
+    metrics = Metrics()
+    scheduler = Scheduler(
+        lambda: _load(arguments),
+        parallel=arguments.parallel,
+        cache_bytes=int(arguments.cache_memory * 1e9),
+        metrics=metrics,
+    )
+    model = scheduler.start()
+    engine = Engine(model, scheduler, limits, metrics)
+    table = ModelTable(arguments.served_model_name or model.name, _short_name(model, arguments.matformer_config))
+    policy = GatePolicy(
+        api_key=arguments.api_key,
+        hosts=frozenset(name.lower() for name in [*arguments.allow_host, arguments.host]),
+        cors_origins=frozenset(origin.lower().rstrip("/") for origin in arguments.cors_origin),
+        max_body_bytes=arguments.max_body << 20,
+    )
+    log.info("%s on %s (%s): %s", model.name, model.backend, model.device, ", ".join(table.ids))
+    uvicorn.run(
+        create_app(engine, table, policy),
+        host=arguments.host,
+        port=arguments.port,
+        log_level=arguments.log_level,
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=arguments.drain_timeout,
+    )
+
+
+def _load(arguments: argparse.Namespace) -> "Gemma3n":
+    from g3n_mlx.hub import default_model
+    from g3n_mlx.load import load
+
+    source = arguments.model
+    if source is None:
+        source, line = default_model()
+        log.info("%s", line)
+    return load(
+        source,
+        backend=arguments.backend,
+        matformer=arguments.matformer,
+        matformer_config=arguments.matformer_config,
+        q_bits=arguments.q_bits,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        revision=arguments.revision,
+    )
+
+
+def _short_name(model: "Gemma3n", table: Path | None) -> str | None:
+    """The short name of the slice that was taken at load, as `--matformer` takes it."""
+    from g3n_mlx.matformer import find_slice, slices_for
+
+    if model.slice_name is None:
+        return None
+    return find_slice(model.slice_name, slices_for(model.checkpoint.folder, table)).short_name
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""The app: routes, the gate before them, and every error in OpenAI's shape."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from g3n_mlx.server import chat, completions, models, transcriptions
+from g3n_mlx.server.engine import Engine
+from g3n_mlx.server.errors import ApiError
+from g3n_mlx.server.gate import Gate, GatePolicy
+from g3n_mlx.server.metrics import Metrics
+from g3n_mlx.server.models import ModelTable
+
+# The page brings its own script and style, and speaks to nobody but this server.
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+    "img-src 'self' data: blob:; media-src 'self' data: blob:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
+
+
+def create_app(engine: Engine, table: ModelTable, policy: GatePolicy) -> ASGIApp:
+    """The whole server as an ASGI app; the engine is closed when the app ends."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
+        yield
+        await asyncio.to_thread(engine.close)
+
+    app = FastAPI(title="g3n_mlx", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.engine = engine
+    app.state.models = table
+    for routes in (models, chat, completions, transcriptions):
+        app.include_router(routes.router)
+    app.add_api_route("/", page, include_in_schema=False)
+    app.add_exception_handler(ApiError, refused)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, no_route)
+    app.add_exception_handler(Exception, failed)
+    return Counted(Gate(app, policy), engine.metrics)
+
+
+async def page() -> HTMLResponse:
+    """The chat page."""
+    text = (files("g3n_mlx.server") / "page.html").read_text(encoding="utf-8")
+    return HTMLResponse(text, headers={"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"})
+
+
+async def refused(_: Request, error: Any) -> Response:
+    """An ApiError as it stands."""
+    return error.response()
+
+
+async def invalid(_: Request, error: Any) -> Response:
+    """A body that does not fit its schema: 400 with the place of the first mistake, as OpenAI has it."""
+    first = error.errors()[0]
+    place = ""
+    for step in first["loc"][1:]:
+        place += f"[{step}]" if isinstance(step, int) else f".{step}"
+    place = place.lstrip(".")
+    return ApiError(400, f"{place or 'the body'}: {first['msg']}", param=place or None).response()
+
+
+async def no_route(_: Request, error: Any) -> Response:
+    """What Starlette raises itself: unknown paths, methods, unreadable bodies."""
+    return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
+
+
+async def failed(_: Request, error: Any) -> Response:
+    """A bug of ours; Starlette logs it."""
+    return ApiError(500, f"the server failed on this request: {type(error).__name__}; its log has more").response()
+
+
+class Counted:
+    """Counts answers by path and status."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the request on."""
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                # By route, not by path: a client must not be able to make up new labels.
+                route = scope.get("route")
+                path = "other" if route is None else route.path
+                self._metrics.requests.labels(path, str(message["status"])).inc()
+            await send(message)
+
+        await self._app(scope, receive, counted)

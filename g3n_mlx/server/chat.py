@@ -1,0 +1,237 @@
+"""POST /v1/chat/completions: messages in, an answer out, whole or as server-sent events, free or under a grammar."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response, StreamingResponse
+
+from g3n_mlx.generate import Constraint
+from g3n_mlx.model import Chunk
+from g3n_mlx.server import tools
+from g3n_mlx.server.engine import Turn, TurnOf, unless_gone
+from g3n_mlx.server.errors import ApiError
+from g3n_mlx.server.messages import conversation
+from g3n_mlx.server.scheduler import Answer
+from g3n_mlx.server.schemas import (
+    ChatChoice,
+    ChatCompletion,
+    ChatRequest,
+    Logprobs,
+    NamedTool,
+    TokenLogprob,
+    TopLogprob,
+    UsageAnswer,
+    new_id,
+    now,
+)
+from g3n_mlx.server.stream import (
+    END_OF_STREAM,
+    SSE,
+    UsageCount,
+    event,
+    first_of,
+    sampling_params,
+    token_text,
+    with_errors,
+)
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", response_model=ChatCompletion, response_model_exclude_unset=True)
+async def create_chat_completion(body: ChatRequest, request: Request, turn: TurnOf) -> ChatCompletion | Response:
+    """An answer to messages, `n` of them; in a stream, as server-sent events."""
+    body.report_unknown()
+    served = request.app.state.models.find(body.model).id
+    _check_formats(body)
+    offered = _offered_tools(body)
+    answers = await unless_gone(request, _answers(body, offered, turn))
+    work = _Work(body, turn, served, answers, offered)
+    if not body.stream:
+        return await unless_gone(request, work.whole())
+    pieces = work.pieces()
+    first = await unless_gone(request, first_of(pieces))
+    return StreamingResponse(with_errors(work.events(first, pieces)), media_type=SSE)
+
+
+async def _answers(body: ChatRequest, offered: tools.Tools | None, turn: Turn) -> list[Answer]:
+    if body.top_logprobs and not body.logprobs:
+        raise ApiError(400, "top_logprobs is given without logprobs: true", param="top_logprobs")
+    choices = range(body.n or 1)
+    params = [
+        sampling_params(
+            turn.engine.model,
+            **body.sampling(choice),
+            max_tokens=body.answer_tokens,
+            logprobs=body.logprobs,
+            top_logprobs=body.top_logprobs,
+        )
+        for choice in choices
+    ]
+    prompt = await turn.prepared(conversation(body.messages, offered and offered.system_text()))
+    constraints = [await _constraint(body, offered, turn) for _ in choices]
+    return [Answer(prompt, params[choice], constraints[choice]) for choice in choices]
+
+
+def _check_formats(body: ChatRequest) -> None:
+    """Refuses what can't be kept at the same time."""
+    wanted = body.response_format
+    if wanted is not None and wanted.type == "json_schema" and wanted.json_schema is None:
+        raise ApiError(400, "response_format is json_schema, but has no json_schema", param="response_format")
+    formats = {
+        "response_format": wanted is not None and wanted.type != "text",
+        "grammar": body.grammar is not None,
+        "tools": bool(body.tools) and body.tool_choice != "none",
+    }
+    given = [name for name, is_given in formats.items() if is_given]
+    if len(given) > 1:
+        raise ApiError(400, f"{given[0]} and {given[1]} can't both be kept: leave one out", param=given[0])
+
+
+def _offered_tools(body: ChatRequest) -> tools.Tools | None:
+    if not body.tools:
+        if body.tool_choice not in (None, "none", "auto"):
+            raise ApiError(400, "tool_choice asks for a call, but there are no tools", param="tool_choice")
+        return None
+    if body.tool_choice == "none":
+        return None
+    named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
+    try:
+        return tools.Tools(
+            [tool.function.model_dump(exclude_unset=True) for tool in body.tools],
+            tools.REQUIRED if body.tool_choice == "required" else tools.AUTO,
+            named=named,
+            parallel=body.parallel_tool_calls is not False,
+        )
+    except ValueError as error:
+        raise ApiError(400, str(error), param="tools") from None
+
+
+async def _constraint(body: ChatRequest, offered: tools.Tools | None, turn: Turn) -> Constraint | None:
+    """What the answer must look like, good for one answer; raises ApiError 400 saying why it can't be kept."""
+    grammar, wanted, engine = body.grammar, body.response_format, turn.engine
+    if offered is not None:
+        return await turn.opened(lambda: offered.constraint(engine.grammars), "tools")
+    if grammar is not None and grammar.type == "regex":
+        return await turn.opened(lambda: engine.grammars.regex(grammar.value), "grammar")
+    if grammar is not None:
+        return await turn.opened(lambda: engine.grammars.lark(grammar.value), "grammar")
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return await turn.opened(lambda: engine.grammars.json_object(), "response_format")
+    assert wanted.json_schema is not None
+    schema = wanted.json_schema.schema_
+    return await turn.opened(lambda: engine.grammars.json_schema(schema), "response_format")
+
+
+class _Work:
+    """What one request runs, and its answers piece by piece."""
+
+    def __init__(
+        self, body: ChatRequest, turn: Turn, served: str, answers: list[Answer], offered: tools.Tools | None
+    ) -> None:
+        self._body, self._turn, self._served, self._answers = body, turn, served, answers
+        self._id, self._created = new_id("chatcmpl"), now()
+        self._usage = UsageCount(turn, len(answers[0].prompt.token_ids), len(answers))
+        self._parsers = [offered and offered.parser() for _ in answers]
+
+    async def pieces(self) -> AsyncIterator[ChatChoice]:
+        """The answers as they come: their role, then text and calls, at last the reason why they end."""
+        begun: set[int] = set()
+        async for index, chunk in self._turn.run(self._answers):
+            self._usage.take(index, chunk)
+            if index not in begun:
+                begun.add(index)
+                yield _piece(index, {"role": "assistant", "content": ""})
+            logprobs = self._logprobs(chunk) if self._body.logprobs and chunk.token is not None else None
+            deltas = self._deltas(index, chunk)
+            if not deltas and logprobs is not None:
+                deltas = [{"content": ""}]
+            for delta in deltas:
+                yield _piece(index, delta, logprobs)
+                logprobs = None
+            if chunk.finish_reason is not None:
+                parser = self._parsers[index]
+                called = parser is not None and parser.num_calls > 0 and chunk.finish_reason == "stop"
+                yield _piece(index, {}, reason="tool_calls" if called else chunk.finish_reason)
+
+    def _deltas(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
+        """What a chunk adds to the answer."""
+        parser = self._parsers[index]
+        if parser is None:
+            return [{"content": chunk.text}] if chunk.text else []
+        found = parser.push(chunk.text)
+        if chunk.finish_reason is not None:
+            found += parser.finish()
+        return found
+
+    def _logprobs(self, chunk: Chunk) -> Logprobs:
+        assert chunk.token is not None
+        assert chunk.logprob is not None
+        likeliest = [self._token(token_id, logprob) for token_id, logprob in chunk.top_logprobs or ()]
+        drawn = self._token(chunk.token, chunk.logprob)
+        return Logprobs(content=[TokenLogprob(**drawn.model_dump(), top_logprobs=likeliest)])
+
+    def _token(self, token_id: int, logprob: float) -> TopLogprob:
+        model = self._turn.engine.model
+        text = token_text(model, token_id)
+        content = model.tokenizer.bytes_of(token_id)
+        return TopLogprob(token=text, logprob=logprob, bytes=list(text.encode() if content is None else content))
+
+    async def whole(self) -> ChatCompletion:
+        """All answers, complete."""
+        choices = [
+            ChatChoice(index=index, message={}, logprobs=None, finish_reason=None)
+            for index in range(len(self._answers))
+        ]
+        async for piece in self.pieces():
+            choice = choices[piece.index]
+            assert choice.message is not None
+            _extend(choice.message, piece.delta or {})
+            choice.finish_reason = piece.finish_reason
+            if piece.logprobs is not None:
+                before = [] if choice.logprobs is None else choice.logprobs.content
+                choice.logprobs = Logprobs(content=before + piece.logprobs.content)
+        for choice in choices:
+            if choice.message and choice.message.get("tool_calls"):
+                choice.message["content"] = choice.message["content"] or None
+        return self._completion("chat.completion", choices, self._usage.answer())
+
+    async def events(self, first: ChatChoice, rest: AsyncIterator[ChatChoice]) -> AsyncIterator[str]:
+        """The pieces as server-sent events."""
+        yield event(self._completion("chat.completion.chunk", [first]))
+        async for piece in rest:
+            yield event(self._completion("chat.completion.chunk", [piece]))
+        if self._body.wants_usage:
+            yield event(self._completion("chat.completion.chunk", [], self._usage.answer()))
+        yield END_OF_STREAM
+
+    def _completion(self, kind: Any, choices: list[ChatChoice], usage: UsageAnswer | None = None) -> ChatCompletion:
+        return ChatCompletion(
+            id=self._id, object=kind, created=self._created, model=self._served, choices=choices, usage=usage
+        )
+
+
+def _piece(
+    index: int, delta: dict[str, Any], logprobs: Logprobs | None = None, reason: str | None = None
+) -> ChatChoice:
+    return ChatChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=reason)
+
+
+def _extend(message: dict[str, Any], delta: dict[str, Any]) -> None:
+    """Adds a delta to a message: texts grow, calls are found by their index."""
+    for name, value in delta.items():
+        if name == "content":
+            message["content"] = message.get("content", "") + value
+        elif name == "tool_calls":
+            calls = message.setdefault("tool_calls", [])
+            for call in value:
+                if call["index"] == len(calls):
+                    calls.append({"id": call["id"], "type": "function", "function": {"name": "", "arguments": ""}})
+                function = calls[call["index"]]["function"]
+                for key, text in call["function"].items():
+                    function[key] += text
+        else:
+            message[name] = value

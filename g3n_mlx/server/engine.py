@@ -1,0 +1,187 @@
+"""The requests' side of the model: places, the queue's limit, and steps that come as asynchronous iterators.
+
+A request takes a Turn before it costs anything, media included; what the turn runs is stopped when it is left, however
+that comes about: the answer was sent, the client went away, an error.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, Request
+
+from g3n_mlx.fetch import FetchPolicy
+from g3n_mlx.generate import PromptTooLong
+from g3n_mlx.grammar import GrammarError, Grammars
+from g3n_mlx.model import Gemma3n
+from g3n_mlx.prompt import Prompt
+from g3n_mlx.server.errors import CLIENT_GONE, ApiError
+from g3n_mlx.server.metrics import Metrics
+from g3n_mlx.server.scheduler import DONE, Answer, Expired, Job, Scheduler
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+# Media are opened by few threads: one picture of the largest size takes a gigabyte on its way.
+OPENING_THREADS = 2
+RETRY_AFTER_S = 2  # the openai client waits that long and tries again, twice
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the server takes on."""
+
+    parallel: int  # answers in progress
+    max_queue: int  # requests behind them
+    request_timeout_s: float  # from a request's arrival to the end of its answer
+    policy: FetchPolicy  # where media may come from
+
+
+class Engine:
+    """The model, its scheduler and the places before it. For the event loop's thread."""
+
+    def __init__(self, model: Gemma3n, scheduler: Scheduler, limits: Limits, metrics: Metrics) -> None:
+        self.model = model
+        self.scheduler = scheduler
+        self.limits = limits
+        self.metrics = metrics
+        self._turns = 0
+        self.openers = ThreadPoolExecutor(OPENING_THREADS, thread_name_prefix="media")
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """The grammars of the model's vocabulary. The first use takes seconds: not for the event loop's thread."""
+        return Grammars(self.model.tokenizer, self.model.config.text.vocab_size, self.model.eos_token_ids)
+
+    def enter(self) -> "Turn":
+        """A place for a request; raises ApiError 429 when all are taken."""
+        places = self.limits.parallel + self.limits.max_queue
+        if self._turns >= places:
+            raise ApiError(
+                429,
+                f"{places} requests are in progress or waiting, as many as this server takes; try again later",
+                code="queue_full",
+                headers={"Retry-After": str(RETRY_AFTER_S)},
+            )
+        self._turns += 1
+        return Turn(self)
+
+    def leave(self, turn: "Turn") -> None:
+        """Gives a turn's place back and stops what it ran."""
+        self._turns -= 1
+        turn.stop()
+
+    def close(self) -> None:
+        """Waits for the jobs that are left, and ends all threads."""
+        self.openers.shutdown(cancel_futures=True)
+        self.scheduler.close()
+
+
+class Turn:
+    """One request's place."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.arrived = time.monotonic()
+        self.deadline = self.arrived + engine.limits.request_timeout_s
+        self._jobs: list[Job] = []
+
+    async def opened(self, work: Callable[[], T], param: str) -> T:
+        """The result of work that neither the event loop nor the model may wait for: it runs in a thread of its own.
+
+        Its ValueError becomes an ApiError 400 about a parameter of the request.
+        """
+        try:
+            async with asyncio.timeout(self.deadline - time.monotonic()):
+                return await asyncio.get_running_loop().run_in_executor(self.engine.openers, work)
+        except TimeoutError:
+            raise self.too_late() from None
+        except ValueError as error:
+            raise ApiError(400, str(error), param=param) from None
+
+    async def encoded(self, text: str) -> list[int]:
+        """The ids of a plain text; raises ApiError 400 when it has none."""
+        return await self.opened(partial(self.engine.model.tokenizer.encode, text), "prompt")
+
+    async def prepared(self, messages: Sequence[dict[str, Any]], param: str = "messages") -> Prompt:
+        """The prompt of some messages, their media fetched and opened; raises ApiError 400 when that can't be done."""
+        return await self.opened(partial(self.engine.model.prepare, messages, self.engine.limits.policy), param)
+
+    async def run(self, tasks: Sequence[Answer]) -> AsyncIterator[tuple[int, Any]]:
+        """The steps of several tasks as they come, each with its task's index. Raises ApiError."""
+        loop, steps = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Any]]()
+
+        def deliver(index: int, step: Any) -> None:
+            loop.call_soon_threadsafe(steps.put_nowait, (index, step))
+
+        for index, task in enumerate(tasks):
+            job = Job(task, partial(deliver, index), self.arrived, self.deadline)
+            self._jobs.append(job)
+            self.engine.scheduler.submit(job)
+        left = len(tasks)
+        while left:
+            index, step = await steps.get()
+            if step is DONE:
+                left -= 1
+            elif isinstance(step, Exception):
+                raise self._refused(step)
+            else:
+                yield index, step
+
+    def stop(self) -> None:
+        """Stops every job before its next step."""
+        for job in self._jobs:
+            job.stopped = True
+
+    def too_late(self) -> ApiError:
+        """The error of a request whose time is over."""
+        limit = self.engine.limits.request_timeout_s
+        return ApiError(503, f"the answer was not complete after {limit:g} s, this server's limit", code="timeout")
+
+    def _refused(self, error: Exception) -> ApiError:
+        if isinstance(error, PromptTooLong):
+            return ApiError(400, str(error), param="messages", code="context_length_exceeded")
+        if isinstance(error, GrammarError):
+            return ApiError(400, str(error), param="response_format")
+        if isinstance(error, Expired):
+            return self.too_late()
+        log.error("a request failed", exc_info=error)
+        return ApiError(500, f"the model failed on this request: {type(error).__name__}; the server's log has more")
+
+
+async def _turn(request: Request) -> AsyncIterator[Turn]:
+    engine: Engine = request.app.state.engine
+    turn = engine.enter()
+    try:
+        yield turn
+    finally:
+        engine.leave(turn)
+
+
+# FastAPI leaves it once the answer was sent or given up, a stream's included.
+TurnOf = Annotated[Turn, Depends(_turn)]
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The work's result; when the client goes away before, the work is cancelled and ApiError 499 raised."""
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ApiError(CLIENT_GONE, "the client went away")
+        return working.result()
+    finally:
+        for task in (working, gone):
+            task.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,125 @@
+"""Which models there are, how they do, and their tokens: /v1/models, /health, /metrics, tokenize, detokenize."""
+
+from dataclasses import dataclass
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from g3n_mlx.server.engine import Engine, TurnOf
+from g3n_mlx.server.errors import ApiError
+from g3n_mlx.server.messages import conversation
+from g3n_mlx.server.schemas import (
+    DetokenizeAnswer,
+    DetokenizeRequest,
+    Model,
+    ModelList,
+    TokenizeAnswer,
+    TokenizeRequest,
+    now,
+)
+
+# What clients of other local servers send when there is but one model: LM Studio's, mistral.rs's, and none at all.
+ALIASES = ("default", "ignore", "")
+
+router = APIRouter()
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What one id stands for."""
+
+    id: str
+    slice_name: str | None  # a MatFormer slice by its short name
+
+
+class ModelTable:
+    """The ids that requests may name; every one is the loaded model."""
+
+    def __init__(self, name: str, slice_name: str | None) -> None:
+        """name: as served. slice_name: of the slice that the model was loaded as."""
+        self.created = now()
+        self._default = Entry(name, slice_name)
+        self._entries = {name: self._default}
+        if slice_name is not None:
+            self._entries[f"{name}:{slice_name}"] = Entry(f"{name}:{slice_name}", slice_name)
+
+    @property
+    def ids(self) -> list[str]:
+        """All ids, the served name first."""
+        return list(self._entries)
+
+    def find(self, name: str) -> Entry:
+        """What a request's model is; raises ApiError 404 with the ids there are."""
+        entry = self._default if name in ALIASES else self._entries.get(name)
+        if entry is None:
+            known = ", ".join(map(repr, self.ids))
+            raise ApiError(
+                404, f"the model {name!r:.200} does not exist; there are {known}", param="model", code="model_not_found"
+            )
+        return entry
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> ModelList:
+    """All ids."""
+    table: ModelTable = request.app.state.models
+    return ModelList(data=[_described(request, name) for name in table.ids])
+
+
+@router.get("/v1/models/{name:path}")
+async def get_model(name: str, request: Request) -> Model:
+    """One id, or a 404."""
+    table: ModelTable = request.app.state.models
+    return _described(request, table.find(name).id)
+
+
+@router.get("/health")
+async def health(request: Request) -> dict[str, str]:
+    """200 when the model can answer, else 503."""
+    engine: Engine = request.app.state.engine
+    if not engine.scheduler.alive:
+        raise ApiError(503, "the model does not answer")
+    return {"status": "ok"}
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(request: Request) -> Response:
+    """The figures for Prometheus."""
+    engine: Engine = request.app.state.engine
+    return Response(engine.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.post("/v1/tokenize")
+async def tokenize(body: TokenizeRequest, request: Request, turn: TurnOf) -> TokenizeAnswer:
+    """The ids of a text, or of messages in the chat template."""
+    body.report_unknown()
+    request.app.state.models.find(body.model)
+    model = turn.engine.model
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "give either prompt, a text, or messages", param="prompt")
+    if body.messages is not None:
+        ids = list((await turn.prepared(conversation(body.messages, None))).token_ids)
+    else:
+        assert body.prompt is not None
+        ids = await turn.encoded(body.prompt)
+        ids = [model.tokenizer.bos_id, *ids] if body.add_special_tokens else ids
+    return TokenizeAnswer(tokens=ids, count=len(ids), max_model_len=model.config.text.max_position_embeddings)
+
+
+@router.post("/v1/detokenize")
+async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeAnswer:
+    """The text of some ids."""
+    body.report_unknown()
+    request.app.state.models.find(body.model)
+    engine: Engine = request.app.state.engine
+    vocab_size = engine.model.config.text.vocab_size
+    wrong = [token_id for token_id in body.tokens if token_id >= vocab_size]
+    if wrong:
+        raise ApiError(400, f"{wrong[0]} is no token id, expected 0 to {vocab_size - 1}", param="tokens")
+    return DetokenizeAnswer(prompt=engine.model.tokenizer.decode(body.tokens, skip_special=False))
+
+
+def _described(request: Request, name: str) -> Model:
+    engine: Engine = request.app.state.engine
+    table: ModelTable = request.app.state.models
+    return Model(id=name, created=table.created, max_model_len=engine.model.config.text.max_position_embeddings)

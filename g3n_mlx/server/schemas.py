@@ -1,0 +1,374 @@
+"""The wire types: OpenAI's requests and answers as this server reads and writes them, and vLLM's tokenize.
+
+Names and ranges are OpenAI's, with the sampling fields that other local servers add (top_k, min_p,
+repetition_penalty, grammar). Fields that are not listed are ignored.
+Source: OpenAI's API reference (chat, completions, audio, models); mistral.rs for `grammar` and the speeds in usage.
+"""
+
+import logging
+import time
+import uuid
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+
+MAX_CHOICES = 8
+MAX_MESSAGES = 4096
+MAX_PARTS = 256  # of one message
+MAX_TOOLS = 128
+MAX_PROMPTS = 256  # of one completions request
+MAX_TOP_LOGPROBS = 20
+MAX_BIASES = 4096
+MAX_STOPS = 16
+
+Penalty = Annotated[FiniteFloat, Field(ge=-2, le=2)]
+Tokens = Annotated[int, Field(ge=1, le=2**31)]
+Bias = Annotated[FiniteFloat, Field(ge=-100, le=100)]
+TokenId = Annotated[int, Field(ge=0, le=2**31)]
+StopString = Annotated[str, Field(min_length=1, max_length=256)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+log = logging.getLogger(__name__)
+
+
+class Wire(BaseModel):
+    """A request's object: fields that are not listed are kept apart."""
+
+    model_config = ConfigDict(extra="allow")
+
+    def report_unknown(self) -> None:
+        """One log line with the names of the fields that this server ignores, if there are any."""
+        if self.model_extra:
+            log.info("ignored fields: %s", ", ".join(repr(name)[:60] for name in list(self.model_extra)[:20]))
+
+
+class StreamOptions(Wire):
+    """What comes in a stream besides the text."""
+
+    include_usage: bool = False
+
+
+class SamplingFields(Wire):
+    """How the answer is drawn; what is None comes from the checkpoint."""
+
+    model: str = "default"
+    temperature: Annotated[FiniteFloat, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31)] | None = None
+    min_p: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    repetition_penalty: Annotated[FiniteFloat, Field(ge=0.01, le=100)] | None = None
+    logit_bias: (
+        Annotated[dict[TokenId, Annotated[FiniteFloat, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)] | None
+    ) = None
+    seed: Seed | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self, choice: int) -> dict[str, Any]:
+        """Keywords of `Gemma3n.sampling_params` for one choice: choices of one request have seeds of their own."""
+        return {
+            # Logits divided by less than this are beyond float32.
+            "temperature": 0.0 if self.temperature is not None and self.temperature < 1e-3 else self.temperature,
+            # OpenAI allows 0, which leaves the likeliest token: what the smallest top_p does.
+            "top_p": self.top_p if self.top_p is None else max(self.top_p, 1e-9),
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "logit_bias": self.logit_bias,
+            "seed": None if self.seed is None else (self.seed + choice) % 2**64,
+            "stop": [self.stop] if isinstance(self.stop, str) else self.stop,
+        }
+
+
+class MediaUrl(Wire):
+    """Where a picture, a sound or a video is: a data: URI, http(s), or a path below --media-root."""
+
+    url: str
+
+
+class InputAudio(Wire):
+    """A sound in the request itself."""
+
+    data: str  # base64
+    format: str | None = None
+
+
+class Part(Wire):
+    """A part of a message's content."""
+
+    type: str
+    text: str | None = None
+    image_url: str | MediaUrl | None = None
+    audio_url: str | MediaUrl | None = None
+    video_url: str | MediaUrl | None = None
+    input_audio: InputAudio | None = None
+
+
+class FunctionCall(Wire):
+    """The call that an assistant's message made."""
+
+    name: str
+    arguments: str = "{}"
+
+
+class ToolCall(Wire):
+    """One of an assistant's calls."""
+
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(Wire):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[str | Part], Field(max_length=MAX_PARTS)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: str | None = None
+
+
+class Function(Wire):
+    """A function that the model may call."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None  # a JSON schema
+    strict: bool | None = None
+
+
+class Tool(Wire):
+    """A tool; functions are the only kind."""
+
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class NamedFunction(Wire):
+    """The name in a tool choice."""
+
+    name: str
+
+
+class NamedTool(Wire):
+    """A tool choice that names the function to call."""
+
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+class JsonSchema(Wire):
+    """A schema with its name."""
+
+    name: str | None = None
+    schema_: Annotated[dict[str, Any] | bool, Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(Wire):
+    """What the answer must be: text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class GrammarField(Wire):
+    """A grammar for the answer."""
+
+    type: Literal["regex", "lark"]
+    value: str
+
+
+class ChatRequest(SamplingFields):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_tokens: Tokens | None = None
+    max_completion_tokens: Tokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    grammar: GrammarField | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+
+    @property
+    def answer_tokens(self) -> int | None:
+        """The most tokens of an answer; the newer name counts where both are given."""
+        return self.max_completion_tokens or self.max_tokens
+
+
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+
+
+class CompletionRequest(SamplingFields):
+    """POST /v1/completions: text in, text out, without the chat template."""
+
+    prompt: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = 16  # OpenAI's default; 0 only scores, with echo
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+
+
+class TokenizeRequest(Wire):
+    """POST /v1/tokenize: a text, or messages as the model would read them."""
+
+    model: str = "default"
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    add_special_tokens: bool = True  # <bos> before a text
+
+
+class TokenizeAnswer(BaseModel):
+    """The ids, and how many the model can read."""
+
+    tokens: list[int]
+    count: int
+    max_model_len: int
+
+
+class DetokenizeRequest(Wire):
+    """POST /v1/detokenize."""
+
+    model: str = "default"
+    tokens: Annotated[list[TokenId], Field(max_length=2**20)]
+
+
+class DetokenizeAnswer(BaseModel):
+    """The text of some ids, control tokens by name."""
+
+    prompt: str
+
+
+class PromptTokensDetails(BaseModel):
+    """Of the prompt's tokens, those that were found in the prefix cache."""
+
+    cached_tokens: int
+
+
+class UsageAnswer(BaseModel):
+    """Counts of all choices together, and the speeds of the first one; times begin when the request came."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    avg_prompt_tok_per_sec: float = 0.0
+    avg_compl_tok_per_sec: float = 0.0
+    time_to_first_token_s: float | None = None
+
+
+class TopLogprob(BaseModel):
+    """A token that could have been drawn, or was."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """A drawn token beside the likeliest ones."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class Logprobs(BaseModel):
+    """Log probabilities of an answer's tokens."""
+
+    content: list[TokenLogprob]
+
+
+class ChatChoice(BaseModel):
+    """One answer: `message` when it comes whole, `delta` in a stream."""
+
+    index: int
+    message: dict[str, Any] | None = None
+    delta: dict[str, Any] | None = None
+    logprobs: Logprobs | None = None
+    finish_reason: str | None = None
+
+
+class ChatCompletion(BaseModel):
+    """An answer, or a chunk of one."""
+
+    id: str
+    object: Literal["chat.completion", "chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: UsageAnswer | None = None
+
+
+class CompletionLogprobs(BaseModel):
+    """Log probabilities in the older shape: lists with an entry a token, None where nothing came before it."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    """One answer to one prompt, or a piece of it."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: str | None = None
+
+
+class Completion(BaseModel):
+    """The answers, or a chunk of one."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: UsageAnswer | None = None
+
+
+class Model(BaseModel):
+    """An id that requests may name."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "g3n-mlx"
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    """GET /v1/models."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+def new_id(prefix: str) -> str:
+    """An id that no other answer has."""
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def now() -> int:
+    """Seconds since 1970, as OpenAI's `created` has them."""
+    return int(time.time())
