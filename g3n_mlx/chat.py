@@ -13,9 +13,11 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from g3n_mlx import attachments
 from g3n_mlx.terminal import Interruption, message_lines, one_line, printable, say, typed_messages
 
 if TYPE_CHECKING:
@@ -72,6 +74,16 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--dtype", choices=["bfloat16", "float32"], help="of activations; default: the device's best")
     answer = parser.add_argument_group("answer")
     answer.add_argument("-p", "--prompt", help="ask once, print the answer and exit; - reads the prompt from stdin")
+    for kind in attachments.SUFFIXES:
+        answer.add_argument(
+            f"--{kind}",
+            metavar="FILE",
+            dest="attached",
+            action="append",
+            default=[],
+            type=lambda source, kind=kind: attachments.part(kind, source),
+            help=f"{kind} file or URL that the first question is about; repeatable",
+        )
     answer.add_argument("--system-prompt", metavar="TEXT", help="what the model is told before the conversation")
     answer.add_argument("--max-tokens", type=int, metavar="N", help="of one answer; default: to the context limit")
     answer.add_argument("--temperature", "--temp", type=float, metavar="X", help="0 takes the likeliest token always")
@@ -110,6 +122,8 @@ def _run(arguments: argparse.Namespace) -> int:
         revision=arguments.revision,
     )
     session = Session(model, arguments.system_prompt, settings, verbose=arguments.verbose)
+    for part in arguments.attached:
+        session.attach(part, quiet=prompt is not None)
     if prompt is not None:
         return INTERRUPTED if session.ask(prompt).stopped else 0
     say(f"{model.name} on {model.backend} ({model.device}); /help lists the commands, Ctrl-D ends")
@@ -154,9 +168,19 @@ class Session:
         self.messages: list[dict[str, Any]] = []  # user and assistant in turn, without the system message
         self.failures = 0
         self._usage: Usage | None = None
-        self._unanswered: str | None = None
+        self._unanswered: str | list[Any] | None = None
+        self._attached: list[dict[str, Any]] = []  # to the next question
         self._commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
             "help": ("", "list the commands", self._help),
+            "image": (
+                "FILE",
+                "ask the next question about a picture (or drop the file into it)",
+                partial(self._file, "image"),
+            ),
+            "audio": ("FILE", "... about a sound", partial(self._file, "audio")),
+            "video": ("FILE", "... about a video", partial(self._file, "video")),
+            "paste": ("", "... about the picture in the clipboard", self._paste),
+            "mic": ("", "... about what you say now", self._mic),
             "system": ("[TEXT|-]", "show the system prompt, set it, or take it away with -", self._system),
             "clear": ("", "forget the conversation, keep the system prompt", self._clear),
             "undo": ("", "forget the last question and its answer", self._undo),
@@ -173,7 +197,7 @@ class Session:
         for message in messages:
             # "/usr/bin is what?" is a question: a command's name is one word of letters.
             name, _, rest = message.strip().partition(" ")
-            if name == "/exit":
+            if name in ("/exit", "/quit"):
                 return
             try:
                 if name[:1] == "/" and name[1:].isalpha():
@@ -189,9 +213,36 @@ class Session:
                 say(f"error: {one_line(error)}")
 
     def ask(self, text: str) -> Answer:
+        """Asks about what was attached and what the text names; see `_ask`."""
+        content = attachments.content(text, self._attached)
+        answer = self._ask(content)
+        self._attached = []
+        return answer
+
+    def attach(self, part: dict[str, Any], *, quiet: bool = False) -> None:
+        """Takes a media part into the next question, once it is seen to be usable; shows what it is unless quiet."""
+        prompt = self.model.prepare([{"role": "user", "content": [part]}])
+        self._attached.append(part)
+        if not quiet:
+            self._present(part, sum(span.length for span in prompt.media))
+
+    def _present(self, part: dict[str, Any], tokens: int) -> None:
+        from g3n_mlx.fetch import FetchPolicy
+        from g3n_mlx.image import Image
+
+        kind = part["type"]
+        name = "clip" if part[kind].startswith("data:") else Path(part[kind]).name
+        size = ""
+        if kind == "image":
+            pixels = Image(part[kind]).rgb(FetchPolicy())
+            size = f", {pixels.shape[1]} x {pixels.shape[0]}"
+            attachments.show(pixels)
+        say(f"{kind} {name}{size}: {tokens} tokens, with the next question")
+
+    def _ask(self, content: str | list[Any]) -> Answer:
         """Streams the answer to stdout and keeps it in the conversation, a stopped one as far as it came."""
-        self._unanswered = text
-        messages = [*self.messages, {"role": "user", "content": text}]
+        self._unanswered = content
+        messages = [*self.messages, {"role": "user", "content": content}]
         answer = self._stream([*self._system_message(), *messages])
         if answer.text or not answer.stopped:
             self.messages = [*messages, {"role": "assistant", "content": answer.text}]
@@ -243,13 +294,25 @@ class Session:
             say(f"  {f'/{name} {argument}':<20} {text}")
         say("  A new line in a message: Alt-Enter, or Enter after a backslash. Ctrl-C stops an answer.")
 
+    def _file(self, kind: str, name: str) -> None:
+        if not name:
+            raise ValueError(f"/{kind} needs a file name or URL")
+        self.attach(attachments.part(kind, attachments.unquoted(name)))
+
+    def _paste(self, _: str) -> None:
+        self.attach(attachments.clipboard_image())
+
+    def _mic(self, _: str) -> None:
+        say("recording; Enter ends it, Ctrl-C gives it up")
+        self.attach(attachments.recording(sys.stdin.readline))
+
     def _system(self, text: str) -> None:
         if text:
             self.system = None if text == "-" else text
         say(f"system prompt: {self.system or 'none'}")
 
     def _clear(self, _: str) -> None:
-        self.messages, self._unanswered = [], None
+        self.messages, self._unanswered, self._attached = [], None, []
         say("the conversation is empty")
 
     def _undo(self, _: str) -> None:
@@ -257,15 +320,16 @@ class Session:
             self._last_question()
             self.messages = self.messages[:-2]
         self._unanswered = None
-        say(f"forgotten; {len(self.messages) // 2} questions are left")
+        left = len(self.messages) // 2
+        say(f"forgotten; {left} question{' is' if left == 1 else 's are'} left")
 
     def _retry(self, _: str) -> None:
         if self._unanswered is not None:
-            self.ask(self._unanswered)
+            self._ask(self._unanswered)
             return
         question = self._last_question()
         self.messages = self.messages[:-2]
-        self.ask(question)
+        self._ask(question)
 
     def _last_question(self) -> Any:
         if not self.messages:
@@ -323,7 +387,12 @@ class Session:
         if value == "default":
             self.settings.pop(name, None)
         elif name:
-            changed: dict[str, Any] = {**self.settings, name: SETTINGS[name](value)}
+            try:
+                number = SETTINGS[name](value)
+            except ValueError:
+                kind = "a whole number" if SETTINGS[name] is int else "a number"
+                raise ValueError(f"/set {name} needs {kind} or 'default', not {value!r}") from None
+            changed: dict[str, Any] = {**self.settings, name: number}
             SamplingParams(**changed)
             self.settings = changed
         say(", ".join(f"{key} {setting}" for key, setting in self.settings.items()) or "all settings: the model's own")

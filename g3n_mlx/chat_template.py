@@ -127,7 +127,7 @@ def _parts(content: Any, where: str) -> list[Any]:
                 pass
         if not isinstance(part, str) and not (isinstance(part, Mapping) and isinstance(part.get("type"), str)):
             raise ValueError(
-                f"{where}.content[{index}] is {part!r:.80}, expected a string, a dict with a 'type', "
+                f"{where}.content[{index}] is {part!r:.80}, expected a string or a dict with a 'type', "
                 "or an Image, Audio or Video"
             )
         parts.append(part)

@@ -5,18 +5,34 @@ has enqueued that step's beginning by then (interface.py).
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from g3n_mlx.cache import Conversation
-from g3n_mlx.interface import Model, Step
+from g3n_mlx.interface import Model, Soft, SoftTokens, Step
+from g3n_mlx.prompt import Features, MediaSpan, Prompt
 from g3n_mlx.sampling import SamplingParams
+
+Embed = Callable[[Features], SoftTokens]
 
 
 class PromptTooLong(ValueError):
     """The prompt does not fit the context; the message says by how much."""
+
+
+class Constraint(Protocol):
+    """What an answer must look like, a grammar say: asked before every draw, told after it."""
+
+    def mask(self) -> np.ndarray | None:
+        """The tokens that may come next, bool [V]; None for all."""
+        ...
+
+    def push(self, token_id: int) -> None:
+        """Takes note of a drawn token."""
+        ...
 
 
 @dataclass(slots=True)
@@ -57,41 +73,66 @@ def chunks(start: int, length: int, borders: Sequence[int], step_size: int) -> I
         anchor = border
 
 
+def soft_tokens(media: Sequence[MediaSpan], start: int, stop: int, embed: Embed) -> Soft:
+    """The soft tokens among the prompt's ids [start, stop), placed from `start` on."""
+    soft: list[tuple[int, SoftTokens]] = []
+    for span in media:
+        first, last = max(start, span.start), min(stop, span.start + span.length)
+        if first < last:
+            rows = embed(span.features)
+            assert len(rows) == span.length, (len(rows), span.length)
+            soft.append((first - start, rows[first - span.start : last - span.start]))
+    return soft
+
+
 def generate_tokens(
     model: Model,
     conversation: Conversation,
-    prompt_ids: Sequence[int],
-    borders: Sequence[int],
+    prompt: Prompt,
     params: SamplingParams,
     stop_ids: frozenset[int],
     context_tokens: int,
     timings: Timings,
-) -> Iterator[Step]:
+    embed: Embed,
+    constraint: Constraint | None = None,
+) -> Iterator[Step | None]:
     """Yields the drawn steps up to a stop id (not yielded), `max_tokens` or the end of the context.
 
+    Before them, None for every part of the prompt that was read without a draw: a place to break off or to let others
+    run. embed: media to soft tokens; called only for what the cache does not hold.
     Raises PromptTooLong before anything runs. The conversation's cache goes on from what it shares with the prompt.
     """
-    check_length(len(prompt_ids), 1, context_tokens)
-    room = context_tokens - len(prompt_ids)
+    length = len(prompt.token_ids)
+    check_length(length, 1, context_tokens)
+    room = context_tokens - length
     limit = room if params.max_tokens is None else min(room, params.max_tokens)
     started = time.perf_counter()
-    sampler = model.make_sampler(params, prompt_ids)
-    start = conversation.resume(prompt_ids)
-    timings.prompt_tokens, timings.cached_tokens = len(prompt_ids), start
+    sampler = model.make_sampler(params, prompt.token_ids)
+    identity = prompt.identity
+    start = conversation.resume(identity)
+    timings.prompt_tokens, timings.cached_tokens = length, start
     if start == 0:
         conversation.begin(model.make_cache())
     step = None
-    for a, b in chunks(start, len(prompt_ids), borders, params.prefill_step_size):
-        ids = np.asarray(prompt_ids[a:b], dtype=np.int64)
-        step = model.prefill(ids, conversation.cache, sampler if b == len(prompt_ids) else None)
-        conversation.append(prompt_ids[a:b])
-        if b in borders or b == len(prompt_ids):
+    for a, b in chunks(start, length, prompt.borders, params.prefill_step_size):
+        ids = np.asarray(prompt.token_ids[a:b], dtype=np.int64)
+        soft = soft_tokens(prompt.media, a, b, embed)
+        if b < length:
+            model.prefill(ids, conversation.cache, None, soft)
+        else:
+            step = model.prefill(ids, conversation.cache, sampler, soft, _mask(constraint))
+        conversation.append(identity[a:b])
+        if b in prompt.borders or b == length:
             conversation.mark()
+        if b < length:
+            yield None
     assert step is not None
     token_id = int(step)
     first = time.perf_counter()
     timings.prefill_s = first - started
     for count in range(1, limit + 1):
+        if constraint is not None:
+            constraint.push(token_id)
         if token_id in stop_ids:
             return
         timings.completion_tokens = count
@@ -99,7 +140,11 @@ def generate_tokens(
         if count == limit:
             timings.at_limit = True
             return
-        step = model.decode(step, conversation.cache, sampler)
+        step = model.decode(step, conversation.cache, sampler, _mask(constraint))
         conversation.append([token_id])
         token_id = int(step)
         timings.decode_s = time.perf_counter() - first
+
+
+def _mask(constraint: Constraint | None) -> np.ndarray | None:
+    return None if constraint is None else constraint.mask()

@@ -1,7 +1,8 @@
 """The seam: what the core asks of a backend, as calls of the whole model.
 
-Ints, numpy arrays, opaque caches, samplers and steps cross it, nothing else. `prefill` and `decode` return a Step
-at once; `int(step)` waits for its token. So a backend may start on the next token before the last one is known.
+Ints, numpy arrays, opaque caches, samplers, soft tokens and steps cross it, nothing else. `prefill` and `decode`
+return a Step at once; `int(step)` waits for its token. So a backend may start on the next token before the last one is
+known.
 """
 
 from collections.abc import Sequence
@@ -26,6 +27,26 @@ class Step(Protocol):
     def top_logprobs(self, count: int) -> list[tuple[int, float]]:
         """The `count` most likely (token id, log probability), best first, ties by id."""
         ...
+
+
+class SoftTokens(Protocol):
+    """Rows [n, D] on the device that stand for a picture or a sound in the text model."""
+
+    def __len__(self) -> int:
+        """How many rows."""
+        ...
+
+    def __getitem__(self, rows: slice, /) -> "SoftTokens":
+        """Some of the rows."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes they take."""
+        ...
+
+
+Soft = Sequence[tuple[int, SoftTokens]]  # where among a call's ids soft tokens begin, and they themselves
 
 
 class Snapshot(Protocol):
@@ -82,19 +103,46 @@ class Model(Protocol):
         """A sampler for one answer; the prompt's ids count for the repetition penalty."""
         ...
 
-    def prefill(self, token_ids: np.ndarray, cache: Cache, sampler: Sampler | None) -> Step | None:
+    def prefill(
+        self,
+        token_ids: np.ndarray,
+        cache: Cache,
+        sampler: Sampler | None,
+        soft: Soft = (),
+        mask: np.ndarray | None = None,
+    ) -> Step | None:
         """Appends [T] ids to the cache; with a sampler, draws the token that follows the last of them.
 
+        Soft tokens replace the embeddings of the ids they cover. mask: bool [V], the tokens that may be drawn.
         Without a sampler the layers that share keys and values are skipped: they leave nothing in the cache.
         """
         ...
 
-    def decode(self, step: Step, cache: Cache, sampler: Sampler) -> Step:
-        """Appends the step's token to the cache and draws the next one."""
+    def decode(self, step: Step, cache: Cache, sampler: Sampler, mask: np.ndarray | None = None) -> Step:
+        """Appends the step's token to the cache and draws the next one, of those that the mask lets through."""
         ...
 
-    def logits(self, token_ids: np.ndarray, cache: Cache) -> np.ndarray:
+    def logits(self, token_ids: np.ndarray, cache: Cache, soft: Soft = ()) -> np.ndarray:
         """Appends [T] ids to the cache; returns every row's logits, float32 [T, V]."""
+        ...
+
+    def embed_image(self, pixels: np.ndarray) -> SoftTokens:
+        """The soft tokens of an image [h, w, 3] float32; the vision tower is read at the first one."""
+        ...
+
+    def embed_audio(self, frames: np.ndarray, mask: np.ndarray) -> SoftTokens:
+        """The soft tokens of a clip: log-mel frames [T, mel] float32, of which the mask [T] says which are real.
+
+        Always the config's count; what the clip leaves over is the embedding of the vocabulary's last id.
+        """
+        ...
+
+    def rows(self, soft_tokens: SoftTokens) -> np.ndarray:
+        """Soft tokens as float32 [n, D]."""
+        ...
+
+    def drop_towers(self) -> None:
+        """Frees the vision and the audio tower; the next image or clip reads them again."""
         ...
 
     def peak_memory_bytes(self) -> int:

@@ -1,20 +1,33 @@
-"""Gemma3n: what `load` returns and users hold. Text in, text out, over the loop of generate.py."""
+"""Gemma3n: what `load` returns and users hold. Messages in, text out, over the loop of generate.py."""
 
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 
+from g3n_mlx.audio import Audio
 from g3n_mlx.cache import Conversation
+from g3n_mlx.chat_template import Media
 from g3n_mlx.checkpoint import Checkpoint
 from g3n_mlx.config import ModelConfig
-from g3n_mlx.generate import Timings, check_length, chunks, generate_tokens
-from g3n_mlx.interface import Model, Step
+from g3n_mlx.fetch import FetchPolicy
+from g3n_mlx.generate import Constraint, Timings, check_length, chunks, generate_tokens, soft_tokens
+from g3n_mlx.image import Image, ImageFeatures
+from g3n_mlx.interface import Model, SoftTokens, Step
+from g3n_mlx.media import MediaOpener
 from g3n_mlx.memory import peak_process_bytes
-from g3n_mlx.prompt import Prompt, prepare
+from g3n_mlx.prompt import Features, Prompt, prepare
 from g3n_mlx.sampling import SamplingParams
 from g3n_mlx.tokenizer import Tokenizer
+
+# Soft tokens kept for the next turns: an image's are 1 MiB at E4B's width, so 256 pictures or clips.
+KEPT_SOFT_TOKENS_BYTES = 256 << 20
+# Rows of logits at once in `score`: 64 MiB at the released vocabulary, in float32.
+SCORED_ROWS = 64
+LOCAL = FetchPolicy()
 
 PromptLike = str | Sequence[int] | Sequence[Mapping[str, Any]] | Prompt
 
@@ -42,6 +55,15 @@ class Chunk:
     top_logprobs: tuple[tuple[int, float], ...] | None = None
     finish_reason: str | None = None  # "stop" or "length", in the last chunk only
     usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """A token of a prompt, and how likely the ones before it made it."""
+
+    token: int
+    logprob: float | None  # None of the first one
+    top_logprobs: tuple[tuple[int, float], ...] | None  # the likeliest ones in its place, best first
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +108,8 @@ class Gemma3n:
         eos = self.config.eos_token_ids if eos is None else eos
         self.eos_token_ids = frozenset(eos if isinstance(eos, Sequence) else [eos])
         self._model = model
+        self._opener = MediaOpener(checkpoint.folder, checkpoint.config)
+        self._embedded = EmbeddedMedia(model)
         self._conversation: Conversation | None = None
 
     @property
@@ -93,20 +117,51 @@ class Gemma3n:
         """The checkpoint's config, after the slice."""
         return self.checkpoint.config
 
-    def prepare(self, messages: str | Sequence[Mapping[str, Any]]) -> Prompt:
+    def prepare(self, messages: str | Sequence[Mapping[str, Any]], policy: FetchPolicy = LOCAL) -> Prompt:
         """The prompt that asks for an answer to OpenAI-style messages; a string is one user message.
 
+        Media are fetched as the policy allows, opened and brought to the model's sizes here; the model does not run.
         Raises ValueError naming the message or part that can't be used.
         """
-        return prepare(messages, self.tokenizer)
+        return prepare(messages, self.tokenizer, self._opener, policy)
 
-    def generate(self, prompt: PromptLike, **sampling: Any) -> Result:
+    def encode_image(self, image: Any) -> np.ndarray:
+        """The soft tokens of an `Image`, or of what makes one, as they enter the text model: float32 [n, D].
+
+        Raises ValueError when it can't be opened or the checkpoint has no vision tower.
+        """
+        part = Media("image", {"type": "image", "image": image if isinstance(image, Image) else Image(image)}, "image")
+        return self._encoded(part)
+
+    def encode_audio(self, waveform: Any, rate: int | None = None) -> np.ndarray:
+        """The soft tokens of a waveform [samples] or [samples, channels] of a rate in Hz, or of an `Audio`.
+
+        float32 [n, D]: the config's count for every clip; a sound longer than a clip is several of them.
+        Raises ValueError when it can't be used or the checkpoint has no audio tower.
+        """
+        audio = waveform if isinstance(waveform, Audio) else Audio(waveform, rate)
+        return self._encoded(Media("audio", {"type": "audio", "audio": audio}, "audio"))
+
+    def split_audio(self, audio: Audio, policy: FetchPolicy = LOCAL) -> list[tuple[float, float, Audio]]:
+        """A sound as clips that the model hears at once, cut at quiet places: start and end in seconds, and the clip.
+
+        Raises ValueError when it can't be opened or the checkpoint has no audio tower.
+        """
+        return self._opener.split_audio(audio, policy)
+
+    def drop_towers(self) -> None:
+        """Frees the vision and the audio tower and what they encoded; the next image or clip reads them again."""
+        self._embedded.clear()
+        self._model.drop_towers()
+
+    def generate(self, prompt: PromptLike, *, constraint: Constraint | None = None, **sampling: Any) -> Result:
         """The answer to messages, to a string as one user message, or to token ids taken as they are.
 
         sampling: fields of SamplingParams; what is not given comes from generation_config.json.
+        constraint: what the answer must look like (g3n_mlx/grammar.py); good for one answer.
         Raises ValueError on a bad prompt or option, PromptTooLong when the prompt exceeds the context.
         """
-        answer = list(self.stream(prompt, **sampling))
+        answer = list(self.stream(prompt, constraint=constraint, **sampling))
         tokens, end = answer[:-1], answer[-1]
         assert end.finish_reason is not None
         assert end.usage is not None
@@ -122,25 +177,101 @@ class Gemma3n:
             else None,
         )
 
-    def stream(self, prompt: PromptLike, **sampling: Any) -> Generator[Chunk, None, None]:
+    def stream(
+        self, prompt: PromptLike, *, constraint: Constraint | None = None, **sampling: Any
+    ) -> Generator[Chunk, None, None]:
         """The answer as it comes: one chunk a token, then a last one with usage. Closing it stops the generation.
 
         Prompt, options and errors as in `generate`; they are checked in this call, not at the first chunk.
         """
+        params = self.sampling_params(**sampling)
+        prepared = self._prompt(prompt)
+        check_length(len(prepared.token_ids), 1, self.config.text.max_position_embeddings)
+        return self._stream(prepared, params, constraint)
+
+    def sampling_params(self, **sampling: Any) -> SamplingParams:
+        """The given options over the checkpoint's own; None is not given. Raises ValueError on a bad one."""
+        unknown = sorted(set(sampling) - {field.name for field in fields(SamplingParams)})
+        if unknown:
+            raise ValueError(f"there are no sampling options {unknown}; see SamplingParams for those there are")
         given = {name: value for name, value in sampling.items() if value is not None}
         params = SamplingParams(**{**self.sampling_defaults, **given})
         params.check_vocabulary(self.config.text.vocab_size)
-        prepared = self._prompt(prompt)
-        check_length(len(prepared.token_ids), 1, self.config.text.max_position_embeddings)
-        return self._stream(prepared, params)
+        return params
 
     def logits(self, prompt: PromptLike) -> np.ndarray:
         """Logits after every token of a prompt, float32 [T, V], for scoring. Raises as `generate`."""
-        ids = np.asarray(self._prompt(prompt).token_ids, dtype=np.int64)
+        return np.concatenate(list(self.logit_chunks(prompt)))
+
+    def logit_chunks(
+        self, prompt: PromptLike, start: int = 0, rows: int = SamplingParams().prefill_step_size
+    ) -> Iterator[np.ndarray]:
+        """Logits after the tokens from `start` on, float32 [n <= rows, V] at a time: E4B's take 1 MiB a row.
+
+        Raises as `generate`, at the first chunk.
+        """
+        prepared = self._prompt(prompt)
+        ids = np.asarray(prepared.token_ids, dtype=np.int64)
         check_length(len(ids), 0, self.config.text.max_position_embeddings)
         cache = self._model.make_cache()
-        spans = chunks(0, len(ids), (), SamplingParams().prefill_step_size)
-        return np.concatenate([self._model.logits(ids[a:b], cache) for a, b in spans])
+        for a, b in chunks(0, start, (), SamplingParams().prefill_step_size):
+            self._model.prefill(ids[a:b], cache, None, soft_tokens(prepared.media, a, b, self._embedded))
+        for a, b in chunks(start, len(ids), (start,), rows):
+            yield self._model.logits(ids[a:b], cache, soft_tokens(prepared.media, a, b, self._embedded))
+
+    def score(self, prompt: Prompt, top_logprobs: int = 0) -> Iterator[list[TokenScore]]:
+        """Log probabilities of a prompt's own tokens, part by part. Raises PromptTooLong before anything runs."""
+        ids = np.asarray(prompt.token_ids, dtype=np.int64)
+        check_length(len(ids), 0, self.config.text.max_position_embeddings)
+        cache = self._model.make_cache()
+        last: np.ndarray | None = None
+        for a, b in chunks(0, len(ids), prompt.borders, SCORED_ROWS):
+            logits = self._model.logits(ids[a:b], cache, soft_tokens(prompt.media, a, b, self._embedded))
+            before = logits[:-1] if last is None else np.concatenate([last, logits[:-1]])
+            last = logits[-1:]
+            scores = token_scores(ids[b - len(before) : b], before, top_logprobs)
+            yield scores if a else [TokenScore(int(ids[0]), None, None), *scores]
+
+    def conversation(self) -> Conversation:
+        """An empty cache, for `answer`."""
+        return Conversation(self._model.make_cache())
+
+    def answer(
+        self,
+        conversation: Conversation,
+        prompt: Prompt,
+        params: SamplingParams,
+        constraint: Constraint | None = None,
+    ) -> Generator[Chunk | None, None, None]:
+        """The answer as it comes, over a cache of the caller's: None for every part of the prompt that was read.
+
+        What a server takes in turns for several callers. Broken off between two of them the conversation stays good.
+        Raises PromptTooLong before anything runs.
+        """
+        timings = Timings()
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
+        decoder, stops = self.tokenizer.stream(), StopStrings(params.stop)
+        steps = generate_tokens(
+            self._model,
+            conversation,
+            prompt,
+            params,
+            stop_ids,
+            self.config.text.max_position_embeddings,
+            timings,
+            self._embedded,
+            constraint,
+        )
+        for step in steps:
+            if step is None:
+                yield None
+                continue
+            yield Chunk(stops.push(decoder.push(int(step))), int(step), *_logprobs(step, params))
+            if stops.found:
+                break
+        rest = "" if stops.found else stops.push(decoder.finish()) + stops.finish()
+        reason = "length" if timings.at_limit and not stops.found else "stop"
+        yield Chunk(rest, finish_reason=reason, usage=self._usage(timings))
 
     def reset(self) -> None:
         """Forgets the cached conversation and frees its memory."""
@@ -149,49 +280,35 @@ class Gemma3n:
     def _prompt(self, prompt: PromptLike) -> Prompt:
         if isinstance(prompt, Prompt):
             return prompt
-        if isinstance(prompt, str) or any(isinstance(entry, Mapping) for entry in prompt):
+        if isinstance(prompt, str) or (isinstance(prompt, Sequence) and any(isinstance(e, Mapping) for e in prompt)):
             return self.prepare(prompt)  # pyright: ignore[reportArgumentType]
-        ids = tuple(int(token_id) for token_id in prompt)  # pyright: ignore[reportArgumentType]
+        entries: list[Any] = [] if isinstance(prompt, bytes) else list(prompt)
+        if not entries or not all(isinstance(e, Integral) and not isinstance(e, bool) for e in entries):
+            raise ValueError(f"the prompt is {prompt!r:.80}, expected a string, a list of messages or token ids")
+        ids = tuple(int(entry) for entry in entries)
         vocab_size = self.config.text.vocab_size
         wrong = [token_id for token_id in ids if not 0 <= token_id < vocab_size]
-        if not ids or wrong:
-            found = f"the ids {wrong[:5]}" if wrong else "no ids"
-            raise ValueError(f"a prompt of token ids has {found}, expected ids from 0 to {vocab_size - 1}")
+        if wrong:
+            raise ValueError(f"a prompt of token ids has the ids {wrong[:5]}, expected ids from 0 to {vocab_size - 1}")
         return Prompt(ids, (len(ids),))
 
-    def _stream(self, prompt: Prompt, params: SamplingParams) -> Generator[Chunk, None, None]:
+    def _encoded(self, media: Media) -> np.ndarray:
+        opened = [piece for piece in self._opener.open(media, LOCAL) if not isinstance(piece, str)]
+        return np.concatenate([self._model.rows(self._embedded(features)) for features in opened])
+
+    def _stream(
+        self, prompt: Prompt, params: SamplingParams, constraint: Constraint | None
+    ) -> Generator[Chunk, None, None]:
         # Taken out while in use: what breaks off inside a model call leaves a cache nobody can trust.
-        conversation, self._conversation = self._conversation or Conversation(self._model.make_cache()), None
+        conversation, self._conversation = self._conversation or self.conversation(), None
         try:
-            yield from self._answer(conversation, prompt, params)
+            for chunk in self.answer(conversation, prompt, params, constraint):
+                if chunk is not None:
+                    yield chunk
         except GeneratorExit:
             self._conversation = conversation  # closed between two tokens
             raise
         self._conversation = conversation
-
-    def _answer(
-        self, conversation: Conversation, prompt: Prompt, params: SamplingParams
-    ) -> Generator[Chunk, None, None]:
-        timings = Timings()
-        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
-        decoder, stops = self.tokenizer.stream(), StopStrings(params.stop)
-        steps = generate_tokens(
-            self._model,
-            conversation,
-            prompt.token_ids,
-            prompt.borders,
-            params,
-            stop_ids,
-            self.config.text.max_position_embeddings,
-            timings,
-        )
-        for step in steps:
-            yield Chunk(stops.push(decoder.push(int(step))), int(step), *_logprobs(step, params))
-            if stops.found:
-                break
-        rest = "" if stops.found else stops.push(decoder.finish()) + stops.finish()
-        reason = "length" if timings.at_limit and not stops.found else "stop"
-        yield Chunk(rest, finish_reason=reason, usage=self._usage(timings))
 
     def _usage(self, timings: Timings) -> Usage:
         computed = timings.prompt_tokens - timings.cached_tokens
@@ -205,6 +322,44 @@ class Gemma3n:
             avg_compl_tok_per_sec=decoded / timings.decode_s if decoded > 0 and timings.decode_s else 0.0,
             peak_memory_bytes=max(peak_process_bytes(), self._model.peak_memory_bytes()),
         )
+
+
+class EmbeddedMedia:
+    """Features to soft tokens, each picture or sound once: those used last are kept, found by their content."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._kept: OrderedDict[bytes, SoftTokens] = OrderedDict()
+
+    def __call__(self, features: Features) -> SoftTokens:
+        """The soft tokens of an image or a clip."""
+        if features.digest in self._kept:
+            self._kept.move_to_end(features.digest)
+            return self._kept[features.digest]
+        if isinstance(features, ImageFeatures):
+            soft = self._model.embed_image(features.values())
+        else:
+            soft = self._model.embed_audio(features.frames, features.mask)
+        self._kept[features.digest] = soft
+        while sum(kept.nbytes for kept in self._kept.values()) > KEPT_SOFT_TOKENS_BYTES and len(self._kept) > 1:
+            self._kept.popitem(last=False)
+        return soft
+
+    def clear(self) -> None:
+        """Forgets all of them."""
+        self._kept.clear()
+
+
+def token_scores(token_ids: np.ndarray, logits: np.ndarray, top: int) -> list[TokenScore]:
+    """The scores of ids [T] under the logits [T, V] before each, with the `top` likeliest ones, ties by id."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    logprobs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    found: list[TokenScore] = []
+    for token_id, row in zip(token_ids, logprobs, strict=True):
+        likeliest = np.argpartition(-row, top - 1)[:top] if top else np.zeros(0, dtype=np.int64)
+        best = sorted(((int(i), float(row[i])) for i in likeliest), key=lambda entry: (-entry[1], entry[0]))
+        found.append(TokenScore(int(token_id), float(row[token_id]), tuple(best)))
+    return found
 
 
 class StopStrings:

@@ -1,43 +1,87 @@
-"""Messages to a Prompt: the ids that the model reads, and where its cache is worth a snapshot."""
+"""Messages to a Prompt: the ids that the model reads, the media among them, and where a cache is worth a snapshot."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from g3n_mlx.chat_template import Border, Control, Media, Piece, render
+from g3n_mlx.audio import AudioFeatures
+from g3n_mlx.chat_template import Border, Control, Media, render
+from g3n_mlx.fetch import FetchPolicy
+from g3n_mlx.image import ImageFeatures
+from g3n_mlx.media import MediaOpener
 from g3n_mlx.tokenizer import Tokenizer
+
+# The tokens of a media block: its start, the placeholder of a soft token, its end.
+BLOCKS = {
+    "image": ("<start_of_image>", "<image_soft_token>", "<end_of_image>"),
+    "audio": ("<start_of_audio>", "<audio_soft_token>", "<end_of_audio>"),
+}
+Features = ImageFeatures | AudioFeatures
+
+
+@dataclass(frozen=True, slots=True)
+class MediaSpan:
+    """Placeholders in a prompt, and what the soft tokens that replace them are made of."""
+
+    start: int
+    length: int
+    features: Features
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a model is given: ids, and the borders inside them.
+    """What a model is given: ids, the borders inside them, and the media that some of them stand for.
 
-    A border is the count of ids before a place where later prompts are likely to part from this
-    one: after the system text and after every `<start_of_turn>model` header, the prompt's own end included.
+    A border is the count of ids before a place where later prompts are likely to part from this one: after the
+    system text, after every media block and after every `<start_of_turn>model` header, the prompt's own end included.
     Borders ascend, and depend on the prompt alone.
     """
 
     token_ids: tuple[int, ...]
     borders: tuple[int, ...]
+    media: tuple[MediaSpan, ...] = ()
+
+    @property
+    def identity(self) -> tuple[int, ...]:
+        """What equals another prompt's exactly where the model reads the same: placeholders as their content's digest.
+
+        Digests are negative numbers, so they equal no id.
+        """
+        identity = list(self.token_ids)
+        for span in self.media:
+            content = -1 - int.from_bytes(span.features.digest[:8], "big")
+            identity[span.start : span.start + span.length] = [content] * span.length
+        return tuple(identity)
 
 
-def prepare(messages: str | Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> Prompt:
+def prepare(
+    messages: str | Sequence[Mapping[str, Any]], tokenizer: Tokenizer, opener: MediaOpener, policy: FetchPolicy
+) -> Prompt:
     """The prompt that asks for an answer to `messages`; a string is one user message.
 
-    Raises ValueError naming the message or part that can't be used.
+    Media are fetched as the policy allows, and opened. Raises ValueError naming the message or part that can't be used.
     """
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    return encode(render(messages), tokenizer)
+    pieces: list[Control | Border | Features | str] = []
+    for piece in render(messages):
+        if isinstance(piece, Media):
+            pieces += opener.open(piece, policy)
+        else:
+            pieces.append(piece)
+    return encode(pieces, tokenizer, opener.soft_tokens)
 
 
-def encode(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Prompt:
-    """The ids of rendered pieces.
+def encode(
+    pieces: Iterable[Control | Border | Features | str], tokenizer: Tokenizer, soft_tokens: Mapping[str, int]
+) -> Prompt:
+    """The ids of rendered pieces; soft_tokens: how many an "image" and an "audio" block has.
 
     Text that touches is joined before it is tokenized, as the reference does it: newlines that meet become one token.
     """
     ids: list[int] = []
     borders: list[int] = []
+    media: list[MediaSpan] = []
     run, marks = "", list[int]()  # the text since the last control token, and the borders in it, in characters
 
     def close_run() -> None:
@@ -57,10 +101,17 @@ def encode(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Prompt:
             case Control():
                 close_run()
                 ids.append(tokenizer.id_of(piece.word))
-            case Media():
-                raise ValueError(f"{piece.where}: images, audio and video are not supported yet by this version")
+            case ImageFeatures() | AudioFeatures():
+                run += "\n\n"
+                close_run()
+                start, placeholder, end = (tokenizer.id_of(word) for word in BLOCKS[piece.kind])
+                length = soft_tokens[piece.kind]
+                media.append(MediaSpan(len(ids) + 1, length, piece))
+                ids += [start, *[placeholder] * length, end]
+                borders.append(len(ids))
+                run = "\n\n"
     close_run()
-    return Prompt(tuple(ids), tuple(sorted(set(borders))))
+    return Prompt(tuple(ids), tuple(sorted(set(borders))), tuple(media))
 
 
 def _border_in_run(run: str, mark: int, run_ids: Sequence[int], tokenizer: Tokenizer) -> int:

@@ -6,7 +6,7 @@ inverse CDF. Equal logits and an equal seed so give the same token everywhere.
 Names and ranges as in OpenAI's API and vLLM.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from types import MappingProxyType
@@ -41,12 +41,17 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        for name in ("stop", "stop_token_ids"):
+            listed = isinstance(getattr(self, name), Iterable | None)
+            _require(listed, name, getattr(self, name), "a list")
         object.__setattr__(self, "stop", tuple(self.stop or ()))
         object.__setattr__(self, "stop_token_ids", tuple(int(i) for i in self.stop_token_ids or ()))
         bias = {int(i): float(b) for i, b in (self.logit_bias or {}).items()}
         object.__setattr__(self, "logit_bias", MappingProxyType(bias))
         if self.top_k == -1:  # vLLM's spelling of "all"
             object.__setattr__(self, "top_k", 0)
+        for name in ("ignore_eos", "logprobs"):
+            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         for name in ("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty"):
             _require(isinstance(getattr(self, name), Real), name, getattr(self, name), "a number")
         _require(self.temperature >= 0 and np.isfinite(self.temperature), "temperature", self.temperature, "at least 0")
@@ -126,6 +131,11 @@ def penalize(
     for token_id, bias in params.logit_bias.items():
         scores[token_id] += np.float32(bias)
     return scores
+
+
+def masked(scores: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """Scores [V] with minus infinity where the mask, bool [V], lets no token through."""
+    return scores if mask is None else np.where(mask, scores, np.float32(-np.inf))
 
 
 def candidates(scores: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,10 @@ import pytest
 
 from g3n_mlx import __main__ as commands
 from g3n_mlx import chat
+from g3n_mlx.config import ModelConfig
+from g3n_mlx.config_file import read_json
+from g3n_mlx.fetch import FetchPolicy
+from g3n_mlx.media import MediaOpener
 from g3n_mlx.prompt import Prompt, prepare
 from g3n_mlx.tokenizer import Tokenizer
 
@@ -47,6 +51,7 @@ class Echo:
     """A model that answers with the last question in capitals, a letter a token."""
 
     tokenizer: Tokenizer
+    opener: MediaOpener
     name: str = "echo"
     backend: str = "none"
     device: str = "cpu"
@@ -55,7 +60,7 @@ class Echo:
     closed: int = 0
 
     def prepare(self, messages: list[dict]) -> Prompt:
-        return prepare(messages, self.tokenizer)
+        return prepare(messages, self.tokenizer, self.opener, FetchPolicy())
 
     def stream(self, messages: list[dict], **sampling: Any) -> Iterator[Chunk]:
         self.asked.append((messages, sampling))
@@ -75,7 +80,8 @@ class Echo:
 
 @pytest.fixture
 def echo(tiny_folder) -> Echo:
-    return Echo(Tokenizer.from_folder(tiny_folder))
+    config = ModelConfig.from_dict(read_json(tiny_folder / "config.json"))
+    return Echo(Tokenizer.from_folder(tiny_folder), MediaOpener(tiny_folder, config))
 
 
 @pytest.fixture

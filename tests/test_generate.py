@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from g3n_mlx.cache import MAX_SNAPSHOTS, Conversation
 from g3n_mlx.generate import PromptTooLong, Timings, chunks, generate_tokens
+from g3n_mlx.prompt import Prompt
 from g3n_mlx.sampling import SamplingParams
 
 VOCABULARY = 50
@@ -47,12 +48,12 @@ class HashModel:
     def make_sampler(self, params, prompt_ids):
         return params
 
-    def prefill(self, token_ids, cache, sampler):
+    def prefill(self, token_ids, cache, sampler, soft=(), mask=None):
         self.calls.append(("prefill", len(token_ids)))
         cache.ids.extend(token_ids.tolist())
         return None if sampler is None else self.after(cache)
 
-    def decode(self, step, cache, sampler):
+    def decode(self, step, cache, sampler, mask=None):
         self.calls.append(("decode", 1))
         cache.ids.append(int(step))
         return self.after(cache)
@@ -65,8 +66,13 @@ class HashModel:
 def answer(model, conversation, prompt, borders=(), context=1000, stop_ids=(), **options):
     timings = Timings()
     params = SamplingParams(**{"max_tokens": 5, **options})
-    steps = generate_tokens(model, conversation, prompt, borders, params, frozenset(stop_ids), context, timings)
-    return [int(step) for step in steps], timings
+    asked = Prompt(tuple(prompt), tuple(borders))
+    steps = generate_tokens(model, conversation, asked, params, frozenset(stop_ids), context, timings, no_media)
+    return [int(step) for step in steps if step is not None], timings
+
+
+def no_media(features):
+    raise AssertionError(features)
 
 
 def fresh(prompt, **options):
@@ -151,7 +157,8 @@ def test_a_stop_id_as_the_last_allowed_token_is_no_limit():
 def test_an_answer_that_is_closed_runs_nothing_more():
     model = HashModel()
     conversation = Conversation(model.make_cache())
-    steps = generate_tokens(model, conversation, PROMPT, (), SamplingParams(), frozenset(), 1000, Timings())
+    asked = Prompt(PROMPT, ())
+    steps = generate_tokens(model, conversation, asked, SamplingParams(), frozenset(), 1000, Timings(), no_media)
     first = [int(step) for step in itertools.islice(steps, 3)]
     calls = list(model.calls)
     steps.close()

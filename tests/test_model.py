@@ -161,6 +161,9 @@ def test_defaults_come_from_the_generation_config(model):
     [
         ({"temperature": -1}, "temperature is -1"),
         ({"top_p": 0}, "top_p is 0"),
+        ({"temprature": 1.0}, "there are no sampling options .'temprature'.; see SamplingParams"),
+        ({"ignore_eos": "false"}, "ignore_eos is 'false', expected True or False"),
+        ({"stop": 5}, "stop is 5, expected a list"),
         ({"logit_bias": {1152: 1.0}}, "logit_bias is .1152., expected ids below the vocabulary size, 1152"),
         ({"stop_token_ids": [-1]}, "stop_token_ids is"),
         ({"max_tokens": 0}, "max_tokens is 0"),
@@ -174,7 +177,11 @@ def test_bad_options_are_refused_before_anything_runs(model, options, message):
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ([], "messages|no ids"),
+        ([], r"the prompt is \[\], expected a string, a list of messages or token ids"),
+        (["hi"], r"the prompt is \['hi'\], expected a string"),
+        (b"hi", "the prompt is b'hi', expected a string"),
+        ([1.0, 2.0], r"the prompt is \[1.0, 2.0\], expected"),
+        ([True], r"the prompt is \[True\], expected"),
         ([1152], r"the ids \[1152\], expected ids from 0 to 1151"),
         ([5, -1], r"the ids \[-1\]"),
         ([{"role": "user"}], r"messages\[0\]"),

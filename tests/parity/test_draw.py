@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from g3n_mlx.sampling import SamplingParams, UniformStream, candidates, draw, penalize
+from g3n_mlx.sampling import SamplingParams, UniformStream, candidates, draw, masked, penalize
 
 MARGIN = 1e-5
 
@@ -30,13 +30,14 @@ def near_a_filter(scores, params):
     return not params.greedy and (top_p or min_p)
 
 
-def assert_same_draws(framework, params, steps, prompt_ids=()):
+def assert_same_draws(framework, params, steps, prompt_ids=(), mask=None):
     """Draws a token from each of the [V] logits and compares it with numpy's, along the device's own answer."""
     uniforms, answer = UniformStream(params.seed), []
     sampler = sampler_of(framework, params, prompt_ids, len(steps[0]))
     for logits in steps:
-        scores = penalize(logits, params, prompt_ids, answer)
-        token = int(sampler.draw(framework.array(logits)))
+        scores = masked(penalize(logits, params, prompt_ids, answer), mask)
+        token = int(sampler.draw(framework.array(logits), mask))
+        assert mask is None or mask[token]
         if params.greedy:
             assert token == candidates(scores, params)[0][0]
         else:
@@ -142,6 +143,16 @@ def test_top_logprobs_stand_by_probability_then_id(framework, kind, vocab_size, 
     assert [token for token, _ in top] == order.tolist()
     np.testing.assert_allclose([value for _, value in top], expected[order], rtol=0, atol=1e-5)
     assert step.logprob() == pytest.approx(expected[int(step)], abs=1e-5)
+
+
+@given(st.integers(0, 2**32), st.sampled_from([0, 1, 3, 50]), st.sampled_from([0.0, 0.7, 2.0]), st.integers(1, 300))
+@settings(max_examples=50, deadline=None)
+def test_masked(framework, seed, top_k, temperature, allowed):
+    """What a grammar forbids is never drawn, however few tokens are left."""
+    mask = np.zeros(300, bool)
+    mask[np.random.default_rng(seed).permutation(300)[:allowed]] = True
+    params = SamplingParams(seed=seed, top_k=top_k, temperature=temperature, presence_penalty=0.5)
+    assert_same_draws(framework, params, [logits_of(300, "smooth", seed + step) for step in range(6)], (), mask)
 
 
 def test_logprobs_are_those_before_penalties_and_filters(framework):

@@ -1,9 +1,11 @@
 """The draw on the device; its reference is g3n_mlx/sampling.py, which it must match token for token."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
 import mlx.core as mx
+import numpy as np
 
 from g3n_mlx.sampling import SamplingParams, UniformStream
 
@@ -54,9 +56,11 @@ class Sampler:
             for token_id, bias in params.logit_bias.items():
                 self.bias[token_id] = bias
 
-    def draw(self, logits: mx.array) -> Step:
-        """The next token from [V] float32 logits."""
+    def draw(self, logits: mx.array, mask: np.ndarray | None = None) -> Step:
+        """The next token from [V] float32 logits, of those that the mask, bool [V], lets through."""
         scores = self.penalized(logits)
+        if mask is not None:
+            scores = mx.where(mx.array(mask), scores, -math.inf)
         if self.params.greedy:
             token = mx.argmax(scores, axis=-1, keepdims=True).astype(mx.int64)
         else:

@@ -1,8 +1,9 @@
 """The top-level module, and what the core calls (g3n_mlx/interface.py).
 
 Ids of the image and audio ranges are embedded by their modality's embedder wherever they occur, in a prompt or
-decoded; its weights are read when the first such id is met. Text-only checkpoints have no embedders: there these ids
-are rows of the token embeddings, as in transformers' Gemma3nForCausalLM.
+decoded; its weights are read when the first such id is met, a tower's at the first image or clip. Text-only
+checkpoints have neither: there these ids are rows of the token embeddings, as in transformers' Gemma3nForCausalLM.
+Source: transformers, modeling_gemma3n.py, `Gemma3nModel`.
 """
 
 from collections.abc import Sequence
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from g3n_mlx.audio_config import AudioConfig
+from g3n_mlx.backends.torch.audio import AudioTower
 from g3n_mlx.backends.torch.cache import Cache
 from g3n_mlx.backends.torch.quant import linear
 from g3n_mlx.backends.torch.sampling import Sampler, Step
 from g3n_mlx.backends.torch.text import Ahead, LanguageModel, RMSNorm
+from g3n_mlx.backends.torch.vision import VisionTower
 from g3n_mlx.backends.torch.weights import Weights, from_numpy
 from g3n_mlx.checkpoint import Checkpoint
 from g3n_mlx.config import ModelConfig
@@ -24,7 +27,7 @@ from g3n_mlx.vision_config import VisionConfig
 
 
 class MultimodalEmbedder(nn.Module):
-    """One modality's ids as text embeddings: embedding, norm, projection, norm without weight; not scaled."""
+    """One modality's way into the text model: norm, projection, norm without weight; not scaled."""
 
     def __init__(self, config: VisionConfig | AudioConfig, weights: Weights) -> None:
         super().__init__()
@@ -32,13 +35,22 @@ class MultimodalEmbedder(nn.Module):
         self.dtype, self.device = weights.dtype, weights.device
         self.embedding = weights.at("embedding").rows()
         self.hard_embedding_norm = RMSNorm(weights.at("hard_embedding_norm"), config.rms_norm_eps)
+        self.soft_embedding_norm = RMSNorm(weights.at("soft_embedding_norm"), config.rms_norm_eps)
         self.embedding_projection = linear(weights.at("embedding_projection"))
         self.embedding_post_projection_norm = RMSNorm(None, config.rms_norm_eps)
 
     def forward(self, token_ids: np.ndarray) -> Tensor:
         """[T] ids of the modality's range -> [T, D]."""
         embedded = from_numpy(self.embedding.gather(token_ids - self.vocab_offset)).to(self.device, self.dtype)
-        return self.embedding_post_projection_norm(self.embedding_projection(self.hard_embedding_norm(embedded)))
+        return self.projected(self.hard_embedding_norm(embedded))
+
+    def soft(self, encodings: Tensor) -> Tensor:
+        """What a tower made of a picture or a sound, [n, hidden] -> soft tokens [n, D]."""
+        return self.projected(self.soft_embedding_norm(encodings))
+
+    def projected(self, normed: Tensor) -> Tensor:
+        """[n, hidden] -> [n, D]."""
+        return self.embedding_post_projection_norm(self.embedding_projection(normed))
 
 
 class Gemma3nModel(nn.Module):
@@ -51,6 +63,8 @@ class Gemma3nModel(nn.Module):
         self.weights = Weights(checkpoint, dtype, device)
         self.language_model = LanguageModel(self.config.text, self.weights.at("language_model"))
         self.embedders: dict[str, MultimodalEmbedder] = {}
+        self.vision_tower: VisionTower | None = None
+        self.audio_tower: AudioTower | None = None
 
     def make_cache(self) -> Cache:
         """An empty cache."""
@@ -61,17 +75,24 @@ class Gemma3nModel(nn.Module):
         return Sampler(params, prompt_ids, self.config.text.vocab_size, self.device)
 
     @torch.no_grad()
-    def prefill(self, token_ids: np.ndarray, cache: Cache, sampler: Sampler | None) -> Step | None:
+    def prefill(
+        self,
+        token_ids: np.ndarray,
+        cache: Cache,
+        sampler: Sampler | None,
+        soft: Sequence[tuple[int, Tensor]] = (),
+        mask: np.ndarray | None = None,
+    ) -> Step | None:
         """Appends [T] ids to the cache; with a sampler, draws the token that follows."""
-        ahead = self.language_model.ahead(self.embed(token_ids), cache.offset)
+        ahead = self.language_model.ahead(self.embed(token_ids, soft), cache.offset)
         hidden = self.language_model(ahead, token_ids, cache, "none" if sampler is None else "last")
         if sampler is None:
             return None
         assert hidden is not None
-        return self.drawn(hidden, cache, sampler)
+        return self.drawn(hidden, cache, sampler, mask)
 
     @torch.no_grad()
-    def decode(self, step: Step, cache: Cache, sampler: Sampler) -> Step:
+    def decode(self, step: Step, cache: Cache, sampler: Sampler, mask: np.ndarray | None = None) -> Step:
         """Appends the step's token to the cache and draws the next one."""
         token_ids = np.array([int(step)])
         ahead = step.ahead
@@ -79,23 +100,63 @@ class Gemma3nModel(nn.Module):
             ahead = self.language_model.ahead(self.embed(token_ids), cache.offset)
         hidden = self.language_model(ahead, token_ids, cache, "last")
         assert hidden is not None
-        return self.drawn(hidden, cache, sampler)
+        return self.drawn(hidden, cache, sampler, mask)
 
     @torch.no_grad()
-    def logits(self, token_ids: np.ndarray, cache: Cache) -> np.ndarray:
+    def logits(self, token_ids: np.ndarray, cache: Cache, soft: Sequence[tuple[int, Tensor]] = ()) -> np.ndarray:
         """Appends [T] ids to the cache; every row's logits, float32 [T, V]."""
-        ahead = self.language_model.ahead(self.embed(token_ids), cache.offset)
+        ahead = self.language_model.ahead(self.embed(token_ids, soft), cache.offset)
         hidden = self.language_model(ahead, token_ids, cache, "all")
         assert hidden is not None
         return self.language_model.logits(hidden).cpu().numpy()
+
+    @torch.no_grad()
+    def embed_image(self, pixels: np.ndarray) -> Tensor:
+        """An image [h, w, 3] as soft tokens [n, D]."""
+        config = self.config.vision
+        assert config is not None
+        if self.vision_tower is None:
+            self.vision_tower = VisionTower(config, self.weights.at("vision_tower"))
+        image = torch.from_numpy(pixels).to(self.device, self.weights.dtype).permute(2, 0, 1)[None]  # [1, 3, h, w]
+        features = self.vision_tower(image)  # [1, C, h', w']
+        rows = features.flatten(2)[0].T * config.hidden_size**0.5  # [h' * w', C], row by row of the picture
+        return self.embedder("embed_vision").soft(rows)
+
+    @torch.no_grad()
+    def embed_audio(self, frames: np.ndarray, mask: np.ndarray) -> Tensor:
+        """A clip's log-mel frames [T, mel], of which the mask says which are real, as soft tokens [n, D].
+
+        Padded positions and what the clip leaves over of the n are the embedding of the vocabulary's last id.
+        """
+        config = self.config.audio
+        assert config is not None
+        if self.audio_tower is None:
+            self.audio_tower = AudioTower(config, self.weights.at("audio_tower"))
+        mel = torch.from_numpy(frames).to(self.device, self.weights.dtype)[None]
+        encodings, valid = self.audio_tower(mel, torch.from_numpy(mask).to(self.device)[None])
+        embedder = self.embedder("embed_audio")
+        filler = embedder(np.array([self.config.text.vocab_size - 1]))  # [1, D]
+        rows = torch.where(valid[0, :, None], embedder.soft(encodings[0]), filler)
+        return torch.cat([rows, filler.expand(config.soft_tokens - rows.shape[0], -1)])
+
+    def rows(self, soft_tokens: Tensor) -> np.ndarray:
+        """Soft tokens as float32 [n, D]."""
+        return soft_tokens.float().cpu().numpy()
+
+    def drop_towers(self) -> None:
+        """Frees both towers; the next image or clip reads them again."""
+        self.vision_tower = None
+        self.audio_tower = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def peak_memory_bytes(self) -> int:
         """Most memory allocated on a GPU so far; 0 on the CPU."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
 
-    def drawn(self, hidden: Tensor, cache: Cache, sampler: Sampler) -> Step:
+    def drawn(self, hidden: Tensor, cache: Cache, sampler: Sampler, mask: np.ndarray | None) -> Step:
         """Draws from the last row's logits and, on a device that works beside us, starts on the next step."""
-        step = sampler.draw(self.language_model.logits(hidden)[0])
+        step = sampler.draw(self.language_model.logits(hidden)[0], mask)
         if self.device.type == "cuda" and self.language_model.embedding_rows is None:
             step.ahead = self.started(step.token, cache)
         return step
@@ -104,10 +165,13 @@ class Gemma3nModel(nn.Module):
         """The next forward pass as far as it needs no token on the host, taking the token for one of text."""
         return self.language_model.ahead(self.language_model.embed(token), cache.offset)
 
-    def embed(self, token_ids: np.ndarray) -> Tensor:
-        """[T] ids -> [T, D]: text scaled, ids of the image and audio ranges through their embedder."""
+    def embed(self, token_ids: np.ndarray, soft: Sequence[tuple[int, Tensor]] = ()) -> Tensor:
+        """[T] ids -> [T, D]: text scaled, ids of the image and audio ranges through their embedder, or soft tokens."""
         embeddings = self.language_model.embed(torch.from_numpy(token_ids).to(self.device))
         embedders = np.array([self.config.embedder_of(token_id) or "" for token_id in token_ids.tolist()])
+        for start, rows in soft:
+            embedders[start : start + len(rows)] = ""
+            embeddings[start : start + len(rows)] = rows
         for name in set(embedders.tolist()) - {""}:
             (places,) = np.nonzero(embedders == name)
             embeddings[torch.from_numpy(places).to(self.device)] = self.embedder(name)(token_ids[places])

@@ -1,8 +1,10 @@
 """The draw on the device; its reference is g3n_mlx/sampling.py, which it must match token for token."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,9 +59,11 @@ class Sampler:
             for token_id, bias in params.logit_bias.items():
                 self.bias[token_id] = bias
 
-    def draw(self, logits: Tensor) -> Step:
-        """The next token from [V] float32 logits."""
+    def draw(self, logits: Tensor, mask: np.ndarray | None = None) -> Step:
+        """The next token from [V] float32 logits, of those that the mask, bool [V], lets through."""
         scores = self.penalized(logits)
+        if mask is not None:
+            scores = torch.where(torch.from_numpy(mask).to(scores.device), scores, -math.inf)
         if self.params.greedy:
             token = scores.argmax(dim=-1, keepdim=True)
         else:
