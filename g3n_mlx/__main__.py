@@ -9,6 +9,7 @@ COMMANDS = {
     "chat": ("g3n_mlx.chat", "talk to a model, or ask it once"),
     "convert": ("g3n_mlx.convert.__main__", "slice and quantize a checkpoint"),
     "bench": ("g3n_mlx.bench", "measure load time, speed and memory"),
+    "eval": ("g3n_mlx.eval", "measure quality on examples or a text"),
     "server": ("g3n_mlx.server.__main__", "serve a model over OpenAI's API"),
 }
 

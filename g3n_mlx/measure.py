@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from g3n_mlx.checkpoint import Checkpoint
 from g3n_mlx.config import ModelConfig
 from g3n_mlx.config_file import read_json
 from g3n_mlx.memory import peak_process_bytes
@@ -113,6 +114,17 @@ def measure(request: Request) -> Run:
     )
 
 
+def weight_bytes_per_token(checkpoint: Checkpoint) -> int:
+    """Stored bytes of every weight that one decode step of ours reads."""
+    read = 0
+    for name in checkpoint.names:
+        # The head reads all of embed_tokens; of the PLE table a token reads one row, of the embedders nothing.
+        if name.startswith("language_model.") and ".embed_tokens_per_layer." not in name:
+            info = checkpoint.info(name)
+            read += math.prod(info.shape) * DTYPES[info.dtype].itemsize
+    return read
+
+
 def _load_ours(request: Request) -> Loaded:
     from g3n_mlx.load import load
 
@@ -132,16 +144,10 @@ def _load_ours(request: Request) -> Loaded:
         backend.logits(np.array(request.prompt_ids[:WARM_UP_PROMPT]), cache)
         return text.logits(text(text.ahead(text.embed(mx.array(token)), cache.offset), token, cache, "last"))
 
-    read = 0
-    for name in model.checkpoint.names:
-        # The head reads all of embed_tokens; of the PLE table a token reads one row, of the embedders nothing.
-        if name.startswith("language_model.") and ".embed_tokens_per_layer." not in name:
-            info = model.checkpoint.info(name)
-            read += math.prod(info.shape) * DTYPES[info.dtype].itemsize
     return Loaded(
         description=f"g3n_mlx, {model.backend}, {model.device}",
         generate=generate,
-        weight_bytes_per_token=read,
+        weight_bytes_per_token=weight_bytes_per_token(model.checkpoint),
         framework=model.backend,
         device=model.device,
         decode_graph=decode_graph if model.backend == "mlx" else None,

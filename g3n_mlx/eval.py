@@ -1,0 +1,312 @@
+"""`python -m g3n_mlx.eval`: what slices, quantizations, dtypes and backends cost in quality; one column a variant.
+
+By examples with answers, a line of JSON each, media paths relative to the file and below its folder (or data: URIs):
+    {"skill": "counts", "metric": "exact", "answer": "3", "messages": [{"role": "user", "content": [
+        {"type": "image", "image": "media/7.png"}, {"type": "text", "text": "How many circles are there?"}]}]}
+metric: "exact" (but for case and white space around) or "wer" (errors of all words of all answers; case aside).
+messages end with the question, earlier turns before it. A folder's own examples are its sample.jsonl.
+Or by a text: perplexity, and KL divergence from the reference, which stays in memory beside each variant in turn.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from g3n_mlx.terminal import one_line, say
+
+if TYPE_CHECKING:
+    from g3n_mlx.model import Gemma3n
+
+# What a user, a file or a network can cause; anything else is a bug, and its traceback is wanted.
+EXPECTED_FAILURES = (OSError, ValueError, ImportError, MemoryError)
+SAMPLE = "sample.jsonl"
+DEFAULT_WINDOW_TOKENS = 2048
+BITS = (2, 3, 4, 5, 6, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to run a model."""
+
+    model: str  # folder or hub id
+    backend: str  # "mlx" or "torch"
+    dtype: str | None  # None is the backend's own
+    q_bits: int | None  # None leaves the checkpoint as stored
+    matformer: str | None  # None is the whole model
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the flags, runs every variant, prints the table; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        _check(arguments)
+        variants = _variants(arguments)
+        summary = _on_text(arguments, variants) if arguments.text else _on_examples(arguments, variants)
+        names = _names(summary["variants"])
+        print(_table(summary, names))
+        if arguments.json:
+            arguments.json.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if arguments.plot:
+            _plot(arguments.plot, summary, names)
+    except EXPECTED_FAILURES as error:
+        say(f"g3n-eval: {one_line(error)}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="g3n-eval",
+        description="Accuracy on examples, or perplexity and KL divergence on a text, of every variant.",
+    )
+    variants = parser.add_argument_group("variants: all combinations, every flag repeatable")
+    add = variants.add_argument
+    add("--model", action="append", help="folder or hub id; default: the newest Gemma 3n here, else the demo model")
+    add("--matformer", action="append", default=[], metavar="SLICE", help="this slice, beside the whole model")
+    add("--q-bits", action="append", default=[], type=int, choices=BITS, help="quantized, beside the model as stored")
+    add("--dtype", action="append", choices=["bfloat16", "float32"], help="of activations; default: the device's best")
+    add("--backend", action="append", choices=["auto", "mlx", "torch"])
+    add = parser.add_argument
+    add("--matformer-config", type=Path, metavar="FILE", help="CSV table of slices of your own")
+    add("--device", help="cpu, cuda, cuda:1, ...; default: the backend's best")
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument("--examples", type=Path, metavar="FILE", help=f"JSON lines; default: the model folder's {SAMPLE}")
+    task.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text, for perplexity and KL divergence")
+    add("--limit", type=int, metavar="N", help="take the first N examples of every skill")
+    add("--reference", metavar="PATH", help="model to compare with, in memory beside each other; default: variant 1")
+    add("--window-tokens", type=int, metavar="N", help="of the text at once; default: 2048, or the context if shorter")
+    add("--stride-tokens", type=int, metavar="N", help="that a window moves on; default: half of the window")
+    add("--json", type=Path, metavar="FILE", help="write all figures, and the answers, as JSON")
+    add("--plot", type=Path, metavar="FILE.png", help="draw quality over the bytes of weights that a token reads")
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Whatever can be seen to be wrong before hours of work."""
+    of_text = ("reference", "window_tokens", "stride_tokens")
+    for name in ("limit",) if arguments.text else of_text:
+        if getattr(arguments, name) is not None:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is of no use {'with' if arguments.text else 'without'} --text"
+            )
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ValueError(f"--limit is {arguments.limit}, expected at least 1")
+    if arguments.matformer_config and not arguments.matformer:
+        raise ValueError("--matformer-config needs --matformer: name the slices to take from it")
+    for path in (arguments.json, arguments.plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise FileNotFoundError(f"{path} can't be written: there is no folder {path.absolute().parent}")
+    if arguments.plot:
+        if arguments.plot.suffix.lower() != ".png":
+            raise ValueError(f"--plot is {arguments.plot}, expected a name that ends in .png")
+        try:
+            import matplotlib  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        except ImportError:
+            raise ImportError("--plot needs matplotlib: pip install 'g3n-mlx[plot]'") from None
+
+
+def _variants(arguments: argparse.Namespace) -> list[Variant]:
+    """All combinations, the first of everything first, with the reference before them; their slices exist."""
+    from g3n_mlx.convert import plan_for
+    from g3n_mlx.hub import resolve
+    from g3n_mlx.load import chosen_backend
+
+    if not arguments.model:
+        from g3n_mlx.hub import default_model
+
+        folder, line = default_model()
+        say(line)
+        arguments.model = [str(folder)]
+    for model, matformer in product(arguments.model, arguments.matformer):
+        plan_for(resolve(model), matformer, arguments.matformer_config)
+    backends = [chosen_backend(name) for name in arguments.backend or ["auto"]]
+    variants = [
+        Variant(model, backend, dtype, q_bits, matformer)
+        for model, backend, dtype, q_bits, matformer in product(
+            arguments.model,
+            backends,
+            arguments.dtype or [None],
+            [None, *arguments.q_bits],
+            [None, *arguments.matformer],
+        )
+    ]
+    if arguments.reference:
+        variants.insert(0, replace(variants[0], model=arguments.reference))
+    return list(dict.fromkeys(variants))
+
+
+def _load(variant: Variant, arguments: argparse.Namespace) -> "Gemma3n":
+    from g3n_mlx.load import load
+
+    return load(
+        variant.model,
+        backend=variant.backend,
+        matformer=variant.matformer,
+        matformer_config=arguments.matformer_config if variant.matformer else None,
+        q_bits=variant.q_bits,
+        dtype=variant.dtype,
+        device=arguments.device,
+    )
+
+
+def _entry(variant: Variant, model: "Gemma3n") -> dict[str, Any]:
+    from g3n_mlx.measure import weight_bytes_per_token
+
+    return {
+        **asdict(variant),
+        "device": model.device,
+        "weight_bytes_per_token": weight_bytes_per_token(model.checkpoint),
+    }
+
+
+def _on_examples(arguments: argparse.Namespace, variants: list[Variant]) -> dict[str, Any]:
+    from g3n_mlx.hub import resolve
+    from g3n_mlx.quality import answer, grade, read_examples
+
+    path = arguments.examples or resolve(variants[0].model) / SAMPLE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: give --examples FILE or --text FILE")
+    examples = read_examples(path, arguments.limit)
+    counts = Counter(example.skill for example in examples)
+    metrics = {example.skill: example.metric for example in examples}
+    entries: list[dict[str, Any]] = []
+    first_answers: dict[Variant, list[str]] = {}
+    for variant in variants:
+        model = _load(variant, arguments)
+        answers = [
+            answer(model, example) for example in tqdm(examples, desc=_words(variant), leave=False, disable=None)
+        ]
+        rates, mean_score = grade(examples, answers)
+        entry = _entry(variant, model) | {"rates": rates, "mean_score": mean_score}
+        del model  # before the next one is loaded
+        others = first_answers.setdefault(replace(variant, backend=variants[0].backend), answers)
+        same = sum(ours == theirs for ours, theirs in zip(answers, others, strict=True)) / len(answers)
+        entries.append({**entry, "same_answers": None if others is answers else same, "answers": answers})
+    skills = [{"skill": skill, "metric": metrics[skill], "count": count} for skill, count in counts.items()]
+    return {"examples": str(path), "skills": skills, "variants": entries}
+
+
+def _on_text(arguments: argparse.Namespace, variants: list[Variant]) -> dict[str, Any]:
+    from g3n_mlx.quality import measure_text, read_text, windows
+
+    text = read_text(arguments.text)
+    reference = _load(variants[0], arguments)
+    ids = reference.tokenizer.encode(text)
+    context = reference.config.text.max_position_embeddings
+    size = min(DEFAULT_WINDOW_TOKENS, context) if arguments.window_tokens is None else arguments.window_tokens
+    if not 2 <= size <= context:
+        raise ValueError(f"--window-tokens is {size}, expected 2 to the context's {context}")
+    stride = size // 2 if arguments.stride_tokens is None else arguments.stride_tokens
+    if not 1 <= stride < size:
+        raise ValueError(f"--stride-tokens is {stride}, expected 1 to {size - 1}, what a window holds behind <bos>")
+    spans = list(windows(len(ids), size - 1, stride))
+    num_bytes = len(text.encode())
+
+    def entry(variant: Variant) -> dict[str, Any]:
+        model = reference if variant == variants[0] else _load(variant, arguments)
+        if model.tokenizer.encode(text) != ids:
+            raise ValueError(f"{variant.model} has another tokenizer than {variants[0].model}: nothing to compare")
+        with tqdm(total=len(ids), unit="tok", desc=_words(variant), leave=False, disable=None) as bar:
+            other = None if model is reference else reference
+            return _entry(variant, model) | asdict(measure_text(model, other, ids, num_bytes, spans, bar.update))
+
+    entries = [entry(variant) for variant in variants]
+    sizes = {"tokens": len(ids), "bytes": num_bytes, "window_tokens": size, "stride_tokens": stride}
+    return {"text": str(arguments.text), **sizes, "variants": entries}
+
+
+def _words(variant: Variant) -> str:
+    return " ".join(str(value) for value in asdict(variant).values() if value is not None)
+
+
+def _names(entries: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """A column's name in parts: the backend, and whatever differs between the columns."""
+    short = {entry["model"]: Path(entry["model"]).name for entry in entries}
+    if len(set(short.values())) < len(short):
+        short = {model: model for model in short}
+    parts = {
+        "model": [short[entry["model"]] for entry in entries],
+        "backend": [entry["backend"] for entry in entries],
+        "dtype": [entry["dtype"] or "own dtype" for entry in entries],
+        "q_bits": [f"{entry['q_bits']} bits" if entry["q_bits"] else "as stored" for entry in entries],
+        "matformer": [entry["matformer"] or "whole" for entry in entries],
+    }
+    shown = [values for part, values in parts.items() if part == "backend" or len(set(values)) > 1]
+    return list(zip(*shown, strict=True))
+
+
+def _table(summary: dict[str, Any], names: list[tuple[str, ...]]) -> str:
+    entries = summary["variants"]
+    if "text" in summary:
+        title = (
+            f"{summary['text']}: {summary['tokens']} tokens, {summary['bytes']} bytes; windows of "
+            f"{summary['window_tokens']} tokens move on by {summary['stride_tokens']}; the reference comes first"
+        )
+        figures = {
+            "perplexity a token": [f"{entry['perplexity']:.4f}" for entry in entries],
+            "perplexity a byte": [f"{entry['perplexity_per_byte']:.4f}" for entry in entries],
+            "KL divergence, mean": [_cell(entry["kl_mean"], ".3g") for entry in entries],
+            "KL divergence, 99th percentile": [_cell(entry["kl_p99"], ".3g") for entry in entries],
+            "same likeliest token": [_cell(entry["same_top1"], ".2%") for entry in entries],
+        }
+    else:
+        from g3n_mlx.quality import METRICS
+
+        title = f"{summary['examples']}: {sum(skill['count'] for skill in summary['skills'])} examples"
+        figures = {
+            f"{skill['skill']}, {METRICS[skill['metric']]} of {skill['count']}": [
+                f"{entry['rates'][skill['skill']]:.1%}" for entry in entries
+            ]
+            for skill in summary["skills"]
+        }
+        figures["mean of accuracies and 1 - error rates"] = [f"{entry['mean_score']:.1%}" for entry in entries]
+        if any(entry["same_answers"] is not None for entry in entries):
+            first = entries[0]["backend"]
+            figures[f"same answers as {first}"] = [_cell(entry["same_answers"], ".1%") for entry in entries]
+    figures["weights read a token, MB"] = [f"{entry['weight_bytes_per_token'] / 1e6:.1f}" for entry in entries]
+    rows = [["", *parts] for parts in zip(*names, strict=True)] + [[name, *cells] for name, cells in figures.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    )
+    return "\n".join([title, *lines])
+
+
+def _cell(value: float | None, spelled: str) -> str:
+    return "-" if value is None else format(value, spelled)
+
+
+def _plot(path: Path, summary: dict[str, Any], names: list[tuple[str, ...]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    key, label = ("perplexity", "perplexity a token") if "text" in summary else ("mean_score", "mean score")
+    for entry, parts in zip(summary["variants"], names, strict=True):
+        place = entry["weight_bytes_per_token"] / 1e6, entry[key]
+        axes.plot(*place, "o")
+        axes.annotate(" ".join(parts), place, xytext=(4, 4), textcoords="offset points", fontsize="small")
+    axes.set_xlabel("weights read a token, MB")
+    axes.set_ylabel(label)
+    axes.margins(x=0.25, y=0.15)  # room for the names
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
