@@ -1,0 +1,299 @@
+"""Tools: the convention by which a Gemma 3n, whose template knows none, is offered functions and calls them.
+
+The system text lists the functions, one JSON object a line: name, description, JSON schema of the parameters. A call is
+a JSON object `{"name": ..., "parameters": {...}}` that begins a line; it may be fenced, and text may come before it.
+Several calls stand below each other. Results come back as a user's text, `Result of NAME:` and a fenced block.
+A grammar keeps the answer to that: once it names an offered function, the rest of the call must fit its schema; with a
+required call the answer is calls and nothing else.
+Sources: the JSON form is the one of "Function calling with Gemma", ai.google.dev; tool_choice and deltas are OpenAI's.
+"""
+
+import json
+import re
+import uuid
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from g3n_mlx.grammar import WHITE_SPACE, Constraint, GrammarError, Grammars
+
+AUTO, REQUIRED = "auto", "required"
+_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+# White space in a call: as it is written under the grammar, and as it is read.
+_GAP = f"({WHITE_SPACE})?"
+_SPACE = r"[ \t\r\n]*"
+_NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A function that the model may call."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]  # the JSON schema of an object
+    strict: bool  # refuse a schema with keywords that the grammar can't keep, instead of passing over them
+
+    @staticmethod
+    def from_dict(fields: Mapping[str, Any]) -> "Function":
+        """Reads OpenAI's `function` object; raises ValueError naming what is wrong with it."""
+        name, parameters = fields.get("name"), fields.get("parameters")
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(f"a function's name is {name!r:.80}, expected 1 to 64 of the letters a-z A-Z 0-9 _ . -")
+        if parameters is None:
+            parameters = _NO_PARAMETERS
+        if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
+            raise ValueError(f"the parameters of {name} are {parameters!r:.80}, expected the JSON schema of an object")
+        description = fields.get("description") or ""
+        return Function(name, description, {"type": "object", **parameters}, fields.get("strict") is True)
+
+    def line(self) -> str:
+        """What the system text says about it."""
+        described = {"description": self.description} if self.description else {}
+        return json.dumps({"name": self.name, **described, "parameters": self.parameters}, ensure_ascii=False)
+
+
+class Tools:
+    """The functions of one request, and which of them must be called."""
+
+    def __init__(
+        self, functions: Sequence[Mapping[str, Any]], choice: str = AUTO, *, named: str | None = None, parallel: bool = True
+    ) -> None:
+        """functions: OpenAI's `function` objects; choice: "auto" or "required"; named: the one that must be called.
+
+        Raises ValueError on a bad function, two of one name, or a name that is not among them.
+        """
+        self.functions = [Function.from_dict(fields) for fields in functions]
+        names = [function.name for function in self.functions]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two functions have the name {twice[0]!r}; names must differ")
+        if named is not None and named not in names:
+            raise ValueError(f"tool_choice names the function {named!r:.80}; there are {', '.join(names)}")
+        if not names:
+            raise ValueError("there are no functions to call")
+        self.required = named is not None or choice == REQUIRED
+        self.named = named
+        self.parallel = parallel
+
+    def system_text(self) -> str:
+        """The convention and the functions, for the beginning of the system text."""
+        lines = [
+            "You can call functions. To call one, answer with a JSON object on a line of its own:",
+            '{"name": "NAME OF THE FUNCTION", "parameters": {"NAME OF AN ARGUMENT": ITS VALUE}}',
+            "The user then tells you what the function returned.",
+        ]
+        if self.parallel:
+            lines.append("To call several functions, write several such objects, one a line.")
+        if self.named is not None:
+            lines.append(f"Now call {self.named}.")
+        elif self.required:
+            lines.append("Now call a function.")
+        else:
+            lines.append("Call a function when you need it; otherwise answer as usual.")
+        lines.append("The functions, each with the JSON schema of its parameters:")
+        return "\n".join([*lines, *(function.line() for function in self.functions)])
+
+    def constraint(self, grammars: Grammars) -> Constraint:
+        """What the answer must look like; raises GrammarError saying which parameters can't be kept, and why."""
+        try:
+            return grammars.lark(self._lark(grammars))
+        except GrammarError:
+            # Built one by one to find the function that is to blame.
+            for function in self.functions:
+                try:
+                    grammars.lark(f"start: {grammars.inline(function.parameters, lenient=not function.strict)}")
+                except GrammarError as error:
+                    raise GrammarError(f"the parameters of {function.name}: {error}") from None
+            raise
+
+    def parser(self) -> "CallParser":
+        """Finds the calls in an answer."""
+        return CallParser({function.name for function in self.functions})
+
+    def _lark(self, grammars: Grammars) -> str:
+        """An answer of the convention: calls alone where one is required, else any text, which may end in calls."""
+        rules: list[str] = []
+        called = [function for function in self.functions if self.named in (None, function.name)]
+        for number, function in enumerate(called):
+            name = re.escape(function.name)
+            rules += [
+                rf'call_{number}: /\{{{_GAP}"name"{_GAP}:{_GAP}"{name}"/ rest_{number}',
+                # Text ends as soon as it names a function at the beginning of a line: from there on it is a call.
+                rf'head_{number}[lazy]: /((?s:.*)\n)?[ \t]*\{{{_SPACE}"name"{_SPACE}:{_SPACE}"{name}"/',
+                rf'rest_{number}: /{_GAP},{_GAP}"parameters"{_GAP}:{_GAP}/ args_{number} /{_GAP}\}}/',
+                f"args_{number}: {grammars.inline(function.parameters, lenient=not function.strict)}",
+            ]
+        call = " | ".join(f"call_{number}" for number in range(len(called)))
+        more = rf"(/\n/ ({call}))*" if self.parallel else ""
+        if self.required:
+            return "\n".join([f"start: ({call}) {more}", *rules])
+        first = " | ".join(f"head_{number} rest_{number}" for number in range(len(called)))
+        return "\n".join([f"start: /(?s:.*)/ | ({first}) {more} (/\n```\n?/)?", *rules])
+
+
+def calls_text(calls: Sequence[tuple[str, str]]) -> str:
+    """Calls of an earlier answer, (name, arguments as JSON), as the model wrote them."""
+    return "\n".join(json.dumps({"name": name, "parameters": _read(arguments)}, ensure_ascii=False) for name, arguments in calls)
+
+
+def result_texts(name: str) -> tuple[str, str]:
+    """What stands before and after a function's result in the user's turn; the name may be unknown, ''."""
+    return f"Result of {name or 'the function'}:\n```tool_output", "```"
+
+
+def _read(arguments: str) -> Any:
+    """Arguments as sent back by a client; what is no JSON stays the text that it is."""
+    try:
+        return json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+
+
+def _beginnings(pieces: Sequence[str]) -> str:
+    """A regex for all that such a sequence may begin with, the whole of it left out."""
+    pattern = ""
+    for piece in reversed(pieces[:-1]):
+        pattern = f"(?:{piece}{pattern})?"
+    return pattern
+
+
+# A call's text up to the brace of its arguments; the first group is the function's name.
+_HEAD = [r"\{", _SPACE, *'"name"', _SPACE, ":", _SPACE, '"', "([a-zA-Z0-9_.-]*)", '"']
+_HEAD += [_SPACE, ",", _SPACE, *'"parameters"', _SPACE, ":", _SPACE, r"\{"]
+_INDENT = r"[ \t]*"
+_FENCE = [_INDENT, *"```", "[a-z_]*", _INDENT, r"\n"]
+_CALL = re.compile(f"(?:{''.join(_FENCE)})?{_INDENT}{''.join(_HEAD)}")
+_MAYBE_CALL = re.compile(f"{_beginnings([_INDENT, *_HEAD])}|{_beginnings([*_FENCE, _INDENT, *_HEAD])}")
+
+Delta = dict[str, Any]  # of OpenAI's streamed message: {"content": ...} or {"tool_calls": [...]}
+
+
+class CallParser:
+    """Turns an answer's text, piece by piece, into deltas: text that stays text, and calls of known functions.
+
+    However the text is cut into pieces, the deltas add up to the same.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        """names: of the functions; an object that names another one is text."""
+        self.num_calls = 0
+        self._names = names
+        self._held = ""  # what can't be told yet
+        self._line_begins = True  # where the held text stands
+        self._step = self._text
+        self._arguments_end = _ObjectEnd()
+
+    def push(self, text: str) -> list[Delta]:
+        """What is certain after the next piece of the answer."""
+        self._held += text
+        deltas: list[Delta] = []
+        while self._held and self._step(deltas):
+            pass
+        return deltas
+
+    def finish(self) -> list[Delta]:
+        """What was held back, once nothing more comes: the beginning of a call that never was one is text."""
+        rest, self._held = self._held, ""
+        if self._step != self._text:
+            rest = rest.strip(" \t\r\n`")
+        return [{"content": rest}] if rest else []
+
+    # Each step takes what it can from the held text, and says whether another one should look at the rest.
+
+    def _text(self, deltas: list[Delta]) -> bool:
+        """Passes text on, up to where a call begins or may begin."""
+        begins = [0] if self._line_begins else []
+        begins += [newline.end() for newline in re.finditer("\n", self._held)]
+        for begin in begins:
+            if self._may_call(begin):
+                self._pass_on(begin, deltas)
+                return self._begin_call(deltas)
+        self._pass_on(len(self._held), deltas)
+        return False
+
+    def _arguments(self, deltas: list[Delta]) -> bool:
+        """Passes a call's arguments on, up to their last brace."""
+        end = self._arguments_end.find(self._held)
+        self._add_to_call(deltas, {"arguments": self._held[:end]})
+        self._held = self._held[end:]
+        if self._arguments_end.found:
+            self._step = self._after_arguments
+        return self._arguments_end.found
+
+    def _after_arguments(self, _: list[Delta]) -> bool:
+        """Leaves out the call's own brace."""
+        self._held = self._held.lstrip(" \t\r\n")
+        if self._held.startswith("}"):
+            self._held, self._step = self._held[1:], self._between_calls
+        elif self._held:
+            self._step, self._line_begins = self._text, False
+        return True
+
+    def _between_calls(self, deltas: list[Delta]) -> bool:
+        """Leaves out white space and the end of a fence."""
+        self._held = self._held.lstrip(" \t\r\n")
+        if self._may_call(0):
+            return self._begin_call(deltas)
+        if re.match(r"```\s", self._held):
+            self._held = self._held[3:]
+        else:
+            self._step, self._line_begins = self._text, True
+        return True
+
+    def _may_call(self, begin: int) -> bool:
+        """Whether the held text calls a known function from there on, or is the beginning of what may."""
+        call = _CALL.match(self._held, begin)
+        return call[1] in self._names if call else _MAYBE_CALL.fullmatch(self._held, begin) is not None
+
+    def _begin_call(self, deltas: list[Delta]) -> bool:
+        """Begins the call that the held text begins with, once it is there as far as its arguments."""
+        call = _CALL.match(self._held)
+        if call is None:
+            return False
+        self.num_calls += 1
+        self._step, self._arguments_end = self._arguments, _ObjectEnd()
+        self._held = self._held[call.end() - 1 :]
+        self._add_to_call(
+            deltas,
+            {"name": call[1], "arguments": ""},
+            {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"},
+        )
+        return True
+
+    def _add_to_call(self, deltas: list[Delta], function: Delta, identity: Delta | None = None) -> None:
+        deltas.append({"tool_calls": [{"index": self.num_calls - 1, **(identity or {}), "function": function}]})
+
+    def _pass_on(self, end: int, deltas: list[Delta]) -> None:
+        text, self._held = self._held[:end], self._held[end:]
+        if text:
+            deltas.append({"content": text})
+            self._line_begins = text.endswith("\n")
+
+
+class _ObjectEnd:
+    """Looks for the brace that ends a JSON object, whose text comes in pieces."""
+
+    def __init__(self) -> None:
+        self.found = False
+        self._depth = 0
+        self._in_string = self._escaped = False
+
+    def find(self, text: str) -> int:
+        """How much of the next piece belongs to the object."""
+        for index, letter in enumerate(text):
+            if self._escaped:
+                self._escaped = False
+            elif self._in_string:
+                self._escaped = letter == "\\"
+                self._in_string = letter != '"'
+            elif letter == '"':
+                self._in_string = True
+            elif letter in "{[":
+                self._depth += 1
+            elif letter in "}]":
+                self._depth -= 1
+                if self._depth == 0:
+                    self.found = True
+                    return index + 1
+        return len(text)
