@@ -1,0 +1,182 @@
+"""The project's own torch modules as a trainable network: packed rows of sequences in, logits out.
+
+The modules are those that inference uses; this file holds what training needs beside them: the tables that inference
+leaves on disk as parameters, several sequences in a row of the batch, narrower feed-forward blocks and skipped layers
+(the MatFormer objective), and weights rounded to 4 bit with a straight-through gradient.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from g3n_mlx.backends.torch.audio import AudioTower
+from g3n_mlx.backends.torch.multimodal import MultimodalEmbedder
+from g3n_mlx.backends.torch.text import LanguageModel, Rope
+from g3n_mlx.backends.torch.vision import VisionTower
+from g3n_mlx.backends.torch.weights import Weights
+from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.config import SLIDING
+from g3n_mlx.convert.quantize import is_quantized_module
+
+GROUP = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """R rows of S places, several sequences behind each other in each."""
+
+    ids: Tensor  # [R, S]
+    sequences: Tensor  # [R, S], which sequence of the row a place belongs to; padding is a sequence of its own
+    targets: Tensor  # [R, S], the id that should follow; -1 where nobody asks
+    pictures: Tensor | None = None  # [n, 3, h, w]
+    clips: Tensor | None = None  # [n, T, mel]
+    clip_mask: Tensor | None = None  # [n, T], True where there is sound
+
+
+class Network(nn.Module):
+    """A checkpoint in float32, all of it trainable."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        checkpoint = Checkpoint.open(folder)
+        config = checkpoint.config
+        assert config.vision is not None
+        assert config.audio is not None
+        self.config = config
+        weights = Weights(checkpoint, torch.float32, torch.device("cpu"))
+        self.language_model = LanguageModel(config.text, weights.at("language_model"))
+        self.vision_tower = VisionTower(config.vision, weights.at("vision_tower"))
+        self.audio_tower = AudioTower(config.audio, weights.at("audio_tower"))
+        self.embed_vision = MultimodalEmbedder(config.vision, weights.at("embed_vision"))
+        self.embed_audio = MultimodalEmbedder(config.audio, weights.at("embed_audio"))
+        # What inference reads row by row from the file.
+        self.tables = nn.ParameterDict(
+            {
+                name: nn.Parameter(weights.at(path).tensor())
+                for name, path in {
+                    "per_layer": "language_model.embed_tokens_per_layer",
+                    "vision": "embed_vision.embedding",
+                    "audio": "embed_audio.embedding",
+                }.items()
+            }
+        )
+        self.requires_grad_(True)
+        checkpoint.close()
+
+    def forward(self, rows: Rows, kept_layers: Sequence[int]) -> Tensor:
+        """Logits [n, V] at the places that have a target, in order."""
+        embeddings = self.embedded(rows)
+        hidden = self.hidden(embeddings, rows, kept_layers)
+        return self.language_model.logits(hidden[rows.targets.flatten() >= 0])
+
+    def embedded(self, rows: Rows) -> Tensor:
+        """[R * S, D]: text, the ends of media blocks, and soft tokens."""
+        ids = rows.ids.flatten()
+        text, vision, audio = self.config.text, self.config.vision, self.config.audio
+        assert vision is not None
+        assert audio is not None
+        places = torch.arange(len(ids))
+        out = self.language_model.embed(ids.clamp(max=text.vocab_size - 1))
+        for config, embedder, table in (
+            (vision, self.embed_vision, self.tables["vision"]),
+            (audio, self.embed_audio, self.tables["audio"]),
+        ):
+            end = ids == config.vocab_offset
+            hard = embedder.projected(embedder.hard_embedding_norm(table[:1]))
+            out = torch.where(end[:, None], hard, out)
+        if rows.pictures is not None:
+            soft = self.pictured(rows.pictures).flatten(0, 1)
+            out = out.index_put((places[ids == vision.vocab_offset + 1],), soft)
+        if rows.clips is not None and rows.clip_mask is not None:
+            soft = self.heard(rows.clips, rows.clip_mask).flatten(0, 1)
+            out = out.index_put((places[ids == audio.vocab_offset + 1],), soft)
+        return out
+
+    def pictured(self, pictures: Tensor) -> Tensor:
+        """Soft tokens [n, tokens, D] of pictures [n, 3, h, w]."""
+        features = self.vision_tower(pictures).flatten(2).transpose(1, 2)  # [n, tokens, 2048]
+        return self.embed_vision.soft(features * math.sqrt(features.shape[-1]))
+
+    def heard(self, clips: Tensor, mask: Tensor) -> Tensor:
+        """Soft tokens [n, tokens, D] of clips [n, T, mel], filled up as in use."""
+        assert self.config.audio is not None
+        encodings, valid = self.audio_tower(clips, mask)
+        soft = self.embed_audio.soft(encodings)
+        filler = self.embed_audio.projected(self.embed_audio.hard_embedding_norm(self.tables["audio"][-1:]))
+        soft = torch.where(valid[..., None], soft, filler)
+        missing = self.config.audio.soft_tokens - soft.shape[1]
+        return torch.cat([soft, filler.expand(len(soft), missing, -1)], dim=1)
+
+    def hidden(self, embeddings: Tensor, rows: Rows, kept_layers: Sequence[int]) -> Tensor:
+        """Final hidden states [R * S, D]; of the layers, only the kept ones run."""
+        model, text = self.language_model, self.config.text
+        num_rows, length = rows.ids.shape
+        rope: Rope = {kind: (cos.repeat(num_rows, 1, 1), sin.repeat(num_rows, 1, 1))
+                      for kind, (cos, sin) in model.rope(0, length).items()}  # fmt: skip
+        masks = seen(rows.sequences, text.sliding_window)
+        projected, *parts = model.start(embeddings, rope)
+        ids = rows.ids.flatten()
+        table = self.tables["per_layer"] * model.per_layer_scale
+        per_layer = F.embedding(torch.where(ids < len(table), ids, 0), table).view(projected.shape)
+        per_layer = (projected + per_layer) * (1 / math.sqrt(2))
+        shared: dict[int, tuple[Tensor, Tensor]] = {}
+        for place, layer_idx in enumerate(kept_layers):
+            layer = model.layers[layer_idx]
+            predictions, laurel, queries, *owned = parts
+            if owned:
+                shared[layer_idx] = by_row(owned[0], num_rows), by_row(owned[1], num_rows)
+            keys, values = shared[text.kv_owners[layer_idx]]
+            attended = F.scaled_dot_product_attention(
+                by_row(queries, num_rows), keys, values, masks[layer.self_attn.kind], scale=1.0, enable_gqa=True
+            )  # [R, N, S, H]
+            attended = attended.transpose(1, 2).reshape(len(ids), -1)
+            streams = layer.after_attention(attended, predictions, laurel, per_layer[:, layer_idx])
+            if place + 1 == len(kept_layers):
+                return model.finish(streams)
+            parts = model.layers[kept_layers[place + 1]].before_attention(streams, rope).parts()
+        raise AssertionError("a network without layers")
+
+
+def by_row(x: Tensor, num_rows: int) -> Tensor:
+    """[1, N, R * S, H] -> [R, N, S, H]."""
+    return x[0].unflatten(1, (num_rows, -1)).transpose(0, 1)
+
+
+def seen(sequences: Tensor, window: int) -> dict[str, Tensor]:
+    """Masks [R, 1, S, S] of what a place sees: its own sequence up to itself, within the window where it slides."""
+    length = sequences.shape[1]
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    full = (sequences[:, :, None] == sequences[:, None]) & (distance >= 0)
+    return {SLIDING: (full & (distance < window))[:, None], "full_attention": full[:, None]}
+
+
+def prepared(network: Network, width: int, rounded: bool) -> dict[str, Tensor]:
+    """The network's weights for one pass: feed-forward blocks cut to their first units, perhaps rounded to 4 bit."""
+    weights: dict[str, Tensor] = {}
+    for name, parameter in network.named_parameters():
+        weight = parameter
+        if name.endswith((".gate_proj.weight", ".up_proj.weight")):
+            weight = weight[:width]
+        elif name.endswith(".down_proj.weight"):
+            weight = weight[:, :width]
+        if rounded and (name == "tables.per_layer" or is_quantized_module(name.removesuffix(".weight"))):
+            weight = straight_through(weight)
+        if weight is not parameter:
+            weights[name] = weight
+    return weights
+
+
+def straight_through(weight: Tensor) -> Tensor:
+    """The weight as 4-bit codes in groups of 64 would give it back, with the gradient of the weight itself."""
+    with torch.no_grad():
+        groups = weight.unflatten(-1, (-1, GROUP))
+        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        scale = ((high - low) / 15).clamp(min=1e-7)
+        rounded = ((groups - low) / scale).round() * scale + low
+        error = rounded.flatten(-2) - weight
+    return weight + error

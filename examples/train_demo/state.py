@@ -1,0 +1,41 @@
+"""A training's state on disk: parameters, Adam's moments in bfloat16, and the step. Written whole or not at all."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+def save(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Writes the state beside the old one, then takes its place."""
+    moments = optimizer.state_dict()["state"]
+    state = {
+        "step": step,
+        "parameters": {name: parameter.detach() for name, parameter in network.named_parameters()},
+        "moments": {
+            place: {name: value.to(torch.bfloat16) if value.dim() else value for name, value in entry.items()}
+            for place, entry in moments.items()
+        },
+    }
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    os.replace(part, path)
+
+
+def load(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Fills network and optimizer; returns the next step."""
+    state = torch.load(path, weights_only=True)
+    take(state["parameters"], network, "")
+    whole = optimizer.state_dict()
+    whole["state"] = state["moments"]  # load_state_dict brings them back to float32
+    optimizer.load_state_dict(whole)
+    return state["step"]
+
+
+def take(parameters: dict[str, torch.Tensor], network: nn.Module, prefix: str) -> None:
+    """Copies the parameters whose names begin with `prefix` into the network."""
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.startswith(prefix) and name in parameters:
+                parameter.copy_(parameters[name])

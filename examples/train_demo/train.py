@@ -1,0 +1,157 @@
+"""Trains the demo model on fresh examples of a mixture of skills; resumes from its state file.
+
+    python train.py START_FOLDER --state text.pt --log text.jsonl --skills sums=2 lists=2 memory about json other --steps 6000
+
+Every step draws its examples from (seed, step), so a resumed training goes on as if it had never stopped. Each pass
+takes the full model or a MatFormer slice of it: half or a quarter of every feed-forward block, perhaps without the
+first block of KV-sharing layers.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from architecture import FFN, LAYERS, TEXT
+from network import Network, prepared
+from packing import Encoder, mixture, pack
+from pictures import SEEING
+from reading import READING
+from skill import Generator
+from sounds import hearing
+from state import load, save, take
+from torch.func import functional_call
+from torch.nn import functional as F
+
+ALL_LAYERS = tuple(range(LAYERS))
+SKIPPED = (LAYERS // 2, LAYERS // 2 + 1)  # the first block that shares keys and values
+WITHOUT_BLOCK = tuple(layer for layer in ALL_LAYERS if layer not in SKIPPED)
+ROW = 192  # places in a row: the longest conversations of two hundred tokens are left out
+
+
+def drawn_slice(rng: random.Random) -> tuple[int, tuple[int, ...]]:
+    """Width and layers of one pass: the full model half of the time."""
+    if rng.random() < 0.5:
+        return FFN, ALL_LAYERS
+    width = rng.choices((FFN, FFN // 2, FFN // 4), (1, 3, 2))[0]
+    return width, WITHOUT_BLOCK if rng.random() < 0.4 else ALL_LAYERS
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Rises over a hundred steps, stays, and falls over the last third."""
+    return peak * min((step + 1) / 100, 1.0, max(0.0, steps - step) / (steps / 3))
+
+
+def accuracy(
+    network: Network,
+    encoder: Encoder,
+    generate: Generator,
+    count: int,
+    width: int = FFN,
+    layers: Sequence[int] = ALL_LAYERS,
+    rounded: bool = False,
+) -> float:
+    """Share of held-out examples whose last answer greedy decoding would give exactly.
+
+    Greedy decoding gives the answer if and only if every token of it is the likeliest one after those before.
+    """
+    rng = random.Random("held out")
+    sequences = [encoder.sequence(generate(rng, True)) for _ in range(count)]
+    right = total = 0
+    with torch.no_grad():
+        weights = prepared(network, width, rounded)
+        for start in range(0, count, 32):
+            rows = pack(sequences[start : start + 32], 256)
+            logits = functional_call(network, weights, (rows, layers))
+            asked = rows.targets >= 0
+            hit = torch.ones_like(asked)
+            hit[asked] = logits.argmax(-1) == rows.targets[asked]
+            for row in range(len(rows.ids)):
+                for number in range(int(rows.sequences[row].max()) + 1):
+                    places = torch.nonzero(asked[row] & (rows.sequences[row] == number)).flatten().tolist()
+                    last = [place for place in places if set(range(place, places[-1])) <= set(places)]
+                    right += bool(hit[row, last].all())
+                    total += 1
+    return right / total
+
+
+def parsed(skills: Sequence[str]) -> dict[str, float]:
+    """`sums=2 lists` as weights."""
+    pairs = (entry.partition("=") for entry in skills)
+    return {name: float(weight or 1) for name, _, weight in pairs}
+
+
+def train(arguments: argparse.Namespace, generators: Mapping[str, Generator]) -> None:
+    """The loop."""
+    torch.manual_seed(arguments.seed)
+    network = Network(arguments.folder)
+    encoder = Encoder(arguments.folder, network.config)
+    for path in arguments.take:
+        take(torch.load(path, weights_only=True)["parameters"], network, "")
+    for prefix in arguments.freeze:
+        for name, parameter in network.named_parameters():
+            if name.startswith(prefix):
+                parameter.requires_grad_(False)
+    # The router norm's weight holds a factor of 1 / hidden_size, so it moves in steps that are as much smaller.
+    fine = [p for n, p in network.named_parameters() if "router_norm" in n and p.requires_grad]
+    rest = [p for n, p in network.named_parameters() if "router_norm" not in n and p.requires_grad]
+    groups = [{"params": rest, "scale": 1.0}, {"params": fine, "scale": 1 / TEXT["hidden_size"]}]
+    optimizer = torch.optim.AdamW(groups, lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.0)
+    step = load(arguments.state, network, optimizer) if arguments.state.exists() else 0
+    weights = parsed(arguments.skills)
+    began, losses = time.time(), list[float]()
+    while step < arguments.steps:
+        rng = random.Random(f"{arguments.seed} {step}")
+        rows = pack([encoder.sequence(e) for e in mixture(weights, generators, arguments.examples, rng)], ROW)
+        width, layers = drawn_slice(rng)
+        logits = functional_call(network, prepared(network, width, arguments.rounded), (rows, layers))
+        loss = F.cross_entropy(logits, rows.targets[rows.targets >= 0])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([*rest, *fine], 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, arguments.steps, arguments.lr) * group["scale"]
+        optimizer.step()
+        step += 1
+        if width == FFN and layers == ALL_LAYERS:
+            losses.append(loss.item())
+        if step % arguments.log_every == 0 or step == arguments.steps:
+            entry = {"step": step, "seconds": round(time.time() - began), "loss": round(sum(losses) / len(losses), 4)}
+            losses.clear()
+            if step % (arguments.log_every * 5) == 0 or step == arguments.steps:
+                entry |= {
+                    name: round(accuracy(network, encoder, generators[name], arguments.held_out), 3) for name in weights
+                }
+                save(arguments.state, network, optimizer, step)
+            with arguments.log.open("a") as log:
+                log.write(json.dumps(entry) + "\n")
+
+
+def main() -> None:
+    """Reads the flags and trains."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="as start.py writes it")
+    parser.add_argument("--state", type=Path, required=True, help="is written every few minutes, and resumed from")
+    parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--speech", type=Path, default=Path("speech"), help="as speech.py writes it")
+    parser.add_argument("--skills", nargs="+", required=True, help="names with weights, as sums=2")
+    parser.add_argument("--take", type=Path, nargs="*", default=[], help="states of other stages to begin with")
+    parser.add_argument("--freeze", nargs="*", default=[], help="parameters to leave alone, by how their names begin")
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--examples", type=int, default=48, help="a step")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--rounded", action="store_true", help="train with weights rounded to 4 bit")
+    parser.add_argument("--log-every", type=int, default=50)
+    parser.add_argument("--held-out", type=int, default=64, help="examples a skill in the log")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    train(arguments, {**READING, **SEEING, **hearing(arguments.speech)})
+
+
+if __name__ == "__main__":
+    main()
