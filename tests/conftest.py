@@ -30,8 +30,8 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_folder() -> Path:
-    """The tiny reference checkpoint in Google's layout, bf16; it is also the embedded demo model. Read only."""
-    return REPOSITORY / "g3n_mlx" / "demo"
+    """The tiny reference checkpoint in Google's layout, bf16, of random weights. Read only."""
+    return REPOSITORY / "tests" / "tiny-gemma3n"
 
 
 @pytest.fixture(scope="session")

@@ -162,9 +162,9 @@ def default_model_in_child(home: Path) -> tuple[str, str]:
     return folder, line
 
 
-def copy_of_another_model(demo: Path, folder: Path) -> None:
-    """The demo's files, but with a vocabulary file of its own."""
-    shutil.copytree(demo, folder)
+def copy_of_another_model(tiny: Path, folder: Path) -> None:
+    """The tiny files, but with a vocabulary file of its own."""
+    shutil.copytree(tiny, folder)
     with (folder / "tokenizer.json").open("a") as stream:
         stream.write("\n")
 
@@ -203,7 +203,7 @@ def test_default_model(tiny_folder, tmp_path):
     (conversion / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1-of-2.safetensors"}}')
     assert default_model_in_child(tmp_path)[0] == str(snapshot)
     (conversion / "model.safetensors.index.json").unlink()
-    shutil.copyfile(tiny_folder / "tokenizer.json", conversion / "tokenizer.json")  # a conversion of the demo itself
+    shutil.copyfile(hub.demo_folder() / "tokenizer.json", conversion / "tokenizer.json")  # a conversion of the demo itself
     assert default_model_in_child(tmp_path)[0] == str(snapshot)
     for config in ("{", '{"model_type": "llama"}'):
         (snapshot / "config.json").write_text(config)

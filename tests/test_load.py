@@ -102,7 +102,7 @@ def test_a_table_without_a_slice(open_model, tiny_folder, table):
 
 def test_q_bits_converts_once(open_model, tiny_folder, cache_folder, tmp_path, ids):
     model = open_model(tiny_folder, q_bits=4)
-    (made,) = (cache_folder / "conversions").glob("demo-4bit-*")
+    (made,) = (cache_folder / "conversions").glob(f"{tiny_folder.name}-4bit-*")
     written = {path.name: path.stat().st_mtime_ns for path in made.iterdir()}
     again = open_model(tiny_folder, q_bits=4)
     assert {path.name: path.stat().st_mtime_ns for path in made.iterdir()} == written
@@ -196,7 +196,7 @@ def test_one_end_as_a_number(open_model, tiny_folder, tmp_path):
 
 def test_what_a_model_says_of_itself(open_model, backend, tiny_folder):
     model = open_model(tiny_folder)
-    assert (model.backend, model.device, model.name, model.slice_name) == (backend, "cpu", "demo", None)
+    assert (model.backend, model.device, model.name, model.slice_name) == (backend, "cpu", tiny_folder.name, None)
 
 
 def test_bfloat16_by_default_and_by_name(open_model, tiny_folder, golden_arrays, golden_json):

@@ -17,7 +17,7 @@ from g3n_mlx.tokenizer import CONTROL_WORDS, Tokenizer
 # control_words_in_text is the third deliberate difference from the reference: see the test below.
 DEVIATIONS = {"system_parts_use_the_first", "unknown_part_is_dropped", "control_words_in_text"}
 PLACEHOLDERS = {"image": "<image_soft_token>", "audio": "<audio_soft_token>"}
-TINY = Path(__file__).resolve().parent.parent / "g3n_mlx" / "demo"
+TINY = Path(__file__).resolve().parent.parent / "tests" / "tiny-gemma3n"
 TEXT_ALONE = MediaOpener(TINY, ModelConfig.from_dict(read_json(TINY / "config.json")))
 TEXTS = st.one_of(st.text(max_size=20), st.sampled_from(["\n", "a\n\n", " b", *CONTROL_WORDS]))
 

@@ -2,7 +2,7 @@
 
     python start.py FOLDER --seed 1
 
-Names and shapes come from transformers' own model of the config, so that it will load what training makes of them.
+Names and shapes are those that the project's manifests ask for, in the published layout, which transformers loads too.
 """
 
 import argparse
@@ -14,13 +14,17 @@ import torch
 from architecture import CONFIG, GENERATION, PREPROCESSOR, PROCESSOR, TEXT
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import Gemma3nConfig, Gemma3nForConditionalGeneration
 from vocabulary import write_json, write_tokenizer
+
+from g3n_mlx.audio_config import audio_manifest
+from g3n_mlx.config import ModelConfig
+from g3n_mlx.manifest import dead_manifest, embedder_manifest, text_manifest
+from g3n_mlx.vision_config import vision_manifest
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "g3n_mlx" / "demo" / "chat_template.jinja"
 
 
-def started(name: str, shape: torch.Size, random: torch.Generator) -> Tensor:
+def started(name: str, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
     """A tensor to begin with: norms and gates open, updates small, matrices of unit gain."""
     leaf = name.rsplit(".", 1)[-1]
     if name.endswith(("embed_tokens.weight", "embedding.weight")):
@@ -36,6 +40,21 @@ def started(name: str, shape: torch.Size, random: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=random) * scale
 
 
+def published_shapes() -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of every tensor of the checkpoint."""
+    config = ModelConfig.from_dict(CONFIG)
+    assert config.vision is not None
+    assert config.audio is not None
+    return (
+        text_manifest(config.text)
+        | dead_manifest(config.text)
+        | vision_manifest(config.vision)
+        | audio_manifest(config.audio)
+        | embedder_manifest("embed_vision", config.vision, config.text.hidden_size)
+        | embedder_manifest("embed_audio", config.audio, config.text.hidden_size)
+    )
+
+
 def write_start(folder: Path, seed: int) -> None:
     """Writes the folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,14 +64,8 @@ def write_start(folder: Path, seed: int) -> None:
     write_json(folder / "processor_config.json", PROCESSOR)
     write_tokenizer(folder, seed)
     shutil.copyfile(TEMPLATE, folder / "chat_template.jinja")
-    with torch.device("meta"):
-        model = Gemma3nForConditionalGeneration(Gemma3nConfig(**CONFIG))
     random = torch.Generator().manual_seed(seed)
-    tensors = {
-        name: started(name, parameter.shape, random)
-        for name, parameter in model.named_parameters()
-        if name != "lm_head.weight"
-    }
+    tensors = {f"model.{name}": started(name, shape, random) for name, shape in published_shapes().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -1,35 +1,40 @@
-"""A training's state on disk: parameters, Adam's moments in bfloat16, and the step. Written whole or not at all."""
+"""A training's state on disk: parameters, the optimizers' moments in bfloat16, and the step. Written whole or not at all."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
 
-def save(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Writes the state beside the old one, then takes its place."""
-    moments = optimizer.state_dict()["state"]
+def save(path: Path, network: nn.Module, optimizers: Sequence[torch.optim.Optimizer], step: int) -> None:
+    """Writes the state beside the old one, then takes its place; goes on with what it wrote, as a resumed training does."""
     state = {
         "step": step,
         "parameters": {name: parameter.detach() for name, parameter in network.named_parameters()},
-        "moments": {
-            place: {name: value.to(torch.bfloat16) if value.dim() else value for name, value in entry.items()}
-            for place, entry in moments.items()
-        },
+        "moments": [
+            {
+                place: {name: value.to(torch.bfloat16) if value.dim() else value for name, value in entry.items()}
+                for place, entry in optimizer.state_dict()["state"].items()
+            }
+            for optimizer in optimizers
+        ],
     }
     part = path.with_suffix(".part")
     torch.save(state, part)
     os.replace(part, path)
+    load(path, network, optimizers)
 
 
-def load(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Fills network and optimizer; returns the next step."""
+def load(path: Path, network: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
+    """Fills network and optimizers; returns the next step."""
     state = torch.load(path, weights_only=True)
     take(state["parameters"], network, "")
-    whole = optimizer.state_dict()
-    whole["state"] = state["moments"]  # load_state_dict brings them back to float32
-    optimizer.load_state_dict(whole)
+    for optimizer, moments in zip(optimizers, state["moments"], strict=True):
+        whole = optimizer.state_dict()
+        whole["state"] = moments  # load_state_dict brings them back to float32
+        optimizer.load_state_dict(whole)
     return state["step"]
 
 

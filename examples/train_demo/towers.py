@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from network import Network
+from optimizers import made_optimizers
 from packing import Encoder, padded
 from pictures import COLOURS, SHAPES, Thing, draw_scene, draw_sign, scene, sign_text
 from sounds import a_tone, recorded, some_beeps, speech
@@ -45,6 +46,8 @@ class VisionHead(nn.Module):
         super().__init__()
         self.things = nn.Linear(width, len(NAMES) * 4)
         self.letters = nn.Linear(width, LONGEST * len(LETTERS))
+        with torch.no_grad():
+            self.things.bias[::4] = -5.0  # a cell holds hardly any of the names
 
     def forward(self, soft: Tensor) -> tuple[Tensor, Tensor]:
         """[n, cells, D] -> things [n, cells, names, 4] and letters [n, LONGEST, letters]."""
@@ -177,8 +180,8 @@ def main() -> None:
     network = Network(flags.folder)
     encoder = Encoder(flags.folder, network.config)
     stage = Stage(network, flags.kind)
-    optimizer = torch.optim.AdamW(stage.parameters(), lr=flags.lr, betas=(0.9, 0.98), weight_decay=0.0)
-    step = load(flags.state, stage, optimizer) if flags.state.exists() else 0
+    optimizers = made_optimizers(stage)
+    step = load(flags.state, stage, optimizers) if flags.state.exists() else 0
 
     def passed(rng: random.Random, count: int, held_out: bool) -> tuple:
         if flags.kind == "vision":
@@ -188,12 +191,13 @@ def main() -> None:
     began, sums = time.time(), np.zeros(3)
     while step < flags.steps:
         loss, *shares = passed(random.Random(f"{flags.seed} {step}"), flags.examples, held_out=False)
-        optimizer.zero_grad()
+        stage.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(stage.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = flags.lr * min((step + 1) / 100, 1.0, (flags.steps - step) / (flags.steps / 3))
-        optimizer.step()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = flags.lr * group["scale"] * min((step + 1) / 100, 1.0, 3 * (1 - step / flags.steps))
+            optimizer.step()
         step += 1
         sums[: 1 + len(shares)] += [loss.item(), *(share.item() for share in shares)]
         if step % 100 == 0 or step == flags.steps:
@@ -202,7 +206,7 @@ def main() -> None:
             entry = {"step": step, "seconds": round(time.time() - began), "train": (sums / 100).round(3).tolist(),
                      "held_out": [round(share.item(), 3) for share in held]}  # fmt: skip
             sums[:] = 0
-            save(flags.state, stage, optimizer, step)
+            save(flags.state, stage, optimizers, step)
             with flags.log.open("a") as log:
                 log.write(json.dumps(entry) + "\n")
 

@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from architecture import FFN, LAYERS, TEXT
+from architecture import FFN, LAYERS
 from network import Network, prepared
+from optimizers import made_optimizers
 from packing import Encoder, mixture, pack
 from pictures import SEEING
 from reading import READING
@@ -95,12 +96,8 @@ def train(arguments: argparse.Namespace, generators: Mapping[str, Generator]) ->
         for name, parameter in network.named_parameters():
             if name.startswith(prefix):
                 parameter.requires_grad_(False)
-    # The router norm's weight holds a factor of 1 / hidden_size, so it moves in steps that are as much smaller.
-    fine = [p for n, p in network.named_parameters() if "router_norm" in n and p.requires_grad]
-    rest = [p for n, p in network.named_parameters() if "router_norm" not in n and p.requires_grad]
-    groups = [{"params": rest, "scale": 1.0}, {"params": fine, "scale": 1 / TEXT["hidden_size"]}]
-    optimizer = torch.optim.AdamW(groups, lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.0)
-    step = load(arguments.state, network, optimizer) if arguments.state.exists() else 0
+    optimizers = made_optimizers(network)
+    step = load(arguments.state, network, optimizers) if arguments.state.exists() else 0
     weights = parsed(arguments.skills)
     began, losses = time.time(), list[float]()
     while step < arguments.steps:
@@ -109,12 +106,13 @@ def train(arguments: argparse.Namespace, generators: Mapping[str, Generator]) ->
         width, layers = drawn_slice(rng)
         logits = functional_call(network, prepared(network, width, arguments.rounded), (rows, layers))
         loss = F.cross_entropy(logits, rows.targets[rows.targets >= 0])
-        optimizer.zero_grad()
+        network.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([*rest, *fine], 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, arguments.steps, arguments.lr) * group["scale"]
-        optimizer.step()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, arguments.steps, arguments.lr) * group["scale"]
+            optimizer.step()
         step += 1
         if width == FFN and layers == ALL_LAYERS:
             losses.append(loss.item())
@@ -125,7 +123,7 @@ def train(arguments: argparse.Namespace, generators: Mapping[str, Generator]) ->
                 entry |= {
                     name: round(accuracy(network, encoder, generators[name], arguments.held_out), 3) for name in weights
                 }
-                save(arguments.state, network, optimizer, step)
+                save(arguments.state, network, optimizers, step)
             with arguments.log.open("a") as log:
                 log.write(json.dumps(entry) + "\n")
 

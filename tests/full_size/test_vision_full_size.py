@@ -36,7 +36,7 @@ def test_features_are_timms(tmp_path):
     for package in ("torch", "timm", "torchvision", "mlx"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
-    folder = write_random_vision(tmp_path / "checkpoint", TESTS.parent / "g3n_mlx" / "demo", None)
+    folder = write_random_vision(tmp_path / "checkpoint", TESTS / "tiny-gemma3n", None)
     features = {}
     for network in ("timm", "torch", "mlx"):
         output = tmp_path / f"{network}.npy"
