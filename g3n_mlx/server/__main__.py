@@ -3,8 +3,10 @@
 import argparse
 import ipaddress
 import logging
+import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EXPECTED_FAILURES as error:
         log.error("%s", " ".join(str(error).split()) or type(error).__name__)
         return 1
+    except KeyboardInterrupt:  # while the model was read
+        return 130
     return 0
 
 
@@ -46,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--served-model-name", metavar="NAME", help="id in /v1/models; default: the folder's name")
     access = parser.add_argument_group("access")
     access.add_argument("--host", default="127.0.0.1", help="address to listen at; default: 127.0.0.1, this machine")
-    access.add_argument("--port", type=int, default=8080, help="0 takes a free one; default: 8080")
+    access.add_argument("--port", type=_port, default=8080, help="0 takes a free one; default: 8080")
     access.add_argument("--api-key", metavar="KEY", help="what requests must bring as Authorization: Bearer KEY")
     access.add_argument("--allow-host", metavar="NAME", action="append", default=[], help="a name of this server")
     access.add_argument(
@@ -79,6 +83,13 @@ def _count(text: str) -> int:
     return value
 
 
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**16:
+        raise argparse.ArgumentTypeError(f"{value} is not from 0 to 65535")
+    return value
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -107,6 +118,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     from g3n_mlx.server.models import ModelTable
     from g3n_mlx.server.scheduler import Scheduler
 
+    listener = _bound(arguments.host, arguments.port)
     if arguments.api_key is None and not _is_loopback(arguments.host):
         log.warning("listening at %s without --api-key: whoever reaches this machine can use it", arguments.host)
     limits = Limits(
@@ -119,7 +131,7 @@ def _serve(arguments: argparse.Namespace) -> None:
             allowed_hosts=frozenset(host.lower() for host in arguments.allow_media_host),
             max_bytes=arguments.max_body << 20,
             max_pixels=64_000_000,
-            max_seconds=3600.0,
+            max_seconds=1800.0,
             timeout_s=30.0,
             max_redirects=3,
         ),
@@ -141,15 +153,34 @@ def _serve(arguments: argparse.Namespace) -> None:
         max_body_bytes=arguments.max_body << 20,
     )
     log.info("%s on %s (%s): %s", model.name, model.backend, model.device, ", ".join(table.ids))
-    uvicorn.run(
+    config = uvicorn.Config(
         create_app(engine, table, policy),
-        host=arguments.host,
-        port=arguments.port,
         log_level=arguments.log_level,
         log_config=None,
         server_header=False,
         timeout_graceful_shutdown=arguments.drain_timeout,
     )
+    host, port = listener.getsockname()[:2]
+    log.info("listening at http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    with suppress(KeyboardInterrupt):  # that it was interrupted, uvicorn says once more after its shutdown
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket at the address, before the model is read: a port that is taken should not cost that time.
+
+    It does not listen yet, so clients are refused until the model can answer.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    bound = socket.socket(family, kind, protocol)
+    if sys.platform != "win32":  # there it would let several servers take one port
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise OSError(f"can't listen at {host}:{port}: {error.strerror}; is another server there? --port") from None
+    return bound
 
 
 def _load(arguments: argparse.Namespace) -> "Gemma3n":

@@ -1,6 +1,7 @@
 """The app: routes, the gate before them, and every error in OpenAI's shape."""
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from importlib.resources import files
@@ -16,7 +17,6 @@ from g3n_mlx.server import chat, completions, models, transcriptions
 from g3n_mlx.server.engine import Engine
 from g3n_mlx.server.errors import ApiError
 from g3n_mlx.server.gate import Gate, GatePolicy
-from g3n_mlx.server.metrics import Metrics
 from g3n_mlx.server.models import ModelTable
 
 # The page brings its own script and style, and speaks to nobody but this server.
@@ -25,6 +25,10 @@ PAGE_POLICY = (
     "img-src 'self' data: blob:; media-src 'self' data: blob:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
 )
+# What a request may take beyond its time limit, which the model's part of it keeps by itself.
+SLACK_S = 30.0
+# A step of the path to a mistake that is a field of ours, not pydantic's name of a type.
+_FIELD = re.compile(r"(?!(?:str|int|float|bool|dict)$)[a-z_]+(\[\])?")
 
 
 def create_app(engine: Engine, table: ModelTable, policy: GatePolicy) -> ASGIApp:
@@ -45,7 +49,7 @@ def create_app(engine: Engine, table: ModelTable, policy: GatePolicy) -> ASGIApp
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, no_route)
     app.add_exception_handler(Exception, failed)
-    return Counted(Gate(app, policy), engine.metrics)
+    return Bounded(Gate(app, policy), engine)
 
 
 async def page() -> HTMLResponse:
@@ -60,13 +64,17 @@ async def refused(_: Request, error: Any) -> Response:
 
 
 async def invalid(_: Request, error: Any) -> Response:
-    """A body that does not fit its schema: 400 with the place of the first mistake, as OpenAI has it."""
-    first = error.errors()[0]
+    """A body that does not fit its schema: 400 with the place of a mistake, as OpenAI has it."""
+    # Where a value may be of several types there is an error for each: the deepest one is of the type that was meant.
+    found = max(error.errors(), key=lambda one: len(one["loc"]))
     place = ""
-    for step in first["loc"][1:]:
-        place += f"[{step}]" if isinstance(step, int) else f".{step}"
-    place = place.lstrip(".")
-    return ApiError(400, f"{place or 'the body'}: {first['msg']}", param=place or None).response()
+    for step in found["loc"][1:]:
+        if isinstance(step, int):
+            place += f"[{step}]"
+        elif _FIELD.fullmatch(step):
+            place += f".{step}"
+    place = place.lstrip(".")[:200]
+    return ApiError(400, f"{place or 'the body'}: {found['msg']}", param=place or None).response()
 
 
 async def no_route(_: Request, error: Any) -> Response:
@@ -79,22 +87,40 @@ async def failed(_: Request, error: Any) -> Response:
     return ApiError(500, f"the server failed on this request: {type(error).__name__}; its log has more").response()
 
 
-class Counted:
-    """Counts answers by path and status."""
+class Bounded:
+    """Counts answers by path and status, and ends those that take too long for a reason outside of the model.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    The model's own part ends in time by itself; here ends what waits for a client that neither sends nor reads.
+    """
+
+    def __init__(self, app: ASGIApp, engine: Engine) -> None:
         self._app = app
-        self._metrics = metrics
+        self._metrics = engine.metrics
+        self._timeout_s = engine.limits.request_timeout_s + SLACK_S
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes the request on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun = False
 
         async def counted(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 # By route, not by path: a client must not be able to make up new labels.
                 route = scope.get("route")
                 path = "other" if route is None else route.path
                 self._metrics.requests.labels(path, str(message["status"])).inc()
             await send(message)
 
-        await self._app(scope, receive, counted)
+        limit = asyncio.timeout(self._timeout_s)
+        try:
+            async with limit:
+                await self._app(scope, receive, counted)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            if not begun:
+                await ApiError(408, "the request did not arrive in time").response()(scope, receive, counted)

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Annotated, Any, TypeVar
@@ -22,14 +23,15 @@ from g3n_mlx.model import Gemma3n
 from g3n_mlx.prompt import Prompt
 from g3n_mlx.server.errors import CLIENT_GONE, ApiError
 from g3n_mlx.server.metrics import Metrics
-from g3n_mlx.server.scheduler import DONE, Answer, Expired, Job, Scheduler
+from g3n_mlx.server.scheduler import DONE, Answer, Ended, Expired, Job, Scheduler
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-# Media are opened by few threads: one picture of the largest size takes a gigabyte on its way.
-OPENING_THREADS = 2
+# Media are opened by few threads: one picture of the largest size takes a gigabyte on its way. Text has threads of its
+# own, so that it does not wait for a slow host.
+MEDIA_THREADS, TEXT_THREADS = 4, 2
 RETRY_AFTER_S = 2  # the openai client waits that long and tries again, twice
 
 
@@ -52,7 +54,8 @@ class Engine:
         self.limits = limits
         self.metrics = metrics
         self._turns = 0
-        self.openers = ThreadPoolExecutor(OPENING_THREADS, thread_name_prefix="media")
+        self.media_threads = ThreadPoolExecutor(MEDIA_THREADS, thread_name_prefix="media")
+        self.text_threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
 
     @cached_property
     def grammars(self) -> Grammars:
@@ -79,7 +82,8 @@ class Engine:
 
     def close(self) -> None:
         """Waits for the jobs that are left, and ends all threads."""
-        self.openers.shutdown(cancel_futures=True)
+        self.media_threads.shutdown(cancel_futures=True)
+        self.text_threads.shutdown(cancel_futures=True)
         self.scheduler.close()
 
 
@@ -92,14 +96,15 @@ class Turn:
         self.deadline = self.arrived + engine.limits.request_timeout_s
         self._jobs: list[Job] = []
 
-    async def opened(self, work: Callable[[], T], param: str) -> T:
+    async def opened(self, work: Callable[[], T], param: str, *, media: bool = False) -> T:
         """The result of work that neither the event loop nor the model may wait for: it runs in a thread of its own.
 
-        Its ValueError becomes an ApiError 400 about a parameter of the request.
+        media: whether it may fetch or decode some. Its ValueError becomes an ApiError 400 about a parameter.
         """
+        threads = self.engine.media_threads if media else self.engine.text_threads
         try:
             async with asyncio.timeout(self.deadline - time.monotonic()):
-                return await asyncio.get_running_loop().run_in_executor(self.engine.openers, work)
+                return await asyncio.get_running_loop().run_in_executor(threads, work)
         except TimeoutError:
             raise self.too_late() from None
         except ValueError as error:
@@ -111,14 +116,17 @@ class Turn:
 
     async def prepared(self, messages: Sequence[dict[str, Any]], param: str = "messages") -> Prompt:
         """The prompt of some messages, their media fetched and opened; raises ApiError 400 when that can't be done."""
-        return await self.opened(partial(self.engine.model.prepare, messages, self.engine.limits.policy), param)
+        media = any(part["type"] != "text" for message in messages for part in message["content"])
+        work = partial(self.engine.model.prepare, messages, self.engine.limits.policy)
+        return await self.opened(work, param, media=media)
 
     async def run(self, tasks: Sequence[Answer]) -> AsyncIterator[tuple[int, Any]]:
         """The steps of several tasks as they come, each with its task's index. Raises ApiError."""
         loop, steps = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Any]]()
 
         def deliver(index: int, step: Any) -> None:
-            loop.call_soon_threadsafe(steps.put_nowait, (index, step))
+            with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+                loop.call_soon_threadsafe(steps.put_nowait, (index, step))
 
         for index, task in enumerate(tasks):
             job = Job(task, partial(deliver, index), self.arrived, self.deadline)
@@ -129,7 +137,7 @@ class Turn:
             index, step = await steps.get()
             if step is DONE:
                 left -= 1
-            elif isinstance(step, Exception):
+            elif isinstance(step, BaseException):
                 raise self._refused(step)
             else:
                 yield index, step
@@ -144,13 +152,15 @@ class Turn:
         limit = self.engine.limits.request_timeout_s
         return ApiError(503, f"the answer was not complete after {limit:g} s, this server's limit", code="timeout")
 
-    def _refused(self, error: Exception) -> ApiError:
+    def _refused(self, error: BaseException) -> ApiError:
         if isinstance(error, PromptTooLong):
             return ApiError(400, str(error), param="messages", code="context_length_exceeded")
         if isinstance(error, GrammarError):
             return ApiError(400, str(error), param="response_format")
         if isinstance(error, Expired):
             return self.too_late()
+        if isinstance(error, Ended):
+            return ApiError(503, "the server is shutting down", code="shutting_down")
         log.error("a request failed", exc_info=error)
         return ApiError(500, f"the model failed on this request: {type(error).__name__}; the server's log has more")
 

@@ -32,8 +32,14 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The JSON that OpenAI's clients read."""
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        param = None if self.param is None else _sendable(self.param)
+        return {"error": {"message": _sendable(self.message), "type": kind, "param": param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         """The whole answer."""
         return JSONResponse(self.body(), self.status, headers=self.headers)
+
+
+def _sendable(text: str) -> str:
+    """The text without half characters: JSON may bring them in, UTF-8 can't take them out."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

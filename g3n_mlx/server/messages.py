@@ -9,14 +9,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from g3n_mlx.server import tools
-from g3n_mlx.server.schemas import Message
+from g3n_mlx.server.errors import ApiError
+from g3n_mlx.server.schemas import MAX_MEDIA_COST, MEDIA_COSTS, MediaUrl, Message, Part
 
 Turns = list[dict[str, Any]]
 SEPARATOR = "\n\n"
 
 
 def conversation(messages: Sequence[Message], tools_text: str | None) -> Turns:
-    """The messages that `Gemma3n.prepare` takes. tools_text: what the system text says about tools."""
+    """The messages that `Gemma3n.prepare` takes. tools_text: what the system text says about tools.
+
+    Raises ApiError 400 on more media than a request may bring.
+    """
+    check_media(messages)
     turns: Turns = []
     if tools_text:
         turns.append({"role": "system", "content": [text_part(tools_text)]})
@@ -40,14 +45,38 @@ def parts(message: Message) -> list[dict[str, Any]]:
     if isinstance(message.content, str):
         content = [text_part(message.content)]
     else:
-        content = [
-            text_part(part) if isinstance(part, str) else part.model_dump(exclude_unset=True)
-            for part in message.content or []
-        ]
+        content = [text_part(part) if isinstance(part, str) else part_fields(part) for part in message.content or []]
     if message.tool_calls:
         calls = [(call.function.name, call.function.arguments) for call in message.tool_calls]
         content = joined(content, [text_part(tools.calls_text(calls))])
     return content
+
+
+def part_fields(part: Part) -> dict[str, Any]:
+    """A part as `Gemma3n.prepare` takes it: of what a stranger sends, only what is known goes on."""
+    fields: dict[str, Any] = {"type": part.type}
+    if part.type == "text":
+        fields["text"] = part.text
+    elif part.type == "input_audio":
+        fields["input_audio"] = None if part.input_audio is None else {"data": part.input_audio.data}
+    elif part.type in MEDIA_COSTS:
+        value = getattr(part, part.type)
+        fields[part.type] = value.url if isinstance(value, MediaUrl) else value
+    else:
+        known = ", ".join(["text", *MEDIA_COSTS])
+        raise ApiError(400, f"the part type {part.type!r:.80} is unknown; known are {known}", param="messages")
+    return fields
+
+
+def check_media(messages: Sequence[Message]) -> None:
+    """Raises ApiError 400 on more media than a request may bring."""
+    parts = (part for message in messages if isinstance(message.content, list) for part in message.content)
+    cost = sum(MEDIA_COSTS.get(part.type, 0) for part in parts if isinstance(part, Part))
+    if cost > MAX_MEDIA_COST:
+        costs = ", ".join(f"{name} {one}" for name, one in MEDIA_COSTS.items())
+        raise ApiError(
+            400, f"the media cost {cost}, expected at most {MAX_MEDIA_COST} ({costs}): send fewer", param="messages"
+        )
 
 
 def joined(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ caches stay below their limit; idle ones in the prefix cache give way.
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -28,6 +28,10 @@ class Expired(Exception):
     """The request's time was over before its answer was complete."""
 
 
+class Ended(Exception):
+    """The scheduler has ended."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What a request asks of the model: to score its prompt's tokens, to answer it, or first one, then the other."""
@@ -42,20 +46,13 @@ class Answer:
         answer_tokens = 0 if self.params is None else self.params.max_tokens or context_tokens
         return min(len(self.prompt.token_ids) + answer_tokens, context_tokens)
 
-    def steps(self, model: Gemma3n, conversation: Conversation) -> Iterator[Step]:
-        """Scores part by part, then chunks; None where there is nothing to tell."""
-        if self.scored is not None:
-            yield from model.score(self.prompt, self.scored)
-        if self.params is not None:
-            yield from model.answer(conversation, self.prompt, self.params, self.constraint)
-
 
 @dataclass(slots=True, eq=False)
 class Job:
     """A task on its way through the scheduler. `stopped` may be set by any thread, the rest is the scheduler's."""
 
     task: Answer
-    deliver: Callable[[Any], None]  # given every step, and at the end DONE or an exception
+    deliver: Callable[[Any], None]  # given every step, and at the end DONE or an exception; raises nothing
     arrived: float  # time.monotonic()
     deadline: float
     stopped: bool = False
@@ -83,7 +80,7 @@ class Scheduler:
         self._metrics = metrics
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
-        self._closing = False
+        self._closing = self._ended = False
         self._running: list[Running] = []
         self._model: Gemma3n | None = None
         self._failure: Exception | None = None
@@ -107,8 +104,11 @@ class Scheduler:
     def submit(self, job: Job) -> None:
         """Puts a job into the queue."""
         with self._changed:
-            self._waiting.append(job)
-            self._changed.notify()
+            if not self._ended:
+                self._waiting.append(job)
+                self._changed.notify()
+                return
+        job.deliver(Ended())
 
     def close(self) -> None:
         """Finishes every job that was not stopped, and ends the thread."""
@@ -130,15 +130,27 @@ class Scheduler:
         with self._changed:
             self._model = model
             self._changed.notify()
-        while self._work_or_end():
-            self._admit(model)
-            self._round()
+        try:
+            while self._work_or_end():
+                self._admit(model)
+                self._round()
+        finally:
+            self._end()
 
     def _work_or_end(self) -> bool:
         """Waits for something to do; False when there is nothing more to come."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._running or self._closing)
             return bool(self._waiting or self._running)
+
+    def _end(self) -> None:
+        """Nobody waits for a thread that is no more; there is nobody left unless it failed."""
+        with self._changed:
+            self._ended = True
+            jobs = [running.job for running in self._running] + list(self._waiting)
+            self._waiting.clear()
+        for job in jobs:
+            job.deliver(Ended())
 
     def _admit(self, model: Gemma3n) -> None:
         """Starts waiting jobs in their order, as many as the limits allow; one always."""
@@ -148,7 +160,10 @@ class Scheduler:
             admitted: list[tuple[Job, int]] = []
             reserved = sum(running.reserved_bytes for running in self._running)
             while self._waiting and len(self._running) + len(admitted) < self._parallel:
-                wanted = self._size.nbytes_at(self._waiting[0].task.tokens(context_tokens))
+                task = self._waiting[0].task
+                wanted = self._size.nbytes_at(task.tokens(context_tokens))
+                if task.scored is not None and task.params is not None:
+                    wanted += self._size.nbytes_at(len(task.prompt.token_ids))  # scores have a cache of their own
                 if (self._running or admitted) and reserved + wanted > self._cache_bytes:
                     break
                 reserved += wanted
@@ -171,20 +186,25 @@ class Scheduler:
             self._step(running)
 
     def _steps(self, running: Running, model: Gemma3n) -> Generator[Any, None, None]:
+        """Scores part by part, then chunks; None where there is nothing to tell."""
         task = running.job.task
-        others = [other.conversation for other in self._running if other.conversation is not None]
-        running.conversation = self._prefixes.take(task.prompt.identity, others)
+        if task.params is not None:
+            others = [other.conversation for other in self._running if other.conversation is not None]
+            running.conversation = self._prefixes.take(task.prompt.identity, others)
         self._account()
-        yield from task.steps(model, running.conversation)
+        if task.scored is not None:
+            yield from model.score(task.prompt, task.scored)
+        if task.params is not None and running.conversation is not None:
+            yield from model.answer(running.conversation, task.prompt, task.params, task.constraint)
 
     def _step(self, running: Running) -> None:
         job = running.job
         try:
             step = self._next(running)
-        except Exception as error:  # noqa: BLE001 - whatever befalls one request, the others go on
+        except BaseException as error:  # noqa: BLE001 - whatever befalls one request, a panic in Rust say, others go on
             # Its cache may be half written, so nobody gets it.
             step = error
-        if step is DONE or isinstance(step, Exception):
+        if step is DONE or isinstance(step, BaseException):
             self._running.remove(running)
             self._account()
         else:
@@ -210,9 +230,10 @@ class Scheduler:
         self._metrics.running.set(len(self._running))
 
     def _measure(self, running: Running, step: Any) -> None:
-        if not isinstance(step, Chunk):
-            return
         now, metrics = time.monotonic(), self._metrics
+        if not isinstance(step, Chunk):
+            metrics.prompt_tokens.inc(len(step or ()) if running.job.task.params is None else 0)
+            return
         if step.token is not None:
             if running.last_token is None:
                 metrics.first_token.observe(now - running.job.arrived)

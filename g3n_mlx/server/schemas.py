@@ -15,6 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 MAX_CHOICES = 8
 MAX_MESSAGES = 4096
 MAX_PARTS = 256  # of one message
+# What media of one request may cost at most, counted in pictures. As many fill the published context, opened they take
+# 220 MB; a sound or a video is as long as it likes, within the limit of its duration.
+MAX_MEDIA_COST = 128
+MEDIA_COSTS = {"image_url": 1, "audio_url": 16, "input_audio": 16, "video_url": 16}
 MAX_TOOLS = 128
 MAX_PROMPTS = 256  # of one completions request
 MAX_TOP_LOGPROBS = 20
@@ -23,8 +27,8 @@ MAX_STOPS = 16
 
 Penalty = Annotated[FiniteFloat, Field(ge=-2, le=2)]
 Tokens = Annotated[int, Field(ge=1, le=2**31)]
-Bias = Annotated[FiniteFloat, Field(ge=-100, le=100)]
 TokenId = Annotated[int, Field(ge=0, le=2**31)]
+Bias = Annotated[FiniteFloat, Field(ge=-100, le=100)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
@@ -59,9 +63,7 @@ class SamplingFields(Wire):
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     repetition_penalty: Annotated[FiniteFloat, Field(ge=0.01, le=100)] | None = None
-    logit_bias: (
-        Annotated[dict[TokenId, Annotated[FiniteFloat, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)] | None
-    ) = None
+    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=MAX_BIASES)] | None = None
     seed: Seed | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None

@@ -7,7 +7,7 @@ Source of the questions' wording: "Audio understanding" of Gemma's documentation
 
 import json
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Form, Request, UploadFile
@@ -22,6 +22,7 @@ from g3n_mlx.server.stream import END_OF_STREAM, SSE, first_of, sampling_params,
 
 # Of a clip of half a minute nobody says more, so an answer that runs away ends here.
 CLIP_TOKENS = 512
+MAX_SOUND_S = 4 * 3600.0  # of one file, half a gigabyte an hour while it is decoded; chat messages have a limit below
 LANGUAGES = {
     "ar": "Arabic", "bn": "Bengali", "cs": "Czech", "da": "Danish", "de": "German", "el": "Greek", "en": "English",
     "es": "Spanish", "fa": "Persian", "fi": "Finnish", "fr": "French", "he": "Hebrew", "hi": "Hindi",
@@ -111,10 +112,11 @@ class _Work:
     async def deltas(self, data: bytes) -> AsyncIterator[str]:
         """The words as they come; an empty text, if nothing else, at the end of each clip."""
         engine = self._turn.engine
-        split = lambda: engine.model.split_audio(Audio(data), engine.limits.policy)  # noqa: E731
+        policy = replace(engine.limits.policy, max_seconds=MAX_SOUND_S)
         options = {"temperature": 0.0 if self._temperature < 1e-3 else self._temperature, "logprobs": True}
         params = sampling_params(engine.model, **options, max_tokens=CLIP_TOKENS)
-        for start_s, end_s, clip in await self._turn.opened(split, "file"):
+        clips = await self._turn.opened(lambda: engine.model.split_audio(Audio(data), policy), "file", media=True)
+        for start_s, end_s, clip in clips:
             content = [{"type": "text", "text": self._question}, {"type": "audio", "audio": clip}]
             prompt = await self._turn.prepared([{"role": "user", "content": content}], "file")
             segment = Segment(start_s, end_s, "", [], [])

@@ -34,9 +34,7 @@ def ask(client, messages=HELLO, **options):
 
 
 def text_of(chunks, index=0):
-    return "".join(
-        choice.delta.content or "" for chunk in chunks for choice in chunk.choices if choice.index == index
-    )
+    return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices if choice.index == index)
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +225,12 @@ def test_json_object(client):
 
 
 leaves = st.sampled_from(
-    [{"type": "boolean"}, {"type": "null"}, {"enum": ["red", 3, None]}, {"type": "integer", "minimum": 0, "maximum": 99}]
+    [
+        {"type": "boolean"},
+        {"type": "null"},
+        {"enum": ["red", 3, None]},
+        {"type": "integer", "minimum": 0, "maximum": 99},
+    ]
 )
 schemas = st.recursive(
     leaves,
