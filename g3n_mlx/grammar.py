@@ -70,12 +70,12 @@ class Grammars:
 
         Raises GrammarError saying why when the schema is invalid, unsatisfiable, too large, or uses what can't be kept.
         """
-        return self._constraint(f"start: {self.inline(schema)}")
+        return self._constraint("schema", f"start: {self.inline(schema)}")
 
     def regex(self, pattern: str) -> "Constraint":
         """Text that a regex matches as a whole, in the syntax of Rust's regex crate. Raises GrammarError."""
         self._check_length("regex", pattern)
-        return self._constraint(self._llguidance.LLMatcher.grammar_from_regex(_utf8("regex", pattern)))
+        return self._constraint("regex", self._llguidance.LLMatcher.grammar_from_regex(_utf8("regex", pattern)))
 
     def lark(self, grammar: str) -> "Constraint":
         """Text of a context-free grammar in llguidance's dialect of Lark, from its rule `start` on.
@@ -83,7 +83,7 @@ class Grammars:
         Raises GrammarError.
         """
         self._check_length("grammar", grammar)
-        return self._constraint(_utf8("grammar", grammar))
+        return self._constraint("grammar", _utf8("grammar", grammar))
 
     def inline(self, schema: Mapping[str, Any] | bool, *, lenient: bool = False) -> str:
         """JSON of a schema as a piece of a Lark grammar. lenient: keywords that can't be kept are left out of account.
@@ -95,7 +95,7 @@ class Grammars:
         _check_depth(schema, self.limits.depth)
         options = {"x-guidance": {"whitespace_pattern": WHITE_SPACE, "lenient": lenient}}
         try:
-            text = json.dumps(options if schema is True else {**schema, **options}, allow_nan=False)
+            text = json.dumps(options if schema is True else {**_with_kept_ranges(schema), **options}, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise GrammarError(f"the schema is not JSON: {error}") from None
         self._check_length("schema", text)
@@ -107,13 +107,13 @@ class Grammars:
                 f"the {kind} has {len(text)} characters, expected at most {self.limits.characters}: make it smaller"
             )
 
-    def _constraint(self, grammar: str) -> "Constraint":
+    def _constraint(self, kind: str, grammar: str) -> "Constraint":
         matcher = self._llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._parser_limits)
         if matcher.is_error():
-            raise GrammarError(f"the grammar can't be used: {_reason(matcher.get_error())}")
+            raise GrammarError(f"the {kind} can't be used: {_reason(matcher.get_error())}")
         constraint = Constraint(matcher, self.width, self._reachable)
         if not constraint.mask().any():
-            raise GrammarError("the grammar can't be used: there is no text that follows it")
+            raise GrammarError(f"the {kind} can't be used: there is no text that follows it")
         return constraint
 
 
@@ -191,9 +191,61 @@ def _utf8(kind: str, text: str) -> str:
 def _inner(value: Any) -> Iterable[Any]:
     if isinstance(value, Mapping):
         return value.values()
-    return value if isinstance(value, (list, tuple)) else ()
+    return value if _is_list(value) else ()
+
+
+def _with_kept_ranges(schema: Any) -> Any:
+    """A copy of a schema whose ranges llguidance keeps.
+
+    Of a range inside one unit, as above 0 and at most 0.5, llguidance 1.9 lets the whole number in although it is
+    excluded: here such a range begins a billionth further in.
+    """
+    if not isinstance(schema, Mapping):
+        return schema
+    copy = dict(schema)
+    for key, value in schema.items():
+        if key in _NAMED_SCHEMAS and isinstance(value, Mapping):
+            copy[key] = {name: _with_kept_ranges(inner) for name, inner in value.items()}
+        elif key in _SCHEMAS:
+            copy[key] = [_with_kept_ranges(inner) for inner in value] if _is_list(value) else _with_kept_ranges(value)
+    low = [schema[key] for key in ("minimum", "exclusiveMinimum") if _is_bound(schema.get(key))]
+    high = [schema[key] for key in ("maximum", "exclusiveMaximum") if _is_bound(schema.get(key))]
+    if low and high and max(low) < min(high) <= max(low) + 1:
+        if max(low) == schema.get("exclusiveMinimum"):
+            copy["minimum"] = copy.pop("exclusiveMinimum") + 1e-9
+        if min(high) == schema.get("exclusiveMaximum"):
+            copy["maximum"] = copy.pop("exclusiveMaximum") - 1e-9
+    return copy
+
+
+# Where a schema has further schemas.
+_SCHEMAS = {"items", "prefixItems", "additionalItems", "additionalProperties", "allOf", "anyOf", "oneOf"}
+_NAMED_SCHEMAS = {"properties", "patternProperties", "$defs", "definitions"}
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _is_bound(value: Any) -> bool:
+    """Whether it is a number, and so small that a billionth further is another one."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e6
 
 
 def _reason(error: str) -> str:
-    """The first line of llguidance's message, which goes on with the grammar and its own state."""
-    return error.strip().partition("\n")[0][:500]
+    """The first line of llguidance's message, a regex's reason behind it; the grammar and its own state come after."""
+    first, _, rest = error.strip().partition("\n")
+    for theirs, ours in _WORDINGS.items():
+        first = first.replace(theirs, ours)
+    if first.endswith(":"):
+        first += "".join(line.removeprefix("error:") for line in rest.splitlines() if line.startswith("error:"))
+    return first[:500]
+
+
+_WORDINGS = {
+    "at 1(8): ": "",  # where in the grammar that it became part of the schema stands
+    "failed to compile JSON schema: ": "",
+    "oneOf constraints are not supported. Enable 'coerce_one_of' option to approximate oneOf with anyOf": (
+        "oneOf of schemas that the same value may follow is not supported: use anyOf"
+    ),
+}
