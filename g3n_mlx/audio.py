@@ -17,6 +17,7 @@ import numpy as np
 
 from g3n_mlx.audio_config import AudioConfig
 from g3n_mlx.config_file import Fields
+from g3n_mlx.containers import check_whole, import_av, open_container
 from g3n_mlx.fetch import FetchPolicy, fetch
 
 # Source: feature_extraction_gemma3n.py, `__call__`: max_length and pad_to_multiple_of have no key in the config.
@@ -27,11 +28,8 @@ MAX_RATE = 1_000_000  # in Hz; no sound that is meant to be heard comes near
 _BLOCK_FRAMES = 1 << 17
 # Quiet places are looked for in stretches of 100 ms, shorter than most pauses between words.
 _QUIET_S, _QUIET_STEP_S = 0.1, 0.01
-# Containers of sound and video that PyAV may open; playlists and other formats that name further files stay out.
-CONTAINERS = (
-    "aac,ac3,aiff,amr,asf,avi,caf,eac3,flac,flv,m4v,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mp3,mpeg,mpegts,mpegvideo,"
-    "ogg,opus,wav,wv"
-)
+# What libsndfile says of a FLAC whose writer did not know its length.
+_UNKNOWN_FRAMES = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,17 +223,24 @@ def decode(data: bytes, rate: int, policy: FetchPolicy) -> np.ndarray:
 
     if not data:
         raise ValueError("the sound has no bytes")
+    check_whole(data)
     try:
         opened = soundfile.SoundFile(io.BytesIO(data))
     except (soundfile.LibsndfileError, TypeError):  # TypeError: it takes the bytes for headerless samples
         return _decode_with_av(data, rate, policy)
     with opened as file:
-        mono = _Mono(file.samplerate, rate, policy)
+        if file.frames >= _UNKNOWN_FRAMES:
+            return _decode_with_av(data, rate, policy)
+        mono, left = _Mono(file.samplerate, rate, policy), file.frames
         try:
-            for block in file.blocks(_BLOCK_FRAMES, dtype="float32", always_2d=True):
+            # Not file.blocks(): it hands out stale samples where a damaged file holds less than it says.
+            while len(block := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
                 mono.add(block)
+                left -= len(block)
         except soundfile.LibsndfileError as error:
             raise ValueError(f"the sound is damaged or cut off: {error.error_string}") from None
+        if left > 0:
+            raise ValueError(f"the sound is damaged or cut off: {left / file.samplerate:.1f} s of it are missing")
         return mono.finish()
 
 
@@ -265,27 +270,6 @@ def sound_track(data: bytes, rate: int, policy: FetchPolicy) -> tuple[float, np.
         except av.FFmpegError as error:
             raise ValueError(f"the sound is damaged or cut off: {error.strerror}") from None
         return None if mono is None else (start_s, mono.finish())
-
-
-def import_av(found: str) -> Any:
-    """PyAV; raises ValueError naming the extra when it is not installed."""
-    try:
-        import av
-    except ImportError:
-        raise ValueError(
-            f"the file is {found}: M4A, AAC, Opus and videos need PyAV: pip install 'g3n-mlx[video]'"
-        ) from None
-    return av
-
-
-def open_container(data: bytes) -> Any:
-    """A PyAV container of a file's bytes; raises ValueError when it is none of the known formats."""
-    av = import_av("a video")
-    try:
-        # No protocol at all: nothing in the file can make the demuxer open another file or a URL.
-        return av.open(io.BytesIO(data), options={"format_whitelist": CONTAINERS, "protocol_whitelist": "none"})
-    except (av.FFmpegError, ValueError) as error:
-        raise ValueError(f"not a sound or video in a known format, or damaged: {error}") from None
 
 
 class _Mono:

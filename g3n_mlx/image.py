@@ -7,6 +7,7 @@ Source: transformers, image_transforms.py `convert_to_rgb` and image_processing_
 
 import io
 import struct
+import warnings
 import zlib
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -74,7 +75,10 @@ class Image:
             return _to_rgb(pil.fromarray(source))
         if isinstance(source, str | Path):
             source = fetch(source, policy)
-        return _decode(source, policy) if isinstance(source, bytes) else _upright(source, policy)
+        with warnings.catch_warnings():
+            # Pillow warns of odd metadata, and at half the size that it refuses; the limit here is the policy's.
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            return _decode(source, policy) if isinstance(source, bytes) else _upright(source, policy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,13 +157,17 @@ def _decode(data: bytes, policy: FetchPolicy) -> np.ndarray:
     try:
         picture = pil.open(io.BytesIO(data), formats=["HEIF"] if heif else FORMATS)
     except pil.UnidentifiedImageError:
-        raise ValueError(f"not a picture in one of the formats {', '.join(FORMATS)}, HEIC") from None
+        raise ValueError(f"not a picture in one of the formats {', '.join(FORMATS)}, HEIC, or damaged") from None
     except pil.DecompressionBombError:
         raise ValueError(_too_many_pixels(policy)) from None
     except _DAMAGED as error:
-        raise ValueError(f"the picture is damaged: {error}") from None
+        raise ValueError(_damaged(error)) from None
     with picture:
         return _upright(picture, policy)
+
+
+def _damaged(error: BaseException) -> str:
+    return f"the picture is damaged: {' '.join(str(error).split()) or type(error).__name__}"
 
 
 def _register_heif() -> None:
@@ -178,7 +186,7 @@ def _upright(picture: "pil.Image", policy: FetchPolicy) -> np.ndarray:
     try:
         return _to_rgb(ImageOps.exif_transpose(picture))
     except _DAMAGED as error:
-        raise ValueError(f"the picture is damaged: {error}") from None
+        raise ValueError(_damaged(error)) from None
 
 
 def _to_rgb(picture: "pil.Image") -> np.ndarray:
@@ -186,6 +194,8 @@ def _to_rgb(picture: "pil.Image") -> np.ndarray:
 
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         return _deep_grey_to_rgb(np.asarray(picture))
+    if picture.mode == "La":  # Pillow converts it to nothing else
+        picture = picture.convert("LA")
     if "A" in picture.getbands() or "a" in picture.getbands() or picture.info.get("transparency") is not None:
         picture = picture.convert("RGBA")
         white = pil.new("RGBA", picture.size, (255, 255, 255, 255))

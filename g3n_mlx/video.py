@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from g3n_mlx.audio import import_av, open_container, sound_track
+from g3n_mlx.audio import sound_track
+from g3n_mlx.containers import check_whole, import_av, open_container
 from g3n_mlx.fetch import FetchPolicy, fetch
 
 _log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class Video:
         data = self._source if isinstance(self._source, bytes) else fetch(self._source, policy)
         if not data:
             raise ValueError("the video has no bytes")
+        check_whole(data)
         return data
 
     def frames(self, data: bytes, policy: FetchPolicy) -> Iterator[tuple[float, np.ndarray]]:

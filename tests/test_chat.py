@@ -157,7 +157,10 @@ def test_save_and_load(session, echo, tmp_path, capsys):
         ('{"messages": []}', "is no saved conversation"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "ends with a question"),
         ('{"messages": [{"role": "judge", "content": "a"}]}', "has the role 'judge'"),
-        ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', r"messages[0].content[0]: images"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
+            "messages[0].content[0]: the image part has none of the keys 'image', 'url', 'path' and 'base64'",
+        ),
     ],
 )
 def test_what_can_not_be_loaded_changes_nothing(session, tmp_path, capsys, content, expected):

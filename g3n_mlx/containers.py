@@ -1,0 +1,134 @@
+"""Files of sound and video: opened by PyAV, and seen to be whole.
+
+A decoder takes what is left of a file that was cut off for all of it, or fills up with silence; but nearly every
+format says how long it should be, and that is compared here. Lengths that a writer could not know (a pipe, a live
+recording) are taken as open. Sources: RIFF and AIFF chunks; RFC 3533 (Ogg); ISO 14496-12, 4.2 (boxes); RFC 8794
+(EBML); the Xing header as LAME writes it.
+"""
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+# Containers of sound and video that PyAV may open; playlists and other formats that name further files stay out.
+CONTAINERS = (
+    "aac,ac3,aiff,amr,asf,avi,caf,eac3,flac,flv,m4v,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mp3,mpeg,mpegts,mpegvideo,"
+    "ogg,opus,wav,wv"
+)
+# A RIFF length from here on is a placeholder: espeak-ng writes 0x7ffff000, FFmpeg 0xffffffff when they write to a pipe.
+_OPEN_RIFF_BYTES = 0x7FFF0000
+_EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
+
+
+def import_av(found: str) -> Any:
+    """PyAV; raises ValueError naming the extra when it is not installed."""
+    try:
+        import av
+    except ImportError:
+        raise ValueError(
+            f"the file is {found}: M4A, AAC, Opus and videos need PyAV: pip install 'g3n-mlx[video]'"
+        ) from None
+    return av
+
+
+def open_container(data: bytes) -> Any:
+    """A PyAV container of a file's bytes; raises ValueError when it is none of the known formats."""
+    av = import_av("a video")
+    try:
+        # No protocol at all: nothing in the file can make the demuxer open another file or a URL.
+        return av.open(io.BytesIO(data), options={"format_whitelist": CONTAINERS, "protocol_whitelist": "none"})
+    except (av.FFmpegError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"not a sound or video in a known format, or damaged: {reason}") from None
+
+
+def check_whole(data: bytes) -> None:
+    """Raises ValueError when a file of sound or video is shorter than it says itself."""
+    missing = _declared_bytes(data) - len(data)
+    if missing > 0:
+        raise ValueError(f"the file is cut off: at least {missing:,} bytes are missing of {missing + len(data):,}")
+
+
+def _declared_bytes(data: bytes) -> int:
+    """How long the file says it is at least; 0 when it does not."""
+    if data[:4] == b"RIFF":
+        return _riff_bytes(data)
+    if data[:4] == b"FORM":
+        return 8 + int.from_bytes(data[4:8], "big")
+    if data[:4] == b"OggS":
+        return _ogg_bytes(data)
+    if data[:4] == _EBML:
+        return _matroska_bytes(data)
+    if data[4:8] in (b"ftyp", b"moov", b"mdat"):
+        return max((stop for kind, stop in _boxes(data) if kind in (b"moov", b"mdat", b"moof")), default=0)
+    return _mp3_bytes(data)
+
+
+def _riff_bytes(data: bytes) -> int:
+    """The end of WAV's samples, or of an AVI; what stands behind the samples can't be missed."""
+    if data[8:12] != b"WAVE":
+        size = int.from_bytes(data[4:8], "little")
+        return 8 + size if size < _OPEN_RIFF_BYTES else 0
+    position = 12
+    while position + 8 <= len(data):
+        size = int.from_bytes(data[position + 4 : position + 8], "little")
+        if data[position : position + 4] == b"data":
+            return position + 8 + size if size < _OPEN_RIFF_BYTES else 0
+        position += 8 + size + size % 2
+    return 0
+
+
+def _ogg_bytes(data: bytes) -> int:
+    """The end of the last page."""
+    page = data.rfind(b"OggS")
+    if page + 27 > len(data):
+        return page + 27
+    lengths = page + 27 + data[page + 26]
+    return lengths + sum(data[page + 27 : lengths])
+
+
+def _boxes(data: bytes) -> Iterator[tuple[bytes, int]]:
+    """The outermost boxes of an MP4: the kind, and where it ends."""
+    position = 0
+    while position + 8 <= len(data):
+        size, kind = int.from_bytes(data[position : position + 4], "big"), data[position + 4 : position + 8]
+        if size == 1:
+            size = int.from_bytes(data[position + 8 : position + 16], "big")
+        if size < 8:  # 0 is a box without an end
+            return
+        position += size
+        yield kind, position
+
+
+def _matroska_bytes(data: bytes) -> int:
+    """The end of the segment, which holds everything behind the header."""
+    size, width = _ebml_size(data, 4)
+    segment = 4 + width + size
+    if data[segment : segment + 4] != _SEGMENT:
+        return 0
+    size, width = _ebml_size(data, segment + 4)
+    unknown = (1 << 7 * width) - 1
+    return 0 if size == unknown else segment + 4 + width + size
+
+
+def _ebml_size(data: bytes, position: int) -> tuple[int, int]:
+    """A length whose first bit set says in how many bytes it stands: the value, and the bytes."""
+    first = data[position] if position < len(data) else 0
+    width = 9 - first.bit_length()
+    return int.from_bytes(data[position : position + width], "big") & ((1 << 7 * width) - 1), width
+
+
+def _mp3_bytes(data: bytes) -> int:
+    """The end by the Xing header in the first frame; it may count a tag or two, so a hundredth is let go."""
+    start = 0
+    if data[:3] == b"ID3" and len(data) > 10:
+        start = 10 + sum((byte & 0x7F) << 7 * (3 - place) for place, byte in enumerate(data[6:10]))
+    frame = data[start : start + 64]
+    if len(frame) < 64 or frame[0] != 0xFF or frame[1] & 0xE0 != 0xE0:
+        return 0
+    mpeg_1, mono = frame[1] >> 3 & 3 == 3, frame[3] >> 6 == 3
+    tag = 4 + ((17 if mono else 32) if mpeg_1 else (9 if mono else 17))
+    if frame[tag : tag + 4] not in (b"Xing", b"Info") or not frame[tag + 7] & 2:
+        return 0
+    place = tag + 8 + (4 if frame[tag + 7] & 1 else 0)
+    return start + int.from_bytes(frame[place : place + 4], "big") * 99 // 100
