@@ -1,0 +1,348 @@
+"""Sound in every form and format, the log-mel frames, clips of long sound; and what is no sound."""
+
+import base64
+import contextlib
+import dataclasses
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from media_files import AV, LEFT_HZ, RIGHT_HZ, SNDFILE, sound_file, tones, video_file
+
+from g3n_mlx.audio import MAX_CLIP_SAMPLES, Audio, AudioProcessing, split_clips
+from g3n_mlx.config import ModelConfig
+from g3n_mlx.config_file import read_json
+from g3n_mlx.fetch import FetchPolicy
+
+ANY = FetchPolicy()
+RATE = 16_000
+NAMES = [*SNDFILE, *AV]
+
+
+def waveform(source, rate: float | None = None, policy: FetchPolicy = ANY) -> np.ndarray:
+    return Audio(source, rate).waveform(RATE, policy)
+
+
+def refused(source, rate: float | None = None, policy: FetchPolicy = ANY) -> str:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - each caller reads the message
+        waveform(source, rate, policy)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def level(sound: np.ndarray, hz: float) -> float:
+    """The amplitude of a pitch in a sound at 16 kHz, its ends left out."""
+    middle = sound[len(sound) // 4 : -len(sound) // 4]
+    turns = np.exp(-2j * np.pi * hz * np.arange(len(middle)) / RATE)
+    return 4 * abs((middle * np.hanning(len(middle)) * turns).mean())
+
+
+def assert_is_tones(sound: np.ndarray, seconds: float = 1.0) -> None:
+    """Both channels' tones, each at half its level, and nothing between them."""
+    assert sound.dtype == np.float32
+    assert sound.ndim == 1
+    assert abs(len(sound) / RATE - seconds) < 0.06  # lossy formats pad to whole frames
+    for hz, expected in ((LEFT_HZ, 0.2), (RIGHT_HZ, 0.2), (900.0, 0.0)):
+        assert abs(level(sound, hz) - expected) < 0.02, hz
+
+
+@pytest.fixture(scope="module")
+def processing(tiny_folder) -> AudioProcessing:
+    """The published numbers, which the tiny checkpoint shares, and the published length of a clip."""
+    config = ModelConfig.from_dict(read_json(tiny_folder / "config.json"))
+    raw = read_json(tiny_folder / "preprocessor_config.json")
+    assert config.audio is not None
+    found = AudioProcessing.from_dict(raw, config.audio, "preprocessor_config.json")
+    return dataclasses.replace(found, max_clip_samples=MAX_CLIP_SAMPLES)
+
+
+# The processor.
+
+
+@pytest.mark.parametrize("length", [513, 640, 5000, 12345, 16000, 20837])
+def test_goldens(golden_arrays, processing, length):
+    golden = golden_arrays("audio_features")
+    features = processing.features(golden[f"waveform_{length}"])
+    np.testing.assert_allclose(features.frames, golden[f"features_{length}"], rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(features.mask, golden[f"mask_{length}"])
+
+
+def test_the_long_golden_is_one_clip_of_its_beginning(golden_arrays, processing):
+    """The reference cuts what is longer; here it is one clip of several, none of it lost."""
+    golden = golden_arrays("audio_features")
+    time_s = np.arange(int(golden["long_num_samples"])) / RATE  # as reference_builder/stimuli.py makes it
+    sound = 0.5 * np.sin(2 * np.pi * (200.0 + 40.0 * time_s) * time_s) + 0.1 * np.sin(2 * np.pi * 3000.0 * time_s)
+    features = processing.features(sound[:MAX_CLIP_SAMPLES].astype(np.float32))
+    assert len(features.frames) == golden["long_num_frames"] == 2997
+    assert features.mask.sum() == golden["long_valid_frames"]
+    ours = features.frames[:: int(golden["long_frame_stride"])]
+    np.testing.assert_allclose(ours, golden["long_features"], rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match=r"a clip has 496000 samples, expected 1 to 480000"):
+        processing.features(sound.astype(np.float32))
+
+
+def test_the_shortest_sound_has_one_frame(processing):
+    for length in (1, 512):
+        features = processing.features(np.ones(length, np.float32))
+        assert features.frames.shape == (1, 128)
+        assert features.mask.tolist() == [True]
+
+
+def test_the_digest_is_of_the_content(processing):
+    sound = tones(RATE)[:, 0]
+    first = processing.features(sound)
+    assert processing.features(sound.copy()).digest == first.digest
+    assert processing.features(sound * np.float32(0.9)).digest != first.digest
+    assert processing.features(sound[:-200]).digest != first.digest
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"feature_size": 80}, "feature_size is 80"),
+        ({"fft_length": 512}, "fft_length is 512, expected 1024"),
+        ({"dither": 1.0}, "dither is 1.0"),
+        ({"padding_side": "left"}, "padding_side is 'left'"),
+        ({"per_bin_mean": [0.0]}, "per_bin_mean"),
+        ({"hop_length": 0}, "hop_length is 0"),
+        ({"sampling_rate": None}, "sampling_rate"),
+    ],
+)
+def test_a_processor_that_is_not_supported(tiny_folder, change, expected):
+    config = ModelConfig.from_dict(read_json(tiny_folder / "config.json"))
+    raw = {**read_json(tiny_folder / "preprocessor_config.json"), **change}
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json") as caught:
+        AudioProcessing.from_dict(raw, config.audio, "preprocessor_config.json")
+    assert expected in str(caught.value)
+
+
+# Clips of a long sound.
+
+
+@given(
+    length=st.integers(1, 400),
+    max_samples=st.integers(1, 120),
+    rate=st.sampled_from([10, 100, 16_000]),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=200, deadline=None)
+def test_clips_are_the_whole_sound(length, max_samples, rate, seed):
+    sound = np.random.default_rng(seed).standard_normal(length).astype(np.float32)
+    clips = split_clips(sound, rate, max_samples)
+    np.testing.assert_array_equal(np.concatenate([clip for _, clip in clips]), sound)
+    assert all(0 < len(clip) <= max_samples for _, clip in clips)
+    assert [start for start, _ in clips] == np.cumsum([0, *(len(clip) for _, clip in clips[:-1])]).tolist()
+
+
+def test_cuts_fall_into_pauses():
+    """Words of 1.3 s with pauses of 0.2 s between them, none of which is at a clip's end."""
+    word, pause = tones(RATE, 1.3)[:, 0], np.zeros(RATE // 5, np.float32)
+    sound = np.concatenate([part for _ in range(40) for part in (word, pause)])
+    clips = split_clips(sound, RATE, 10 * RATE)
+    assert len(clips) == 7
+    for start, clip in clips[1:]:
+        assert not sound[start - 800 : start + 800].any(), start / RATE
+        assert len(clip) > 6 * RATE or start + len(clip) == len(sound)
+
+
+def test_noise_without_pauses_is_cut_where_it_must_be():
+    sound = np.ones(31 * RATE, np.float32)
+    clips = split_clips(sound, RATE, 30 * RATE)
+    assert len(clips) == 2
+    assert sum(len(clip) for _, clip in clips) == len(sound)
+
+
+def test_sound_of_a_clips_length_is_one_clip(processing):
+    assert len(processing.clips(np.zeros(MAX_CLIP_SAMPLES, np.float32))) == 1
+    clips = processing.clips(np.zeros(MAX_CLIP_SAMPLES + 1, np.float32))
+    assert len(clips) == 2
+    assert clips[0][0] == 0
+
+
+def test_a_clip_fills_its_soft_tokens_and_no_more(tiny_folder):
+    """Whatever the config's numbers; the published ones are test_sound_of_a_clips_length_is_one_clip's."""
+    config = ModelConfig.from_dict(read_json(tiny_folder / "config.json")).audio
+    for soft_tokens in (3, config.soft_tokens):
+        smaller = dataclasses.replace(config, soft_tokens=soft_tokens)
+        found = AudioProcessing.from_dict(read_json(tiny_folder / "preprocessor_config.json"), smaller, "")
+        frames = len(found.features(np.zeros(found.max_clip_samples, np.float32)).frames)
+        assert -(-frames // config.total_reduction) == soft_tokens
+        assert found.max_clip_samples < MAX_CLIP_SAMPLES
+
+
+# Forms and formats.
+
+
+def test_every_form(tmp_path):
+    data = sound_file("flac")
+    path = tmp_path / "a sound.flac"
+    path.write_bytes(data)
+    uri = f"data:audio/flac;base64,{base64.b64encode(data).decode()}"
+    sounds = [waveform(source) for source in (str(path), path, data, uri, path.as_uri())]
+    sounds.append(waveform(np.rint(tones(44_100) * 32768).astype(np.int16), 44_100))
+    for sound in sounds:
+        assert_is_tones(sound)
+        np.testing.assert_allclose(sound, sounds[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_formats(name):
+    assert_is_tones(waveform(sound_file(name)))
+
+
+def test_the_sound_of_a_video():
+    assert_is_tones(waveform(video_file(2.0, sound=tones(48_000, 2.0))), 2.0)
+
+
+@pytest.mark.parametrize("rate", [8000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000])
+def test_rates(rate):
+    assert_is_tones(waveform(tones(rate), rate))
+
+
+def test_what_a_lower_rate_can_not_hold_is_filtered_out():
+    """A tone of 10 kHz must not come back as one of 6 kHz."""
+    time_s = np.arange(48_000) / 48_000
+    assert np.abs(waveform(np.sin(2 * np.pi * 10_000 * time_s), 48_000)[1000:-1000]).max() < 1e-3
+
+
+def test_arrays():
+    mono = tones(RATE)[:, 0]
+    np.testing.assert_array_equal(waveform(mono, RATE), mono)
+    np.testing.assert_array_equal(waveform(mono.astype(np.float64), RATE), mono)
+    np.testing.assert_array_equal(waveform(mono[:, None], np.int64(RATE)), mono)
+    for dtype, scale in ((np.int16, 2**15), (np.int32, 2**31)):
+        whole = np.rint(mono.astype(np.float64) * scale).astype(dtype)
+        np.testing.assert_allclose(waveform(whole, RATE), mono, atol=2 / 2**15)
+    eight = np.rint(mono * 127 + 128).astype(np.uint8)
+    np.testing.assert_allclose(waveform(eight, RATE), mono, atol=0.01)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6])
+def test_channels_are_mixed_evenly(channels):
+    sound = np.zeros((RATE, channels), np.float32)
+    sound[:, 0] = 0.6
+    np.testing.assert_allclose(waveform(sound, RATE), 0.6 / channels, rtol=1e-6)
+
+
+def test_the_content_says_the_format_not_the_name(tmp_path):
+    for name in ("sound.mp3", "sound", "sound.png"):
+        (tmp_path / name).write_bytes(sound_file("wav"))
+        assert_is_tones(waveform(tmp_path / name))
+
+
+def test_files_of_a_length_that_the_writer_did_not_know():
+    """As espeak-ng, FFmpeg and browsers write them into a pipe."""
+    wav = bytearray(sound_file("wav"))
+    data = wav.index(b"data")
+    for open_length in (0x7FFFF000, 0xFFFFFFFF):
+        wav[4:8] = wav[data + 4 : data + 8] = open_length.to_bytes(4, "little")
+        assert_is_tones(waveform(bytes(wav)))
+    flac = bytearray(sound_file("flac"))
+    flac[21] &= 0xF0  # the count of samples, 36 bits of the STREAMINFO block
+    flac[22:26] = bytes(4)
+    assert_is_tones(waveform(bytes(flac)))
+
+
+def test_the_speech_of_espeak(processing):
+    try:
+        done = subprocess.run(["espeak-ng", "--stdout", "three one four"], capture_output=True, check=True)
+    except FileNotFoundError:
+        pytest.skip("espeak-ng is not installed")
+    sound = waveform(done.stdout)
+    assert 0.8 < len(sound) / RATE < 2
+    assert len(processing.clips(sound)) == 1
+
+
+# What is no sound.
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "wav8"])
+def test_cut_off(name):
+    """Never a part of the sound as if it were all."""
+    data = sound_file(name, 3.0)
+    for part in (0.95, 0.5, 0.2):
+        assert any(word in refused(data[: int(len(data) * part)]) for word in ("cut off", "damaged"))
+
+
+@pytest.mark.parametrize("name", ["wav", "flac", "ogg", "mp3", "m4a", "webm"])
+def test_damage_is_an_error_of_ours_or_none(name):
+    rng = np.random.default_rng(3)
+    data = np.frombuffer(sound_file(name, 0.3), np.uint8)
+    for _ in range(25):
+        damaged = data.copy()
+        damaged[rng.integers(0, len(data), 5)] = rng.integers(0, 256, 5)
+        with contextlib.suppress(ValueError):
+            assert np.isfinite(waveform(damaged.tobytes())).all()
+
+
+def test_what_is_no_sound(tmp_path):
+    assert refused(b"") == "the sound has no bytes"
+    for data in (b"no sound at all", b"\x89PNG\r\n\x1a\n", b"#EXTM3U\nhttp://localhost/a.mp3\n"):
+        assert refused(data).startswith("not a sound or video in a known format, or damaged")
+    assert "does not exist" in refused(tmp_path / "missing.wav")
+    assert refused(video_file(1.0)) == "the file holds no sound"
+
+
+def test_files_that_are_empty_or_not_finite():
+    for samples, expected in (
+        (np.zeros(0, np.float32), "the sound is empty"),
+        (np.array([0.1, np.nan, 0.2] * 100, np.float32), "samples that are not finite numbers (NaN or infinity)"),
+        (np.array([0.1, np.inf, 0.2] * 100, np.float32), "samples that are not finite numbers (NaN or infinity)"),
+    ):
+        buffer = io.BytesIO()
+        soundfile.write(buffer, samples, 44_100, format="WAV", subtype="FLOAT")
+        assert expected in refused(buffer.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (np.zeros(0, np.float32), "the shape (0,)"),
+        (np.zeros((2, 3, 4), np.float32), "the shape (2, 3, 4)"),
+        (np.zeros((2, 100), np.float32), "the shape (2, 100), expected [samples, channels]: transpose it"),
+        (np.array([0.0, np.nan]), "not finite numbers"),
+        (np.array([0.0, -np.inf]), "not finite numbers"),
+        (np.zeros(9, np.int64), "int64, expected floats"),
+        (np.zeros(9, np.complex64), "complex64"),
+    ],
+)
+def test_arrays_that_are_no_sound(array, expected):
+    with pytest.raises(ValueError, match="a sound's array") as caught:
+        Audio(array, RATE)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("rate", [None, 0, -1, float("nan"), True, "16000", 10**9])
+def test_rates_that_are_none(rate):
+    with pytest.raises(ValueError, match="the sound's rate is"):
+        Audio(np.zeros(9, np.float32), rate)
+
+
+def test_sources_that_are_no_sound():
+    for source in (None, 7, [0.1, 0.2], {"url": "a.wav"}):
+        with pytest.raises(ValueError, match=f"a sound is a {type(source).__name__}, expected a path, bytes"):
+            Audio(source)
+    with pytest.raises(ValueError, match="a file brings its own: leave it out"):
+        Audio("sound.wav", RATE)
+
+
+def test_too_long():
+    policy = FetchPolicy(max_seconds=0.9)
+    for source, rate in ((sound_file("wav"), None), (sound_file("m4a"), None), (tones(RATE), RATE)):
+        assert refused(source, rate, policy) == "the sound is longer than 0.9 s, the most that is taken"
+
+
+def test_without_pyav(monkeypatch):
+    files = {name: sound_file(name) for name in ("wav", "mp3", "opus", "m4a")}
+    monkeypatch.setitem(sys.modules, "av", None)
+    for name in ("wav", "mp3", "opus"):
+        assert_is_tones(waveform(files[name]))
+    message = refused(files["m4a"])
+    assert message.startswith("the file is neither WAV, FLAC, OGG nor MP3")
+    assert message.endswith("need PyAV: pip install 'g3n-mlx[video]'")
