@@ -104,6 +104,8 @@ class MediaOpener:
             raw = read_json(nested).get(section)
             if isinstance(raw, dict):
                 return raw, f"processor_config.json, {section}"
+        if not path.is_file():
+            raise ValueError(f"{self._folder} has no preprocessor_config.json, which says how media are made ready")
         return read_json(path), "preprocessor_config.json"
 
     def _video(self, video: Video, policy: FetchPolicy) -> list[Opened]:
