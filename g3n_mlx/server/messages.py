@@ -32,7 +32,7 @@ def conversation(messages: Sequence[Message], tools_text: str | None) -> Turns:
             role = "system" if all(turn["role"] == "system" for turn in turns) else "user"
         elif role == "tool":
             name = names.get(message.tool_call_id or "", "")
-            role, content = "user", wrapped(content, *tools.result_texts(name))
+            role, content = "user", tools.result_parts(name, content)
         if turns and turns[-1]["role"] == role:
             turns[-1]["content"] = joined(turns[-1]["content"], content)
         else:
@@ -85,11 +85,6 @@ def joined(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[di
         return [*first, *second]
     texts = [part.get("text") or "" for part in (first[-1], second[0])]
     return [*first[:-1], text_part(SEPARATOR.join(text for text in texts if text)), *second[1:]]
-
-
-def wrapped(content: list[dict[str, Any]], before: str, after: str) -> list[dict[str, Any]]:
-    """A content between two texts."""
-    return joined(joined([text_part(before)], content), [text_part(after)])
 
 
 def text_part(text: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ The system text lists the functions, one JSON object a line: name, description, 
 a JSON object `{"name": ..., "parameters": {...}}` that begins a line; it may be fenced, and text may come before it.
 Several calls stand below each other. Results come back as a user's text, `Result of NAME:` and a fenced block.
 A grammar keeps the answer to that: once it names an offered function, the rest of the call must fit its schema; with a
-required call the answer is calls and nothing else.
+required call the answer is calls and nothing else, with a named one a single call of it. docs/tools.md has it all.
 Sources: the JSON form is the one of "Function calling with Gemma", ai.google.dev; tool_choice and deltas are OpenAI's.
 """
 
@@ -22,7 +22,12 @@ _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 # White space in a call: as it is written under the grammar, and as it is read.
 _GAP = f"({WHITE_SPACE})?"
 _SPACE = r"[ \t\r\n]*"
-_NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+_NO_PARAMETERS: Mapping[str, Any] = {"properties": {}}
+# Beside these, `properties` does not list all that there may be.
+_FURTHER_PROPERTIES = {
+    *("additionalProperties", "unevaluatedProperties", "patternProperties", "dependentSchemas"),
+    *("allOf", "anyOf", "oneOf", "if", "$ref"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +45,20 @@ class Function:
         name, parameters = fields.get("name"), fields.get("parameters")
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ValueError(f"a function's name is {name!r:.80}, expected 1 to 64 of the letters a-z A-Z 0-9 _ . -")
-        if parameters is None:
+        if parameters is None or parameters == {}:
             parameters = _NO_PARAMETERS
         if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
             raise ValueError(f"the parameters of {name} are {parameters!r:.80}, expected the JSON schema of an object")
+        parameters = {"type": "object", **parameters}
         description = fields.get("description") or ""
-        return Function(name, description, {"type": "object", **parameters}, fields.get("strict") is True)
+        return Function(name, description, parameters, fields.get("strict") is True)
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """The schema that a call must fit: where it lists properties, those and no others, though it may not say so."""
+        if "properties" not in self.parameters or _FURTHER_PROPERTIES & self.parameters.keys():
+            return self.parameters
+        return {**self.parameters, "additionalProperties": False}
 
     def line(self) -> str:
         """What the system text says about it."""
@@ -57,7 +70,12 @@ class Tools:
     """The functions of one request, and which of them must be called."""
 
     def __init__(
-        self, functions: Sequence[Mapping[str, Any]], choice: str = AUTO, *, named: str | None = None, parallel: bool = True
+        self,
+        functions: Sequence[Mapping[str, Any]],
+        choice: str = AUTO,
+        *,
+        named: str | None = None,
+        parallel: bool = True,
     ) -> None:
         """functions: OpenAI's `function` objects; choice: "auto" or "required"; named: the one that must be called.
 
@@ -83,7 +101,7 @@ class Tools:
             '{"name": "NAME OF THE FUNCTION", "parameters": {"NAME OF AN ARGUMENT": ITS VALUE}}',
             "The user then tells you what the function returned.",
         ]
-        if self.parallel:
+        if self.parallel and self.named is None:
             lines.append("To call several functions, write several such objects, one a line.")
         if self.named is not None:
             lines.append(f"Now call {self.named}.")
@@ -102,7 +120,7 @@ class Tools:
             # Built one by one to find the function that is to blame.
             for function in self.functions:
                 try:
-                    grammars.lark(f"start: {grammars.inline(function.parameters, lenient=not function.strict)}")
+                    grammars.lark(f"start: {grammars.inline(function.arguments, lenient=not function.strict)}")
                 except GrammarError as error:
                     raise GrammarError(f"the parameters of {function.name}: {error}") from None
             raise
@@ -122,10 +140,10 @@ class Tools:
                 # Text ends as soon as it names a function at the beginning of a line: from there on it is a call.
                 rf'head_{number}[lazy]: /((?s:.*)\n)?[ \t]*\{{{_SPACE}"name"{_SPACE}:{_SPACE}"{name}"/',
                 rf'rest_{number}: /{_GAP},{_GAP}"parameters"{_GAP}:{_GAP}/ args_{number} /{_GAP}\}}/',
-                f"args_{number}: {grammars.inline(function.parameters, lenient=not function.strict)}",
+                f"args_{number}: {grammars.inline(function.arguments, lenient=not function.strict)}",
             ]
         call = " | ".join(f"call_{number}" for number in range(len(called)))
-        more = rf"(/\n/ ({call}))*" if self.parallel else ""
+        more = rf"(/\n/ ({call}))*" if self.parallel and self.named is None else ""
         if self.required:
             return "\n".join([f"start: ({call}) {more}", *rules])
         first = " | ".join(f"head_{number} rest_{number}" for number in range(len(called)))
@@ -134,12 +152,19 @@ class Tools:
 
 def calls_text(calls: Sequence[tuple[str, str]]) -> str:
     """Calls of an earlier answer, (name, arguments as JSON), as the model wrote them."""
-    return "\n".join(json.dumps({"name": name, "parameters": _read(arguments)}, ensure_ascii=False) for name, arguments in calls)
+    objects = [{"name": name, "parameters": _read(arguments)} for name, arguments in calls]
+    return "\n".join(json.dumps(call, ensure_ascii=False) for call in objects)
 
 
-def result_texts(name: str) -> tuple[str, str]:
-    """What stands before and after a function's result in the user's turn; the name may be unknown, ''."""
-    return f"Result of {name or 'the function'}:\n```tool_output", "```"
+def result_parts(name: str, content: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A function's result, parts of a message, as parts of the user's turn; the name may be unknown, ''.
+
+    Texts stand in a fence that they can't end, media behind it.
+    """
+    text = "\n".join(part.get("text") or "" for part in content if part["type"] == "text")
+    fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`{3,}", text))])
+    fenced = f"Result of {name or 'the function'}:\n{fence}tool_output\n{text}\n{fence}"
+    return [{"type": "text", "text": fenced}, *(dict(part) for part in content if part["type"] != "text")]
 
 
 def _read(arguments: str) -> Any:
@@ -159,8 +184,10 @@ def _beginnings(pieces: Sequence[str]) -> str:
 
 
 # A call's text up to the brace of its arguments; the first group is the function's name.
-_HEAD = [r"\{", _SPACE, *'"name"', _SPACE, ":", _SPACE, '"', "([a-zA-Z0-9_.-]*)", '"']
-_HEAD += [_SPACE, ",", _SPACE, *'"parameters"', _SPACE, ":", _SPACE, r"\{"]
+_HEAD = [
+    *(r"\{", _SPACE, *'"name"', _SPACE, ":", _SPACE, '"', "([a-zA-Z0-9_.-]*)", '"'),
+    *(_SPACE, ",", _SPACE, *'"parameters"', _SPACE, ":", _SPACE, r"\{"),
+]
 _INDENT = r"[ \t]*"
 _FENCE = [_INDENT, *"```", "[a-z_]*", _INDENT, r"\n"]
 _CALL = re.compile(f"(?:{''.join(_FENCE)})?{_INDENT}{''.join(_HEAD)}")
