@@ -47,15 +47,25 @@ class Timings:
     at_limit: bool = False  # ended by max_tokens or the end of the context
 
 
-def check_length(prompt_tokens: int, answer_tokens: int, context_tokens: int) -> None:
+def check_length(prompt: Prompt, answer_tokens: int, context_tokens: int) -> None:
     """Raises PromptTooLong when the context has no room for a prompt and the least answer wanted."""
+    prompt_tokens = len(prompt.token_ids)
     excess = prompt_tokens + answer_tokens - context_tokens
-    if excess > 0:
-        answer = " and an answer" if answer_tokens else ""
-        raise PromptTooLong(
-            f"the prompt has {prompt_tokens} tokens, {excess} too many for the context of {context_tokens} "
-            f"tokens{answer}: shorten it"
+    if excess <= 0:
+        return
+    answer = " and an answer" if answer_tokens else ""
+    kinds = [span.features.kind for span in prompt.media]
+    counts = {"picture": kinds.count("image"), "sound clip": kinds.count("audio")}
+    media = " and ".join(f"{count} {name}{'s' if count > 1 else ''}" for name, count in counts.items() if count)
+    advice = "shorten it"
+    if media:
+        advice += (
+            f", or send less or shorter media: {sum(span.length for span in prompt.media)} tokens stand for {media}"
         )
+    raise PromptTooLong(
+        f"the prompt has {prompt_tokens} tokens, {excess} too many for the context of {context_tokens} "
+        f"tokens{answer}: {advice}"
+    )
 
 
 def chunks(start: int, length: int, borders: Sequence[int], step_size: int) -> Iterator[tuple[int, int]]:
@@ -103,7 +113,7 @@ def generate_tokens(
     Raises PromptTooLong before anything runs. The conversation's cache goes on from what it shares with the prompt.
     """
     length = len(prompt.token_ids)
-    check_length(length, 1, context_tokens)
+    check_length(prompt, 1, context_tokens)
     room = context_tokens - length
     limit = room if params.max_tokens is None else min(room, params.max_tokens)
     started = time.perf_counter()

@@ -186,7 +186,7 @@ class Gemma3n:
         """
         params = self.sampling_params(**sampling)
         prepared = self._prompt(prompt)
-        check_length(len(prepared.token_ids), 1, self.config.text.max_position_embeddings)
+        check_length(prepared, 1, self.config.text.max_position_embeddings)
         return self._stream(prepared, params, constraint)
 
     def sampling_params(self, **sampling: Any) -> SamplingParams:
@@ -212,7 +212,7 @@ class Gemma3n:
         """
         prepared = self._prompt(prompt)
         ids = np.asarray(prepared.token_ids, dtype=np.int64)
-        check_length(len(ids), 0, self.config.text.max_position_embeddings)
+        check_length(prepared, 0, self.config.text.max_position_embeddings)
         cache = self._model.make_cache()
         for a, b in chunks(0, start, (), SamplingParams().prefill_step_size):
             self._model.prefill(ids[a:b], cache, None, soft_tokens(prepared.media, a, b, self._embedded))
@@ -222,7 +222,7 @@ class Gemma3n:
     def score(self, prompt: Prompt, top_logprobs: int = 0) -> Iterator[list[TokenScore]]:
         """Log probabilities of a prompt's own tokens, part by part. Raises PromptTooLong before anything runs."""
         ids = np.asarray(prompt.token_ids, dtype=np.int64)
-        check_length(len(ids), 0, self.config.text.max_position_embeddings)
+        check_length(prompt, 0, self.config.text.max_position_embeddings)
         cache = self._model.make_cache()
         last: np.ndarray | None = None
         for a, b in chunks(0, len(ids), prompt.borders, SCORED_ROWS):
