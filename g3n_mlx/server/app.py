@@ -4,27 +4,19 @@ import asyncio
 import re
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from g3n_mlx.server import chat, completions, models, transcriptions
+from g3n_mlx.server import chat, completions, models, page, transcriptions
 from g3n_mlx.server.engine import Engine
 from g3n_mlx.server.errors import ApiError
 from g3n_mlx.server.gate import Gate, GatePolicy
 from g3n_mlx.server.models import ModelTable
 
-# The page brings its own script and style, and speaks to nobody but this server.
-PAGE_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
-    "img-src 'self' data: blob:; media-src 'self' data: blob:; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'"
-)
 # What a request may take beyond its time limit, which the model's part of it keeps by itself.
 SLACK_S = 30.0
 # A step of the path to a mistake that is a field of ours, not pydantic's name of a type.
@@ -42,20 +34,13 @@ def create_app(engine: Engine, table: ModelTable, policy: GatePolicy) -> ASGIApp
     app = FastAPI(title="g3n_mlx", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.engine = engine
     app.state.models = table
-    for routes in (models, chat, completions, transcriptions):
+    for routes in (page, models, chat, completions, transcriptions):
         app.include_router(routes.router)
-    app.add_api_route("/", page, include_in_schema=False)
     app.add_exception_handler(ApiError, refused)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, no_route)
     app.add_exception_handler(Exception, failed)
     return Bounded(Gate(app, policy), engine)
-
-
-async def page() -> HTMLResponse:
-    """The chat page."""
-    text = (files("g3n_mlx.server") / "page.html").read_text(encoding="utf-8")
-    return HTMLResponse(text, headers={"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"})
 
 
 async def refused(_: Request, error: Any) -> Response:
@@ -65,8 +50,9 @@ async def refused(_: Request, error: Any) -> Response:
 
 async def invalid(_: Request, error: Any) -> Response:
     """A body that does not fit its schema: 400 with the place of a mistake, as OpenAI has it."""
-    # Where a value may be of several types there is an error for each: the deepest one is of the type that was meant.
-    found = max(error.errors(), key=lambda one: len(one["loc"]))
+    # Where a value may be of several types there is an error for each: the deepest one is of the type that was meant,
+    # and so is one that is about more than the type.
+    found = max(error.errors(), key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
     place = ""
     for step in found["loc"][1:]:
         if isinstance(step, int):

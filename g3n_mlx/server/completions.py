@@ -100,6 +100,9 @@ class _Work:
         self._id, self._created = new_id("cmpl"), now()
         self._model = turn.engine.model
         choices = body.n or 1
+        # Evaluation tools ask for one token behind the scores and cut off its entry (lm_eval's local-completions): it
+        # has to be there also when it is the end of the text.
+        self._scores_alone = bool(body.echo) and body.logprobs is not None and body.max_tokens == 1
         self._usage = UsageCount(turn, sum(len(prompt.token_ids) for prompt in prompts), choices)
         self._tasks = [self._task(prompt, choice) for prompt in prompts for choice in range(choices)]
 
@@ -114,12 +117,14 @@ class _Work:
             max_tokens=body.max_tokens,
             logprobs=top is not None,
             top_logprobs=top,
+            ignore_eos=self._scores_alone,
         )
         return Answer(prompt, params, scored=scored)
 
     async def pieces(self) -> AsyncIterator[CompletionChoice]:
         """The answers as they come, the echo of the prompts first."""
         offsets = [0] * len(self._tasks)  # of the next token's text, in characters
+        ended: set[int] = set()  # answers whose only token is an end
         for index, task in enumerate(self._tasks):
             if self._body.echo:
                 text = self._model.tokenizer.decode(task.prompt.token_ids)
@@ -132,6 +137,10 @@ class _Work:
             if isinstance(step, Chunk):
                 self._usage.take(index, step)
                 text, reason = step.text, step.finish_reason
+                if step.token in self._model.eos_token_ids:
+                    ended.add(index)
+                if reason is not None and index in ended:
+                    reason = "stop"
             else:
                 text, reason = "", None
             yield CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=reason)

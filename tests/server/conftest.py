@@ -1,4 +1,7 @@
-"""A server with the tiny checkpoint, for every test; these tests need the extra `server` and the official client."""
+"""A server with the embedded model, for every test; these tests need the extra `server` and the official client.
+
+What they ask for holds whatever the model says.
+"""
 
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -6,6 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from g3n_mlx import load
+from g3n_mlx.hub import demo_folder
 
 if TYPE_CHECKING:
     from running import Server
@@ -15,15 +21,35 @@ if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None
     collect_ignore_glob = ["test_*.py"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Threads wait for each other longer than the tiny products take."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    """The embedded model's folder."""
+    return demo_folder()
+
+
+@pytest.fixture(scope="session")
+def model(demo: Path) -> Any:
+    """The served model once more, to compare answers with."""
+    return load(demo, backend="torch")
+
+
 @pytest.fixture
-def serve(tiny_folder: Path) -> Iterator[Callable[..., Any]]:
+def serve(demo: Path) -> Iterator[Callable[..., Any]]:
     """serve(parallel=1): a server with options of its own, ended with the test."""
     from running import started, stopped
 
     servers: list[Any] = []
 
     def start(**options: Any) -> Any:
-        servers.append(started(tiny_folder, **options))
+        servers.append(started(demo, **options))
         return servers[-1]
 
     yield start
@@ -32,13 +58,11 @@ def serve(tiny_folder: Path) -> Iterator[Callable[..., Any]]:
 
 
 @pytest.fixture(scope="session")
-def server(tiny_folder: Path) -> Iterator["Server"]:
+def server(demo: Path) -> Iterator["Server"]:
     """A server for every test that needs no options."""
-    import torch
     from running import started, stopped
 
-    torch.set_num_threads(1)  # threads wait for each other longer than the tiny products take
-    server = started(tiny_folder)
+    server = started(demo)
     yield server
     stopped(server)
 

@@ -1,15 +1,26 @@
-"""A server on a free port with the tiny checkpoint, in a thread of this process, and clients that talk to it."""
+"""A server on a free port with the embedded model, in a thread of this process, and what talks to it.
 
+Also a file server, which stands for the hosts that media come from, and media for it to serve.
+"""
+
+import functools
+import io
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
+import soundfile
 import uvicorn
+from PIL import Image
 
 from g3n_mlx import load
 from g3n_mlx.fetch import FetchPolicy
@@ -20,7 +31,8 @@ from g3n_mlx.server.metrics import Metrics
 from g3n_mlx.server.models import ModelTable
 from g3n_mlx.server.scheduler import Scheduler
 
-STRICT = {"paths": None, "private_hosts": False, "max_bytes": 8 << 20, "timeout_s": 5.0}
+STRICT = {"paths": None, "private_hosts": False, "max_bytes": 8 << 20, "timeout_s": 20.0}
+WAIT_S = 120.0  # how long a busy machine may take for what is awaited
 
 
 @dataclass
@@ -37,12 +49,18 @@ class Server:
 
     def openai(self, **options: Any) -> Any:
         """The official client."""
-        given = {"api_key": "foobar", "max_retries": 0, "timeout": 60, **options}
+        given = {"api_key": "foobar", "max_retries": 0, "timeout": WAIT_S, **options}
         return openai.OpenAI(base_url=f"{self.url}/v1", **given)
 
     def http(self, **options: Any) -> Any:
         """A plain client."""
-        return httpx.Client(base_url=self.url, timeout=60, **options)
+        return httpx.Client(base_url=self.url, timeout=WAIT_S, **options)
+
+    def figure(self, name: str) -> float:
+        """A sample of /metrics."""
+        value = self.engine.metrics.registry.get_sample_value(f"g3n_{name}")
+        assert value is not None, name
+        return value
 
 
 def started(folder: Path, **options: Any) -> Server:
@@ -53,7 +71,7 @@ def started(folder: Path, **options: Any) -> Server:
 
     parallel = options.pop("parallel", 4)
     scheduling = given({"cache_bytes": 64 << 20})
-    limits = given({"max_queue": 64, "request_timeout_s": 60.0})
+    limits = given({"max_queue": 64, "request_timeout_s": 300.0})
     gate = given({"api_key": None, "hosts": frozenset(), "cors_origins": frozenset(), "max_body_bytes": 4 << 20})
     names = given({"name": "tiny", "slice_name": None})
     metrics = Metrics()
@@ -63,7 +81,7 @@ def started(folder: Path, **options: Any) -> Server:
     engine = Engine(scheduler.start(), scheduler, Limits(parallel=parallel, policy=policy, **limits), metrics)
     app = create_app(engine, ModelTable(**names), GatePolicy(**gate))
     listener = socket.create_server(("127.0.0.1", 0))
-    runner = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))
+    runner = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=120))
     thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]})
     thread.start()
     while not runner.started:
@@ -76,3 +94,69 @@ def stopped(server: Server) -> None:
     """Ends a server as SIGTERM does."""
     server.runner.should_exit = True
     server.runner.thread.join()
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Waits for something that other threads bring about; fails when they never do."""
+    end = time.monotonic() + WAIT_S
+    while not holds():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.005)
+
+
+@contextmanager
+def file_server(folder: Path, redirects: dict[str, str] | None = None) -> Iterator[str]:
+    """Serves a folder; yields its "127.0.0.1:PORT". redirects: from a path to a URL."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path in (redirects or {}):
+                self.send_response(302)
+                self.send_header("Location", (redirects or {})[self.path])
+                self.end_headers()
+            else:
+                super().do_GET()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def picture(file_format: str = "PNG", colour: tuple[int, int, int] = (200, 30, 30)) -> bytes:
+    """A picture of one colour with a white square in it."""
+    pixels = np.full((40, 60, 3), colour, dtype=np.uint8)
+    pixels[10:20, 10:20] = 255
+    written = io.BytesIO()
+    Image.fromarray(pixels).save(written, file_format)
+    return written.getvalue()
+
+
+def sound(seconds: float = 0.5, file_format: str = "WAV", pitch_hz: float = 440.0) -> bytes:
+    """A tone that is interrupted every half second."""
+    time_s = np.arange(int(seconds * 16000)) / 16000
+    tone = 0.3 * np.sin(2 * np.pi * pitch_hz * time_s) * (time_s % 0.5 < 0.4)
+    written = io.BytesIO()
+    soundfile.write(written, tone.astype(np.float32), 16000, format=file_format)
+    return written.getvalue()
+
+
+def video(seconds: int = 2) -> bytes:
+    """Pictures that become lighter, four a second, without sound."""
+    import av
+
+    written = io.BytesIO()
+    with av.open(written, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for index in range(seconds * 4):
+            pixels = np.full((48, 64, 3), 20 + 20 * index, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return written.getvalue()

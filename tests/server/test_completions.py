@@ -4,14 +4,7 @@ import numpy as np
 import openai
 import pytest
 
-from g3n_mlx import load
-
 TEXTS = ["The cat sat on the mat.", "Hello there"]
-
-
-@pytest.fixture(scope="module")
-def model(tiny_folder):
-    return load(tiny_folder, backend="torch")
 
 
 def complete(client, prompt=TEXTS[0], **options):
@@ -82,6 +75,17 @@ def test_echo_before_an_answer(client):
     assert complete(client, max_tokens=0, echo=True).choices[0].text == TEXTS[0]
 
 
+def test_an_end_has_an_entry_where_scores_are_asked_for(client, model):
+    """Evaluation tools cut off the last entry: without one for the end they would lose the prompt's last token."""
+    end = min(model.eos_token_ids)
+    choice = complete(client, max_tokens=1, echo=True, logprobs=1, logit_bias={str(end): 100}).choices[0]
+    scored = complete(client, max_tokens=0, echo=True, logprobs=1).choices[0].logprobs
+    assert choice.text == TEXTS[0]
+    assert choice.finish_reason == "stop"
+    assert choice.logprobs.token_logprobs[:-1] == scored.token_logprobs
+    assert choice.logprobs.tokens[-1] == model.tokenizer.decode([end], skip_special=False)
+
+
 @pytest.mark.parametrize(
     ("options", "param"),
     [
@@ -104,9 +108,10 @@ def test_what_is_refused(client, options, param):
 def test_a_multiple_choice_task(client, model):
     """What lm_eval's local-completions does: the answer whose tokens are likeliest wins; as our own scoring has it."""
     rng = np.random.default_rng(0)
+    last = min(1000, model.tokenizer.vocab_size)
     for _ in range(4):
-        question = [model.tokenizer.bos_id, *rng.integers(200, 1000, 12).tolist()]
-        options = [rng.integers(200, 1000, 4).tolist() for _ in range(4)]
+        question = [model.tokenizer.bos_id, *rng.integers(200, last, 12).tolist()]
+        options = [rng.integers(200, last, 4).tolist() for _ in range(4)]
         answer = complete(client, [question + option for option in options], max_tokens=1, echo=True, logprobs=1)
         theirs = [sum(choice.logprobs.token_logprobs[len(question) : -1]) for choice in answer.choices]
         ours = []
@@ -125,7 +130,7 @@ def test_tokens_and_back(server, model):
             answer = http.post("/v1/tokenize", json={"prompt": text}).json()
             assert answer["tokens"] == ids_of(model, text)
             assert answer["count"] == len(answer["tokens"])
-            assert answer["max_model_len"] == 32768
+            assert answer["max_model_len"] == model.config.text.max_position_embeddings
             back = http.post("/v1/detokenize", json={"tokens": answer["tokens"][1:]}).json()
             assert back == {"prompt": text}
         bare = http.post("/v1/tokenize", json={"prompt": "Hello", "add_special_tokens": False}).json()

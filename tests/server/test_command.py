@@ -1,0 +1,120 @@
+"""`python -m g3n_mlx.server` as its users run it: help, errors, a real process, SIGTERM."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import openai
+import pytest
+from running import wait_until
+
+from g3n_mlx.server.__main__ import main
+
+COMMAND = [sys.executable, "-u", "-m", "g3n_mlx.server"]
+
+
+class Process:
+    """A server in a process of its own."""
+
+    def __init__(self, folder, *flags, cwd):
+        self.running = subprocess.Popen(
+            [*COMMAND, "--model", str(folder), "--port", "0", *flags], stderr=subprocess.PIPE, text=True, cwd=cwd
+        )
+        self.lines = []
+        while not (found := re.search(r"listening at (http://\S+)", self.line())):
+            pass
+        self.url = found[1]
+        wait_until(self.answers)
+
+    def line(self):
+        line = self.running.stderr.readline()
+        assert line, "".join(self.lines)
+        self.lines.append(line)
+        return line
+
+    def answers(self):
+        host, _, port = self.url.removeprefix("http://").rpartition(":")
+        with socket.socket() as probe:
+            return probe.connect_ex((host, int(port))) == 0
+
+    def end(self, sign):
+        self.running.send_signal(sign)
+        self.lines += self.running.stderr.readlines()
+        return self.running.wait(120)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGTERM")
+def test_a_process_of_its_own(demo, tmp_path):
+    """It says where it is, answers, and ends what it has begun before it goes."""
+    process = Process(demo, "--served-model-name", "gemma", "--api-key", "k", "--log-level", "info", cwd=tmp_path)
+    client = openai.OpenAI(api_key="k", base_url=f"{process.url}/v1", max_retries=0, timeout=120)
+    assert [entry.id for entry in client.models.list()] == ["gemma"]
+    answer = client.chat.completions.create(
+        model="gemma", messages=[{"role": "user", "content": "Hi"}], max_tokens=40, stream=True
+    )
+    first = next(iter(answer))
+    assert first.choices[0].delta.role == "assistant"
+    process.running.send_signal(signal.SIGTERM)
+    assert list(answer)[-1].choices[0].finish_reason
+    assert process.end(signal.SIGTERM) in (0, -signal.SIGTERM)
+    assert not [line for line in process.lines if "Traceback" in line]
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    told = capsys.readouterr().out
+    for flag in ("--model", "--matformer", "--host", "--api-key", "--media-root", "--allow-media-host", "--max-queue"):
+        assert flag in told
+    assert len(set(re.findall(r"--[a-z-]+", told))) <= 26  # 25 and --help
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--port", "99999"], "65535"),
+        (["--parallel", "0"], "at least 1"),
+        (["--cache-memory", "nan"], "number above 0"),
+        (["--media-root", "nowhere"], "is no folder"),
+        (["--request-timeout", "x"], "invalid"),
+    ],
+)
+def test_wrong_flags(flags, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(flags)
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_failures_are_one_line(demo, caplog, tmp_path):
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = str(taken.getsockname()[1])
+    for flags, words in (
+        (["--model", str(demo), "--port", port], "can't listen at"),
+        (["--model", str(tmp_path / "nowhere"), "--port", "0"], "nowhere"),
+        (["--model", str(demo), "--matformer", "e9b", "--port", "0"], "e9b"),
+        (["--model", str(demo), "--host", "no.such.host.invalid"], "no.such.host.invalid"),
+    ):
+        caplog.clear()
+        assert main(flags) == 1
+        errors = [record for record in caplog.records if record.levelname == "ERROR"]
+        assert len(errors) == 1
+        assert words in errors[0].getMessage()
+        assert errors[0].exc_info is None
+    taken.close()
+
+
+def test_a_wide_open_server_is_warned_about(caplog, tmp_path):
+    missing = ["--model", str(tmp_path / "nowhere"), "--port", "0"]
+    for flags, warned in (
+        (["--host", "0.0.0.0"], True),
+        (["--host", "0.0.0.0", "--api-key", "k"], False),
+        (["--host", "localhost"], False),
+    ):
+        caplog.clear()
+        assert main([*missing, *flags]) == 1
+        assert any("without --api-key" in record.getMessage() for record in caplog.records) == warned
