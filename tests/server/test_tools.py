@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_schemas import OBJECTS
 
-from g3n_mlx import load
 from g3n_mlx.grammar import GrammarError, Grammars
 from g3n_mlx.server.messages import conversation
 from g3n_mlx.server.schemas import Message
@@ -38,13 +37,8 @@ TOOLS = st.dictionaries(NAMES, OBJECTS, min_size=1, max_size=3)
 
 
 @pytest.fixture(scope="module")
-def model(tiny_folder):
-    return load(tiny_folder, backend="torch")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_folder):
-    return Tokenizer.from_folder(tiny_folder)
+def tokenizer(demo):
+    return Tokenizer.from_folder(demo)
 
 
 @pytest.fixture(scope="module")
