@@ -164,7 +164,7 @@ def prepared(network: Network, width: int, rounded: bool) -> dict[str, Tensor]:
             weight = weight[:width]
         elif name.endswith(".down_proj.weight"):
             weight = weight[:, :width]
-        if rounded and (name == "tables.per_layer" or is_quantized_module(name.removesuffix(".weight"))):
+        if rounded and is_quantized_module(name.removesuffix(".weight")):
             weight = straight_through(weight)
         if weight is not parameter:
             weights[name] = weight

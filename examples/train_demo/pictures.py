@@ -226,15 +226,15 @@ def draw_sign(rng: random.Random, text: str, held_out: bool) -> Image.Image:
     ground = rng.choice(SIGN_COLOURS)
     ink = (255, 255, 255) if sum(ground) < 400 and rng.random() < 0.8 else (rng.randrange(40),) * 3
     name = rng.choice(HELD_OUT_FONTS if held_out else FONTS)
-    size = int(width * rng.uniform(0.2, 0.42))
+    size = int(width * rng.uniform(0.24, 0.42))
     while font(name, size).getlength(text) > 0.86 * width:
         size -= 1
     left, top, right, bottom = font(name, size).getbbox(text)
     board = Image.new("RGB", (width, width), ground)
     free_x, free_y = width - (right - left), width - (bottom - top)
-    place = (free_x * rng.uniform(0.15, 0.85) - left, free_y * rng.uniform(0.15, 0.85) - top)
+    place = (free_x * rng.uniform(0.25, 0.75) - left, free_y * rng.uniform(0.25, 0.75) - top)
     ImageDraw.Draw(board).text(place, text, font=font(name, size), fill=ink)
-    return board.rotate(rng.uniform(-5, 5), Image.Resampling.BILINEAR, fillcolor=ground)
+    return board.rotate(rng.uniform(-4, 4), Image.Resampling.BILINEAR, fillcolor=ground)
 
 
 QUESTIONS = {"shapes": describe, "attributes": attribute, "counts": count, "positions": position}

@@ -3,9 +3,9 @@
     python towers.py vision START_FOLDER --state vision.pt --log vision.jsonl --steps 3000
     python towers.py audio START_FOLDER --state audio.pt --log audio.jsonl --speech speech --steps 3000
 
-Vision: every soft token tells which things have their centre in its cell, how large and where they are; the mean of
-all tells the letters of a sign. Audio: the words of an utterance by CTC, four places a soft token. The heads are
-thrown away; what remains is a code that the language model learns to read quickly.
+Vision: every soft token tells which things have their centre in its cell, how large and where they are; the letters of
+a sign stand in the columns of the grid, by CTC. Audio: the words of an utterance by CTC, four places a soft token. The
+heads are thrown away; what remains is a code that the language model learns to read quickly.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from packing import Encoder, padded
 from pictures import COLOURS, SHAPES, Thing, draw_scene, draw_sign, scene, sign_text
 from sounds import a_tone, recorded, some_beeps, speech
 from speech import COMMANDS, RATE
-from state import load, save
+from state import load, save, take
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,9 +32,8 @@ from g3n_mlx.chat_template import Media
 
 GRID = 3
 NAMES = {f"{colour} {shape}": place for place, (colour, shape) in enumerate((c, s) for c in COLOURS for s in SHAPES)}
-LETTERS = "\0" + string.digits + string.ascii_letters
-LONGEST = 6
-PLACES = 4  # of CTC in a soft token
+LETTERS = "\0" + string.digits + string.ascii_letters  # the first is CTC's blank
+PLACES = 4  # of CTC in a soft token of sound, or a column of a picture
 WORDS = sorted({word for command in COMMANDS for word in command.split()} | {*COLOURS, *SHAPES, *string.digits}
                | {"high", "low", "rising", "falling", "beep"})  # fmt: skip
 
@@ -45,15 +44,16 @@ class VisionHead(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.things = nn.Linear(width, len(NAMES) * 4)
-        self.letters = nn.Linear(width, LONGEST * len(LETTERS))
+        self.letters = nn.Linear(width, PLACES * len(LETTERS))
         with torch.no_grad():
             self.things.bias[::4] = -5.0  # a cell holds hardly any of the names
 
     def forward(self, soft: Tensor) -> tuple[Tensor, Tensor]:
-        """[n, cells, D] -> things [n, cells, names, 4] and letters [n, LONGEST, letters]."""
+        """[n, cells, D] -> things [n, cells, names, 4] and log-probabilities of letters [n, columns * PLACES, letters]."""
+        letters = self.letters(soft).unflatten(1, (GRID, GRID)).sum(1)  # whichever row the text is in
         return (
             self.things(soft).unflatten(-1, (-1, 4)),
-            self.letters(soft.mean(1)).unflatten(-1, (LONGEST, -1)),
+            letters.unflatten(-1, (PLACES, -1)).flatten(1, 2).log_softmax(-1),
         )
 
 
@@ -67,9 +67,20 @@ def cell_targets(things: list[Thing]) -> np.ndarray:
     return target
 
 
-def letter_targets(text: str) -> list[int]:
-    """Indices of the letters, filled up."""
-    return [LETTERS.index(letter) for letter in text.ljust(LONGEST, "\0")]
+def ctc(scores: Tensor, lengths: Tensor, spelled: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """CTC's loss [] of log-probabilities [n, T, classes], and the share of sequences that the likeliest path spells."""
+    loss = F.ctc_loss(
+        scores.transpose(0, 1),
+        torch.tensor([index for indices in spelled for index in indices]),
+        lengths,
+        torch.tensor([len(indices) for indices in spelled]),
+        zero_infinity=True,
+    )
+    right = 0
+    for row, wanted in enumerate(spelled):
+        path = scores[row, : int(lengths[row])].argmax(-1).tolist()
+        right += wanted == [index for place, index in enumerate(path) if index and (place == 0 or path[place - 1] != index)]
+    return loss, torch.tensor(right / len(spelled))
 
 
 def see(network: Network, encoder: Encoder, head: VisionHead, rng: random.Random, count: int, held_out: bool) -> tuple:
@@ -84,14 +95,13 @@ def see(network: Network, encoder: Encoder, head: VisionHead, rng: random.Random
     found, letters = head(soft)
     found, letters = found[: len(scenes)], letters[len(scenes) :]
     cells = torch.from_numpy(np.stack([cell_targets(things) for things in scenes]))
-    spelled = torch.tensor([letter_targets(text) for text in texts])
     present = cells[..., 0] > 0
     loss_present = F.binary_cross_entropy_with_logits(found[..., 0], cells[..., 0], reduction="none").sum((1, 2)).mean()
     loss_large = F.binary_cross_entropy_with_logits(found[..., 1][present], cells[..., 1][present])
     loss_place = (found[..., 2:][present] - cells[..., 2:][present]).abs().mean()
-    loss_letters = F.cross_entropy(letters.flatten(0, 1), spelled.flatten())
+    spelled = [[LETTERS.index(letter) for letter in text] for text in texts]
+    loss_letters, right_signs = ctc(letters, torch.full((len(texts),), GRID * PLACES), spelled)
     right_scenes = ((found[..., 0] > 0) == present).flatten(1).all(1).float().mean()
-    right_signs = (letters.argmax(-1) == spelled).all(1).float().mean()
     return loss_present + loss_large + 3 * loss_place + 3 * loss_letters, right_scenes, right_signs
 
 
@@ -132,21 +142,7 @@ def hear(
     clips, mask = padded(features)
     encodings, valid = network.audio_tower(clips, mask)
     scores = head(network.embed_audio.soft(encodings))
-    lengths = valid.sum(1) * PLACES
-    spelled = [[WORDS.index(word) + 1 for word in words] for words, _ in pairs]
-    loss = F.ctc_loss(
-        scores.transpose(0, 1),
-        torch.tensor([index for words in spelled for index in words]),
-        lengths,
-        torch.tensor([len(words) for words in spelled]),
-        zero_infinity=True,
-    )
-    right = 0
-    for row, words in enumerate(spelled):
-        path = scores[row, : int(lengths[row])].argmax(-1).tolist()
-        said = [index for place, index in enumerate(path) if index and (place == 0 or path[place - 1] != index)]
-        right += said == words
-    return loss, torch.tensor(right / count)
+    return ctc(scores, valid.sum(1) * PLACES, [[WORDS.index(word) + 1 for word in words] for words, _ in pairs])
 
 
 class Stage(nn.Module):
@@ -169,6 +165,7 @@ def main() -> None:
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--speech", type=Path, default=Path("speech"))
+    parser.add_argument("--take", type=Path, help="state of another stage to begin with")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--examples", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -181,6 +178,8 @@ def main() -> None:
     encoder = Encoder(flags.folder, network.config)
     stage = Stage(network, flags.kind)
     optimizers = made_optimizers(stage)
+    if flags.take:
+        take(torch.load(flags.take, weights_only=True)["parameters"], network, "")
     step = load(flags.state, stage, optimizers) if flags.state.exists() else 0
 
     def passed(rng: random.Random, count: int, held_out: bool) -> tuple:

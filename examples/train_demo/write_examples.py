@@ -1,97 +1,107 @@
-"""Held-out examples of every skill as `python -m g3n_mlx.eval --examples` reads them: examples.jsonl, and media beside it.
+"""Held-out examples of every skill as `python -m g3n_mlx.eval --examples` reads them: a line of JSON each, and media.
 
     python write_examples.py FOLDER --count 500 --speech CACHE_FOLDER --seed 7
 
-Transcriptions count by word error rate, everything else by exact match. The sample that the package ships is
-    python write_examples.py ../../g3n_mlx/demo/examples --count 20 --speech CACHE_FOLDER --seed 7 --sound ogg
+Writes examples.jsonl and media/. The sample that the package ships has its media within the lines, sound as Opus:
+    python write_examples.py ../../g3n_mlx/demo/sample.jsonl --count 20 --speech CACHE_FOLDER --seed 7
+Transcriptions count by word error rate, everything else by exact match.
 """
 
 import argparse
+import base64
+import io
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import soundfile
-from PIL import Image
 from pictures import SEEING
 from reading import READING
 from skill import Example, Message
 from sounds import hearing
 from speech import RATE
 
-from g3n_mlx.audio import Audio
 from g3n_mlx.fetch import FetchPolicy
 
 TRANSCRIPTIONS = ("digits", "commands", "names")
-SOUNDS = {"wav": {"subtype": "PCM_16"}, "flac": {"subtype": "PCM_16"}, "ogg": {"subtype": "OPUS"}}
 
 
 class Writer:
-    """Writes media files one after the other, and says their names."""
+    """Writes lines into a file; media into files beside it, or into the lines."""
 
-    def __init__(self, folder: Path, sound: str) -> None:
-        self._folder, self._sound = folder, sound
-        (folder / "media").mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: Path, inline: bool) -> None:
+        self._folder, self._inline = path.parent, inline
+        self._lines = path.open("w", encoding="utf-8")
+        if not inline:
+            (self._folder / "media").mkdir(exist_ok=True)
 
-    def entry(self, example: Example, number: int) -> dict[str, Any]:
-        """The line of an example; its media lie in files from then on."""
-        stem = f"media/{example.skill}-{number}"
-        parts = iter("abcdefgh")
-        return {
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lines.close()
+
+    def write(self, example: Example, number: int) -> None:
+        """One example."""
+        names = (f"media/{example.skill}-{number}-{part}" for part in range(100))
+        line = {
             "skill": example.skill,
             "metric": "wer" if example.skill in TRANSCRIPTIONS else "exact",
             "answer": example.answer,
-            "messages": [self._message(message, stem, parts) for message in example.question],
+            "messages": [self._message(message, names) for message in example.question],
         }
+        self._lines.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-    def _message(self, message: Message, stem: str, letters: Any) -> Message:
+    def _message(self, message: Message, names: Iterator[str]) -> Message:
         if isinstance(message["content"], str):
             return message
-        return {**message, "content": [self._part(part, stem, letters) for part in message["content"]]}
+        return {**message, "content": [self._part(part, names) for part in message["content"]]}
 
-    def _part(self, part: dict[str, Any], stem: str, letters: Any) -> dict[str, Any]:
-        match part["type"]:
-            case "image":
-                name = f"{stem}{next(letters)}.png"
-                picture: Image.Image = part["image"]
-                picture.save(self._folder / name)
-            case "audio":
-                name = f"{stem}{next(letters)}.{self._sound}"
-                sound: Audio = part["audio"]
-                waveform = sound.waveform(RATE, FetchPolicy())
-                soundfile.write(self._folder / name, waveform, RATE, **SOUNDS[self._sound])
-            case _:
-                return part
-        return {"type": part["type"], part["type"]: name}
+    def _part(self, part: dict[str, Any], names: Iterator[str]) -> dict[str, Any]:
+        kind = part["type"]
+        if kind == "text":
+            return part
+        data = io.BytesIO()
+        if kind == "image":
+            suffix, mime = "png", "image/png"
+            part["image"].save(data, "PNG", optimize=self._inline)
+        else:
+            suffix, mime = ("ogg", "audio/ogg") if self._inline else ("wav", "audio/wav")
+            coding = "OPUS" if self._inline else "PCM_16"
+            waveform = part["audio"].waveform(RATE, FetchPolicy())
+            soundfile.write(data, waveform, RATE, format=suffix.upper(), subtype=coding)
+        if self._inline:
+            return {"type": kind, kind: f"data:{mime};base64,{base64.b64encode(data.getvalue()).decode()}"}
+        name = f"{next(names)}.{suffix}"
+        (self._folder / name).write_bytes(data.getvalue())
+        return {"type": kind, kind: name}
 
 
-def write_examples(folder: Path, speech: Path, count: int, seed: int, sound: str, skills: Sequence[str]) -> None:
+def write_examples(output: Path, speech: Path, count: int, seed: int, skills: Sequence[str]) -> None:
     """Writes `count` examples of every skill, of all skills when none is named."""
     generators = {**READING, **SEEING, **hearing(speech)}
-    writer = Writer(folder, sound)
-    with (folder / "examples.jsonl").open("w", encoding="utf-8") as file:
+    inline = output.suffix == ".jsonl"
+    if not inline:
+        output.mkdir(parents=True, exist_ok=True)
+    with Writer(output if inline else output / "examples.jsonl", inline) as writer:
         for skill in skills or generators:
             rng = random.Random(f"examples of {skill} {seed}")
             for number in range(count):
-                line = writer.entry(generators[skill](rng, True), number)
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                writer.write(generators[skill](rng, True), number)
 
 
 def main() -> None:
-    """Reads the flags and writes the folder."""
+    """Reads the flags and writes the examples."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("output", type=Path, help="folder, or a .jsonl file that holds the media too")
     parser.add_argument("--count", type=int, default=500, help="of every skill")
     parser.add_argument("--speech", type=Path, default=Path("speech"), help="as speech.py writes it")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--sound", choices=SOUNDS, default="wav")
     parser.add_argument("--skills", nargs="*", default=[], help="these alone")
     arguments = parser.parse_args()
-    write_examples(
-        arguments.folder, arguments.speech, arguments.count, arguments.seed, arguments.sound, arguments.skills
-    )
+    write_examples(arguments.output, arguments.speech, arguments.count, arguments.seed, arguments.skills)
 
 
 if __name__ == "__main__":
