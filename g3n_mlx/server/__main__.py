@@ -171,15 +171,16 @@ def _bound(host: str, port: int) -> socket.socket:
 
     It does not listen yet, so clients are refused until the model can answer.
     """
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    bound = socket.socket(family, kind, protocol)
-    if sys.platform != "win32":  # there it would let several servers take one port
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        if sys.platform != "win32":  # there it would let several servers take one port
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except OSError as error:
-        bound.close()
-        raise OSError(f"can't listen at {host}:{port}: {error.strerror}; is another server there? --port") from None
+        raise OSError(
+            f"can't listen at {host}:{port}: {error.strerror}; --host and --port name another place"
+        ) from None
     return bound
 
 

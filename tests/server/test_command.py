@@ -20,9 +20,9 @@ class Process:
     """A server in a process of its own."""
 
     def __init__(self, folder, *flags, cwd):
-        self.running = subprocess.Popen(
-            [*COMMAND, "--model", str(folder), "--port", "0", *flags], stderr=subprocess.PIPE, text=True, cwd=cwd
-        )
+        command = [*COMMAND, "--model", str(folder), "--port", "0", *flags]
+        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=cwd, env=one_thread)
         self.lines = []
         while not (found := re.search(r"listening at (http://\S+)", self.line())):
             pass
