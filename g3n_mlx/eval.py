@@ -6,14 +6,17 @@ By examples with answers, a line of JSON each, media paths relative to the file 
 metric: "exact" (but for case and white space around) or "wer" (errors of all words of all answers; case aside).
 messages end with the question, earlier turns before it. A folder's own examples are its sample.jsonl.
 Or by a text: perplexity, and KL divergence from the reference, which stays in memory beside each variant in turn.
+docs/eval.md has commands to begin with.
 """
 
 import argparse
 import json
 import logging
+import shutil
 import sys
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -31,6 +34,10 @@ EXPECTED_FAILURES = (OSError, ValueError, ImportError, MemoryError)
 SAMPLE = "sample.jsonl"
 DEFAULT_WINDOW_TOKENS = 2048
 BITS = (2, 3, 4, 5, 6, 8)
+ALL_SLICES = "all"
+BACKENDS = {"auto": ("auto",), "mlx": ("mlx",), "torch": ("torch",), "both": ("mlx", "torch")}
+NO_TERMINAL = (120, 24)  # columns and lines, where stdout goes elsewhere
+GAP = "  "  # between columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         variants = _variants(arguments)
         summary = _on_text(arguments, variants) if arguments.text else _on_examples(arguments, variants)
         names = _names(summary["variants"])
-        print(_table(summary, names))
+        print(_title(summary), "", *(_markdown if arguments.markdown else _aligned)(summary, names), sep="\n")
         if arguments.json:
             arguments.json.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         if arguments.plot:
@@ -74,10 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     variants = parser.add_argument_group("variants: all combinations, every flag repeatable")
     add = variants.add_argument
     add("--model", action="append", help="folder or hub id; default: the newest Gemma 3n here, else the demo model")
-    add("--matformer", action="append", default=[], metavar="SLICE", help="this slice, beside the whole model")
+    add("--matformer", action="append", default=[], metavar="SLICE", help="this one, or all, beside the whole")
     add("--q-bits", action="append", default=[], type=int, choices=BITS, help="quantized, beside the model as stored")
     add("--dtype", action="append", choices=["bfloat16", "float32"], help="of activations; default: the device's best")
-    add("--backend", action="append", choices=["auto", "mlx", "torch"])
+    add("--backend", action="append", choices=BACKENDS, help="both also says how often they answer the same")
     add = parser.add_argument
     add("--matformer-config", type=Path, metavar="FILE", help="CSV table of slices of your own")
     add("--device", help="cpu, cuda, cuda:1, ...; default: the backend's best")
@@ -85,17 +92,18 @@ def _parser() -> argparse.ArgumentParser:
     task.add_argument("--examples", type=Path, metavar="FILE", help=f"JSON lines; default: the model folder's {SAMPLE}")
     task.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text, for perplexity and KL divergence")
     add("--limit", type=int, metavar="N", help="take the first N examples of every skill")
-    add("--reference", metavar="PATH", help="model to compare with, in memory beside each other; default: variant 1")
+    add("--against", metavar="PATH", help="model to compare with, in memory beside each other; default: variant 1")
     add("--window-tokens", type=int, metavar="N", help="of the text at once; default: 2048, or the context if shorter")
     add("--stride-tokens", type=int, metavar="N", help="that a window moves on; default: half of the window")
     add("--json", type=Path, metavar="FILE", help="write all figures, and the answers, as JSON")
-    add("--plot", type=Path, metavar="FILE.png", help="draw quality over the bytes of weights that a token reads")
+    add("--plot", type=Path, metavar="FILE.png", help="draw quality over the size of the weights")
+    add("--markdown", action="store_true", help="print the table as Markdown")
     return parser
 
 
 def _check(arguments: argparse.Namespace) -> None:
     """Whatever can be seen to be wrong before hours of work."""
-    of_text = ("reference", "window_tokens", "stride_tokens")
+    of_text = ("against", "window_tokens", "stride_tokens")
     for name in ("limit",) if arguments.text else of_text:
         if getattr(arguments, name) is not None:
             raise ValueError(
@@ -119,32 +127,64 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _variants(arguments: argparse.Namespace) -> list[Variant]:
     """All combinations, the first of everything first, with the reference before them; their slices exist."""
-    from g3n_mlx.convert import plan_for
-    from g3n_mlx.hub import resolve
+    from g3n_mlx.hub import default_model, resolve
     from g3n_mlx.load import chosen_backend
 
     if not arguments.model:
-        from g3n_mlx.hub import default_model
-
         folder, line = default_model()
         say(line)
         arguments.model = [str(folder)]
-    for model, matformer in product(arguments.model, arguments.matformer):
-        plan_for(resolve(model), matformer, arguments.matformer_config)
-    backends = [chosen_backend(name) for name in arguments.backend or ["auto"]]
+    folders = {model: resolve(model) for model in arguments.model}
+    slices = _slices(folders, arguments.matformer, arguments.matformer_config)
+    bits = _bits(folders, arguments.q_bits)
+    backends = [chosen_backend(name) for given in arguments.backend or ["auto"] for name in BACKENDS[given]]
     variants = [
-        Variant(model, backend, dtype, q_bits, matformer)
-        for model, backend, dtype, q_bits, matformer in product(
-            arguments.model,
-            backends,
-            arguments.dtype or [None],
-            [None, *arguments.q_bits],
-            [None, *arguments.matformer],
-        )
+        Variant(model, *rest)
+        for model in folders
+        for rest in product(backends, arguments.dtype or [None], bits[model], [None, *slices[model]])
     ]
-    if arguments.reference:
-        variants.insert(0, replace(variants[0], model=arguments.reference))
+    if arguments.against:
+        variants.insert(0, replace(variants[0], model=arguments.against))
     return list(dict.fromkeys(variants))
+
+
+def _slices(folders: dict[str, Path], wanted: Sequence[str], table: Path | None) -> dict[str, list[str]]:
+    """The wanted slices that each model has; raises ValueError for one that none of them has."""
+    from g3n_mlx.convert import plan_for
+    from g3n_mlx.matformer import slices_for
+
+    found: dict[str, list[str]] = {model: [] for model in folders}
+    for name in wanted:
+        failures: dict[str, ValueError] = {}
+        for model, folder in folders.items():
+            every = name.casefold() == ALL_SLICES
+            for candidate in [entry.short_name for entry in slices_for(folder, table)] if every else [name]:
+                try:
+                    plan_for(folder, candidate, table)
+                    found[model].append(candidate)
+                except ValueError as error:
+                    failures[model] = error
+            if every and found[model]:
+                failures.pop(model, None)  # those of other models are no failure
+        if len(failures) == len(folders):
+            raise next(iter(failures.values()))
+        for model, error in failures.items():
+            say(f"{model} goes without the slice: {one_line(error)}")
+    return found
+
+
+def _bits(folders: dict[str, Path], wanted: Sequence[int]) -> dict[str, list[int | None]]:
+    """As stored, then the wanted bits of each model; what is quantized already has no others."""
+    from g3n_mlx.checkpoint import Checkpoint
+
+    bits: dict[str, list[int | None]] = {}
+    for model, folder in folders.items():
+        checkpoint = Checkpoint.open(folder)
+        bits[model] = [None] if checkpoint.quantizations else [None, *wanted]
+        checkpoint.close()
+    if wanted and all(len(ways) == 1 for ways in bits.values()):
+        raise ValueError(f"--q-bits needs an unquantized model: {', '.join(folders)} is quantized already")
+    return bits
 
 
 def _load(variant: Variant, arguments: argparse.Namespace) -> "Gemma3n":
@@ -162,11 +202,12 @@ def _load(variant: Variant, arguments: argparse.Namespace) -> "Gemma3n":
 
 
 def _entry(variant: Variant, model: "Gemma3n") -> dict[str, Any]:
-    from g3n_mlx.measure import weight_bytes_per_token
+    from g3n_mlx.measure import weight_bytes, weight_bytes_per_token
 
     return {
         **asdict(variant),
         "device": model.device,
+        "weight_bytes": weight_bytes(model.checkpoint),
         "weight_bytes_per_token": weight_bytes_per_token(model.checkpoint),
     }
 
@@ -185,11 +226,13 @@ def _on_examples(arguments: argparse.Namespace, variants: list[Variant]) -> dict
     first_answers: dict[Variant, list[str]] = {}
     for variant in variants:
         model = _load(variant, arguments)
+        started = time.perf_counter()
         answers = [
             answer(model, example) for example in tqdm(examples, desc=_words(variant), leave=False, disable=None)
         ]
+        seconds = time.perf_counter() - started
         rates, mean_score = grade(examples, answers)
-        entry = _entry(variant, model) | {"rates": rates, "mean_score": mean_score}
+        entry = _entry(variant, model) | {"rates": rates, "mean_score": mean_score, "seconds": seconds}
         del model  # before the next one is loaded
         others = first_answers.setdefault(replace(variant, backend=variants[0].backend), answers)
         same = sum(ours == theirs for ours, theirs in zip(answers, others, strict=True)) / len(answers)
@@ -228,6 +271,7 @@ def _on_text(arguments: argparse.Namespace, variants: list[Variant]) -> dict[str
 
 
 def _words(variant: Variant) -> str:
+    """As the progress bar calls it."""
     return " ".join(str(value) for value in asdict(variant).values() if value is not None)
 
 
@@ -247,13 +291,19 @@ def _names(entries: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     return list(zip(*shown, strict=True))
 
 
-def _table(summary: dict[str, Any], names: list[tuple[str, ...]]) -> str:
-    entries = summary["variants"]
+def _title(summary: dict[str, Any]) -> str:
     if "text" in summary:
-        title = (
+        return (
             f"{summary['text']}: {summary['tokens']} tokens, {summary['bytes']} bytes; windows of "
             f"{summary['window_tokens']} tokens move on by {summary['stride_tokens']}; the reference comes first"
         )
+    return f"{summary['examples']}: {sum(skill['count'] for skill in summary['skills'])} examples"
+
+
+def _figures(summary: dict[str, Any]) -> list[list[str]]:
+    """The rows of the table: what was measured, then one cell a variant."""
+    entries = summary["variants"]
+    if "text" in summary:
         figures = {
             "perplexity a token": [f"{entry['perplexity']:.4f}" for entry in entries],
             "perplexity a byte": [f"{entry['perplexity_per_byte']:.4f}" for entry in entries],
@@ -264,47 +314,70 @@ def _table(summary: dict[str, Any], names: list[tuple[str, ...]]) -> str:
     else:
         from g3n_mlx.quality import METRICS
 
-        title = f"{summary['examples']}: {sum(skill['count'] for skill in summary['skills'])} examples"
         figures = {
             f"{skill['skill']}, {METRICS[skill['metric']]} of {skill['count']}": [
                 f"{entry['rates'][skill['skill']]:.1%}" for entry in entries
             ]
             for skill in summary["skills"]
         }
-        figures["mean of accuracies and 1 - error rates"] = [f"{entry['mean_score']:.1%}" for entry in entries]
+        figures["mean of accuracies, 1 - error rates"] = [f"{entry['mean_score']:.1%}" for entry in entries]
         if any(entry["same_answers"] is not None for entry in entries):
             first = entries[0]["backend"]
             figures[f"same answers as {first}"] = [_cell(entry["same_answers"], ".1%") for entry in entries]
+    figures["weights, MB"] = [f"{entry['weight_bytes'] / 1e6:.1f}" for entry in entries]
     figures["weights read a token, MB"] = [f"{entry['weight_bytes_per_token'] / 1e6:.1f}" for entry in entries]
-    rows = [["", *parts] for parts in zip(*names, strict=True)] + [[name, *cells] for name, cells in figures.items()]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    )
-    return "\n".join([title, *lines])
+    return [[name, *cells] for name, cells in figures.items()]
 
 
 def _cell(value: float | None, spelled: str) -> str:
     return "-" if value is None else format(value, spelled)
 
 
+def _aligned(summary: dict[str, Any], names: list[tuple[str, ...]]) -> Iterator[str]:
+    """The table's lines; columns that do not fit the terminal's width stand below the others."""
+    rows = [["", *parts] for parts in zip(*names, strict=True)] + _figures(summary)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    room = shutil.get_terminal_size(NO_TERMINAL).columns
+    start = 1
+    while start < len(widths):
+        stop = start + 1
+        while stop < len(widths) and widths[0] + sum(len(GAP) + width for width in widths[start : stop + 1]) <= room:
+            stop += 1
+        for row in rows:
+            cells = (cell.rjust(width) for cell, width in zip(row[start:stop], widths[start:stop], strict=True))
+            yield GAP.join([row[0].ljust(widths[0]), *cells])
+        if stop < len(widths):
+            yield ""
+        start = stop
+
+
+def _markdown(summary: dict[str, Any], names: list[tuple[str, ...]]) -> Iterator[str]:
+    header = ["", *map(", ".join, names)]
+    for row in (header, ["---", *["---:"] * len(names)], *_figures(summary)):
+        yield f"| {' | '.join(row)} |"
+
+
 def _plot(path: Path, summary: dict[str, Any], names: list[tuple[str, ...]]) -> None:
+    """Quality over size: a point a variant, the slices of one model joined by a line."""
     from matplotlib.figure import Figure
 
+    key, label = ("perplexity", "perplexity a token") if "text" in summary else ("mean_score", "mean score")
+    families: dict[tuple[str, ...], list[tuple[float, float, str]]] = {}
+    for entry, parts in zip(summary["variants"], names, strict=True):
+        sliced = len({entry["matformer"] for entry in summary["variants"]}) > 1
+        family, point = (parts[:-1], parts[-1]) if sliced else (parts, "")
+        families.setdefault(family, []).append((entry["weight_bytes"] / 1e6, entry[key], point))
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    key, label = ("perplexity", "perplexity a token") if "text" in summary else ("mean_score", "mean score")
-    for entry, parts in zip(summary["variants"], names, strict=True):
-        place = entry["weight_bytes_per_token"] / 1e6, entry[key]
-        axes.plot(*place, "o")
-        axes.annotate(" ".join(parts), place, xytext=(4, 4), textcoords="offset points", fontsize="small")
-    axes.set_xlabel("weights read a token, MB")
+    for family, points in families.items():
+        axes.plot(*zip(*sorted((x, y) for x, y, _ in points), strict=True), "o-", label=" ".join(family))
+        for x, y, point in points:
+            axes.annotate(point, (x, y), xytext=(4, 4), textcoords="offset points", fontsize="small")
+    axes.set_xlabel("weights, MB")
     axes.set_ylabel(label)
-    axes.margins(x=0.25, y=0.15)  # room for the names
+    axes.margins(x=0.15, y=0.15)  # room for the names
     axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
 
 

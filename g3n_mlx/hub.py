@@ -9,6 +9,7 @@ import platformdirs
 from g3n_mlx.config_file import read_json
 
 SUGGESTED_MODEL = "google/gemma-3n-E2B-it"
+DEMO = "demo"
 # Never pickles. The last four are for conversions, which hand them on.
 _WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "LICENSE*", "NOTICE*"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -27,6 +28,7 @@ def demo_folder() -> Path:
 def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
     """The local folder of a model, given as a folder or as a hub id like google/gemma-3n-E2B-it.
 
+    "demo" is the embedded demo model, unless there is a folder of that name.
     A hub id is downloaded (resumable, with a progress bar on stderr) unless it is in the hub cache already;
     HF_HUB_OFFLINE, HF_HOME and the like are respected. revision: a branch, tag or commit; of a hub id only.
     Raises FileNotFoundError, PermissionError (gated), ConnectionError or ValueError.
@@ -39,6 +41,8 @@ def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
     if folder.exists():
         raise NotADirectoryError(f"{folder} is a file; give the folder that holds it and its config.json")
     hub_id = path_or_id.as_posix() if isinstance(path_or_id, Path) else path_or_id
+    if hub_id == DEMO and revision is None:
+        return demo_folder()
     if not _HUB_ID.fullmatch(hub_id):
         raise FileNotFoundError(
             f"no model folder at {str(path_or_id)!r}, and it is no hub id either; give an existing folder, "

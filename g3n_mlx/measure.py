@@ -120,9 +120,18 @@ def weight_bytes_per_token(checkpoint: Checkpoint) -> int:
     for name in checkpoint.names:
         # The head reads all of embed_tokens; of the PLE table a token reads one row, of the embedders nothing.
         if name.startswith("language_model.") and ".embed_tokens_per_layer." not in name:
-            info = checkpoint.info(name)
-            read += math.prod(info.shape) * DTYPES[info.dtype].itemsize
+            read += _stored_bytes(checkpoint, name)
     return read
+
+
+def weight_bytes(checkpoint: Checkpoint) -> int:
+    """Stored bytes of everything in a checkpoint, after its slice."""
+    return sum(_stored_bytes(checkpoint, name) for name in checkpoint.names)
+
+
+def _stored_bytes(checkpoint: Checkpoint, name: str) -> int:
+    info = checkpoint.info(name)
+    return math.prod(info.shape) * DTYPES[info.dtype].itemsize
 
 
 def _load_ours(request: Request) -> Loaded:

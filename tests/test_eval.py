@@ -5,14 +5,20 @@ import importlib.util
 import json
 import re
 import shutil
+import subprocess
+import sys
 import wave
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from g3n_mlx import load
+from g3n_mlx.convert import convert
 from g3n_mlx.eval import main
-from g3n_mlx.quality import errors, windows, word_errors
+from g3n_mlx.hub import demo_folder
+from g3n_mlx.quality import errors, read_examples, says, windows, word_errors
 
 TEXT = "The cat sat on the mat.\nDie Katze saß auf der Matte, 猫はマットに座った。\n"
 HEADER = "name,# Layers,# Effective Params (B),MMLU PT accuracy,FFN Hidden Dims,Layers Skipped\n"
@@ -127,9 +133,23 @@ def test_answers_of_text_image_and_audio(backend, stopping_folder, media, tmp_pa
     assert len(found["variants"][0]["answers"]) == 3
 
 
-def test_a_column_for_every_combination(stopping_folder, table, backends, tmp_path, capsys):
+def test_a_draft_is_said_exactly_when_it_is_what_would_be_decoded(backend, stopping_folder, media):
+    """Up to the end: shorter, longer and other drafts are not."""
+    model = load(stopping_folder, backend=backend, dtype="float32", device="cpu")
+    for kind in QUESTIONS:
+        prompt = model.prepare(messages(media, kind))
+        said = list(model.generate(prompt, temperature=0.0, max_tokens=40).token_ids)
+        assert len(said) > 1
+        assert says(model, prompt, said)
+        other = said[-1] + 1 if said[-1] + 1 not in model.eos_token_ids else said[-1] + 2
+        for draft in (said[:-1], [*said, said[-1]], [*said[:-1], other], []):
+            assert not says(model, prompt, draft)
+
+
+def test_a_column_for_every_combination(stopping_folder, table, backends, tmp_path, capsys, monkeypatch):
     if len(backends) < 2:
         pytest.skip("one backend alone is installed")
+    monkeypatch.setenv("COLUMNS", "200")
     folder = tmp_path / "model"
     shutil.copytree(stopping_folder, folder)
     write_examples(folder / "sample.jsonl", ("sums", "exact", "four", QUESTIONS["text"]))
@@ -141,7 +161,7 @@ def test_a_column_for_every_combination(stopping_folder, table, backends, tmp_pa
     assert [(column["backend"], column["q_bits"], column["matformer"]) for column in columns] == [
         (backend, bits, name) for backend in ("torch", "mlx") for bits in (None, 4) for name in (None, "half")
     ]
-    heads = [line.split() for line in out.splitlines()[1:4]]
+    heads = [line.split() for line in out.splitlines()[2:5]]
     assert heads[0] == ["torch"] * 4 + ["mlx"] * 4
     assert heads[2] == ["whole", "half"] * 4
     # Backends agree in float32, and the share is that of the same variant's answers.
@@ -154,6 +174,67 @@ def test_a_column_for_every_combination(stopping_folder, table, backends, tmp_pa
     assert sizes[:4] == sizes[4:]
     assert sizes[0] > sizes[1] > sizes[3]
     assert sizes[0] > sizes[2] > sizes[3]
+
+
+def test_both_backends_every_slice_and_quantized_models(tiny_folder, table, text_file, backends, tmp_path, capsys):
+    """`all` is each model's own slices that fit it; what is quantized already is taken as it is."""
+    if len(backends) < 2:
+        pytest.skip("one backend alone is installed")
+    small = convert(tiny_folder, tmp_path / "small", q_bits=4, progress=False)
+    half = convert(tiny_folder, tmp_path / "half", matformer="half", matformer_config=table, progress=False)
+    own = tmp_path / "own"
+    shutil.copytree(tiny_folder, own)
+    shutil.copy(table, own / "matformer.csv")
+    code, _, err = evaluate(capsys, "--model", small, "--text", text_file, "--q-bits", 4)
+    assert code == 1
+    assert "quantized already" in err
+    code, _, err = evaluate(capsys, "--model", half, "--text", text_file, "--matformer", "all")
+    assert code == 1
+
+    flags = ["--q-bits", 8, "--matformer", "all", "--backend", "both", "--text", text_file, "--device", "cpu"]
+    flags += ["--dtype", "float32", "--markdown"]
+    out, found = figures(capsys, tmp_path, "--model", own, "--model", small, "--model", half, *flags)
+    columns = [(Path(c["model"]).name, c["backend"], c["q_bits"], c["matformer"]) for c in found["variants"]]
+    assert columns == [
+        *(("own", backend, *rest) for backend in ("mlx", "torch") for rest in product_of([None, 8], [None, "half"])),
+        *(("small", backend, None, None) for backend in ("mlx", "torch")),
+        *(("half", backend, bits, None) for backend in ("mlx", "torch") for bits in (None, 8)),
+    ]
+    # A slice taken at load and the same slice written are one model; backends agree.
+    by_name = dict(zip(columns, found["variants"], strict=True))
+    taken, written = by_name["own", "torch", None, "half"], by_name["half", "torch", None, None]
+    assert taken["weight_bytes"] == written["weight_bytes"] < by_name["own", "torch", None, None]["weight_bytes"]
+    assert taken["perplexity"] == pytest.approx(written["perplexity"], rel=1e-5)
+    assert by_name["own", "mlx", None, None]["kl_mean"] is None
+    assert by_name["own", "torch", None, None]["kl_mean"] < 1e-6 < by_name["own", "torch", 8, None]["kl_mean"]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()[2:]]
+    assert {len(row) for row in rows} == {1 + len(columns)}
+    assert rows[0][2] == "own, mlx, as stored, half"
+    assert rows[1] == ["---"] + ["---:"] * len(columns)
+
+
+def product_of(first, second):
+    return [(a, b) for a in first for b in second]
+
+
+def test_columns_beyond_the_width_stand_below(stopping_folder, tmp_path, capsys, monkeypatch):
+    path = write_examples(tmp_path / "a.jsonl", ("sums", "exact", "4", "2 + 2"))
+    flags = ("--model", stopping_folder, "--examples", path, "--dtype", "float32", "--dtype", "bfloat16")
+    blocks = {}
+    for width in (60, 200):
+        monkeypatch.setenv("COLUMNS", str(width))
+        code, out, err = evaluate(capsys, *flags, "--q-bits", 8)
+        assert code == 0, err
+        assert max(map(len, out.splitlines()[2:])) <= width
+        blocks[width] = [block.splitlines() for block in out.strip().split("\n\n")[1:]]
+    assert len(blocks[200]) == 1
+    assert len(blocks[60]) > 1
+    label = len("mean of accuracies, 1 - error rates")
+    joined = [
+        "".join(row[label:] if place else row for place, row in enumerate(rows))
+        for rows in zip(*blocks[60], strict=True)
+    ]
+    assert joined == blocks[200][0]
 
 
 def log_softmax(logits):
@@ -201,7 +282,7 @@ def test_a_reference_of_its_own(tiny_folder, text_file, tmp_path, capsys):
     """The same model elsewhere: nothing diverges from it."""
     copy = tmp_path / "copy"
     shutil.copytree(tiny_folder, copy)
-    _, found = figures(capsys, tmp_path, "--model", tiny_folder, "--reference", copy, "--text", text_file)
+    _, found = figures(capsys, tmp_path, "--model", tiny_folder, "--against", copy, "--text", text_file)
     assert [column["model"] for column in found["variants"]] == [str(copy), str(tiny_folder)]
     assert found["variants"][1]["kl_mean"] == found["variants"][1]["kl_p99"] == 0.0
     assert found["variants"][1]["same_top1"] == 1.0
@@ -291,8 +372,7 @@ def test_bad_examples_are_one_line(line, message, stopping_folder, tmp_path, cap
         (("--limit", 0), "expected at least 1"),
         (("--limit", 3, "--text", "TEXT"), "--limit is of no use with --text"),
         (("--stride-tokens", 3), "--stride-tokens is of no use without --text"),
-        (("--reference", "x"), "--reference is of no use without --text"),
-        ((), "sample.jsonl does not exist"),
+        (("--against", "x"), "--against is of no use without --text"),
         (("--text", "no-such.txt"), "no-such.txt"),
         (("--text", "TEXT", "--window-tokens", 1), "--window-tokens is 1"),
         (("--text", "TEXT", "--window-tokens", 40000), "--window-tokens is 40000"),
@@ -341,3 +421,60 @@ def test_a_text_that_is_none(content, tiny_folder, tmp_path, capsys):
     code, _, err = evaluate(capsys, "--model", tiny_folder, "--text", tmp_path / "text.txt")
     assert code == 1
     assert "text.txt is " in err
+
+
+def test_a_model_without_a_sample_needs_examples(stopping_folder, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(stopping_folder, folder, ignore=shutil.ignore_patterns("sample.jsonl"))
+    code, _, err = evaluate(capsys, "--model", folder)
+    assert code == 1
+    assert "sample.jsonl does not exist: give --examples FILE or --text FILE" in err
+
+
+def test_the_embedded_model_keeps_its_quality(backends, tmp_path, capsys):
+    """On its own sample, no worse than tests/demo_sample/floors.json asks for: nothing, while it is not trained."""
+    floors = json.loads((Path(__file__).parent / "demo_sample" / "floors.json").read_text(encoding="utf-8"))
+    sample = read_examples(demo_folder() / "sample.jsonl")
+    counts = Counter(example.skill for example in sample)
+    assert len(counts) >= 10
+    assert min(counts.values()) >= 10
+    rates = floors.get("rates", {"whole": {}})
+    flags = [flag for backend in backends for flag in ("--backend", backend)] + ([] if floors else ["--limit", 1])
+    flags += [flag for name in rates if name != "whole" for flag in ("--matformer", name)]
+    _, found = figures(capsys, tmp_path, "--model", "demo", "--device", "cpu", *flags)
+    assert [skill["skill"] for skill in found["skills"]] == list(counts)
+    metrics = {skill["skill"]: skill["metric"] for skill in found["skills"]}
+    worse = []
+    for column in found["variants"]:
+        for skill, bound in rates[column["matformer"] or "whole"].items():
+            rate = column["rates"][skill]
+            if rate > bound if metrics[skill] == "wer" else rate < bound:
+                worse.append((column["backend"], column["matformer"], skill, rate, bound))
+        if floors and column["same_answers"] is not None:
+            assert column["same_answers"] >= floors["same_answers"]
+    assert not worse
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_held_out_examples_can_be_asked(inline, repository, tiny_folder, tmp_path, capsys):
+    """What examples/train_demo/write_examples.py writes, media in files or in the lines, out of a cache of noise."""
+    for package in ("soundfile", "soxr", "PIL"):
+        pytest.importorskip(package)
+    noise = np.random.default_rng(0).integers(-9000, 9000, 16_000, dtype=np.int16)
+    np.save(tmp_path / "held_out.npy", noise)
+    entries = [("shape", "red circle", 0, 9000), ("digits", "1 2", 9000, 16_000)]
+    (tmp_path / "held_out.json").write_text(json.dumps(entries))
+    script = repository / "examples" / "train_demo" / "write_examples.py"
+    output = tmp_path / ("examples.jsonl" if inline else "examples")
+    flags = [output, "--count", 2, "--speech", tmp_path, "--skills", "sums", "counts", "digits", "both"]
+    done = subprocess.run([sys.executable, script, *map(str, flags)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    path = output if inline else output / "examples.jsonl"
+    examples = read_examples(path)
+    assert [example.skill for example in examples] == [
+        s for s in ("sums", "counts", "digits", "both") for _ in range(2)
+    ]
+    assert {example.metric for example in examples if example.skill == "digits"} == {"wer"}
+    assert inline == (not (output / "media").exists())
+    _, found = figures(capsys, tmp_path, "--model", tiny_folder, "--examples", path, "--limit", 1)
+    assert [skill["count"] for skill in found["skills"]] == [1] * 4
