@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import openai
 import pytest
@@ -13,6 +14,7 @@ from running import wait_until
 
 from g3n_mlx.server.__main__ import main
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-u", "-m", "g3n_mlx.server"]
 
 
@@ -52,13 +54,19 @@ def test_a_process_of_its_own(demo, tmp_path):
     process = Process(demo, "--served-model-name", "gemma", "--api-key", "k", "--log-level", "info", cwd=tmp_path)
     client = openai.OpenAI(api_key="k", base_url=f"{process.url}/v1", max_retries=0, timeout=120)
     assert [entry.id for entry in client.models.list()] == ["gemma"]
+    readme = (REPOSITORY / "README.md").read_text("utf-8")
+    (code,) = re.findall(r"<!-- test: openai -->\n```python\n(.*?)```", readme, re.DOTALL)
+    code = code.replace("http://127.0.0.1:8080", process.url).replace('"none"', '"k"')
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
     answer = client.chat.completions.create(
         model="gemma", messages=[{"role": "user", "content": "Hi"}], max_tokens=40, stream=True
     )
     first = next(iter(answer))
     assert first.choices[0].delta.role == "assistant"
     process.running.send_signal(signal.SIGTERM)
-    assert list(answer)[-1].choices[0].finish_reason
+    assert list(answer)[-1].choices[0].finish_reason  # begun before, and finished
     assert process.end(signal.SIGTERM) in (0, -signal.SIGTERM)
     assert not [line for line in process.lines if "Traceback" in line]
 
@@ -70,7 +78,20 @@ def test_help_names_every_flag(capsys):
     told = capsys.readouterr().out
     for flag in ("--model", "--matformer", "--host", "--api-key", "--media-root", "--allow-media-host", "--max-queue"):
         assert flag in told
-    assert len(set(re.findall(r"--[a-z-]+", told))) <= 26  # 25 and --help
+    known = set(re.findall(r"--[a-z-]+", told))
+    assert len(known) <= 26  # 25 and --help
+    manual = (REPOSITORY / "docs" / "server.md").read_text("utf-8")
+    others = {"--tasks", "--model_args"}  # of lm_eval
+    assert set(re.findall(r"(?<![\w-])--[a-z_-]+", manual)) - others <= known
+
+
+def test_the_manual_has_every_endpoint(server):
+    manual = (REPOSITORY / "docs" / "server.md").read_text("utf-8")
+    with server.http() as http:
+        paths = http.get("/openapi.json").json()["paths"]
+    for path in paths:
+        if path.startswith("/v1/") and "{" not in path:
+            assert path.removeprefix("/v1") in manual, path
 
 
 @pytest.mark.parametrize(
