@@ -17,7 +17,7 @@ from g3n_mlx.config import ModelConfig
 from g3n_mlx.fetch import FetchPolicy
 from g3n_mlx.image import ImageFeatures
 from g3n_mlx.media import MediaOpener
-from g3n_mlx.prompt import encode
+from g3n_mlx.prompt import Prompt, encode
 from g3n_mlx.tokenizer import Tokenizer
 
 
@@ -40,12 +40,16 @@ class Encoder:
         self.policy = FetchPolicy()
         self.header = [self.tokenizer.start_of_turn_id, *self.tokenizer.encode("model\n")]
 
-    def sequence(self, example: Example) -> Encoded:
-        """The whole conversation."""
+    def prompt(self, example: Example) -> Prompt:
+        """The whole conversation, as use would read it."""
         pieces: list[Any] = []
         for piece in render(example.messages, add_generation_prompt=False):
             pieces += self.opener.open(piece, self.policy) if isinstance(piece, Media) else [piece]
-        prompt = encode(pieces, self.tokenizer, self.opener.soft_tokens)
+        return encode(pieces, self.tokenizer, self.opener.soft_tokens)
+
+    def sequence(self, example: Example) -> Encoded:
+        """The whole conversation, with what the model should say."""
+        prompt = self.prompt(example)
         ids = list(prompt.token_ids)
         features = [span.features for span in prompt.media]
         return Encoded(

@@ -3,13 +3,17 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 
-def save(path: Path, network: nn.Module, optimizers: Sequence[torch.optim.Optimizer], step: int) -> None:
-    """Writes the state beside the old one, then takes its place; goes on with what it wrote, as a resumed training does."""
+def save(path: Path, network: nn.Module, optimizers: Sequence[torch.optim.Optimizer], step: int, write: bool = True) -> None:
+    """Writes the state beside the old one, then takes its place; goes on with what it wrote, as a resumed training does.
+
+    Of several processes, one writes.
+    """
     state = {
         "step": step,
         "parameters": {name: parameter.detach() for name, parameter in network.named_parameters()},
@@ -21,15 +25,20 @@ def save(path: Path, network: nn.Module, optimizers: Sequence[torch.optim.Optimi
             for optimizer in optimizers
         ],
     }
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    os.replace(part, path)
-    load(path, network, optimizers)
+    if write:
+        part = path.with_suffix(".part")
+        torch.save(state, part)
+        os.replace(part, path)
+    fill(state, network, optimizers)
 
 
 def load(path: Path, network: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
     """Fills network and optimizers; returns the next step."""
-    state = torch.load(path, weights_only=True)
+    return fill(torch.load(path, weights_only=True), network, optimizers)
+
+
+def fill(state: dict[str, Any], network: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
+    """Fills network and optimizers; returns the next step."""
     take(state["parameters"], network, "")
     for optimizer, moments in zip(optimizers, state["moments"], strict=True):
         whole = optimizer.state_dict()

@@ -2,19 +2,22 @@
 
     python train.py START_FOLDER --state text.pt --log text.jsonl --skills sums=2 lists=2 memory about json other --steps 6000
 
-Every step draws its examples from (seed, step), so a resumed training goes on as if it had never stopped. Each pass
+Every step draws its examples from (seed, step), so a resumed training goes on as if it had never stopped. `torchrun
+--nproc-per-node 2 train.py ...` shares a step among processes, which use two cores better than two threads do. Each pass
 takes the full model or a MatFormer slice of it: half or a quarter of every feed-forward block, perhaps without the
 first block of KV-sharing layers.
 """
 
 import argparse
 import json
+import os
 import random
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as distributed
 from architecture import FFN, LAYERS
 from network import Network, prepared
 from optimizers import made_optimizers
@@ -24,6 +27,7 @@ from reading import READING
 from skill import Generator
 from sounds import hearing
 from state import load, save, take
+from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
@@ -85,6 +89,16 @@ def parsed(skills: Sequence[str]) -> dict[str, float]:
     return {name: float(weight or 1) for name, _, weight in pairs}
 
 
+def average_gradients(parameters: Sequence[Tensor]) -> None:
+    """Gives all processes the mean of their gradients."""
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
 def train(arguments: argparse.Namespace, generators: Mapping[str, Generator]) -> None:
     """The loop."""
     torch.manual_seed(arguments.seed)
@@ -99,16 +113,20 @@ def train(arguments: argparse.Namespace, generators: Mapping[str, Generator]) ->
     optimizers = made_optimizers(network)
     step = load(arguments.state, network, optimizers) if arguments.state.exists() else 0
     weights = parsed(arguments.skills)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    rank, world = distributed.get_rank(), distributed.get_world_size()
     began, losses = time.time(), list[float]()
     while step < arguments.steps:
-        rng = random.Random(f"{arguments.seed} {step}")
-        rows = pack([encoder.sequence(e) for e in mixture(weights, generators, arguments.examples, rng)], ROW)
-        width, layers = drawn_slice(rng)
+        rng = random.Random(f"{arguments.seed} {step} {rank}")
+        share = mixture(weights, generators, arguments.examples // world, rng)
+        rows = pack([encoder.sequence(example) for example in share], ROW)
+        width, layers = drawn_slice(random.Random(f"{arguments.seed} {step}"))
         logits = functional_call(network, prepared(network, width, arguments.rounded), (rows, layers))
         loss = F.cross_entropy(logits, rows.targets[rows.targets >= 0])
         network.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        average_gradients(trained)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, arguments.steps, arguments.lr) * group["scale"]
@@ -117,15 +135,21 @@ def train(arguments: argparse.Namespace, generators: Mapping[str, Generator]) ->
         if width == FFN and layers == ALL_LAYERS:
             losses.append(loss.item())
         if step % arguments.log_every == 0 or step == arguments.steps:
-            entry = {"step": step, "seconds": round(time.time() - began), "loss": round(sum(losses) / len(losses), 4)}
+            entry = {"step": step, "seconds": round(time.time() - began), "loss": round(sum(losses) / max(1, len(losses)), 4)}
             losses.clear()
             if step % (arguments.log_every * 5) == 0 or step == arguments.steps:
-                entry |= {
-                    name: round(accuracy(network, encoder, generators[name], arguments.held_out), 3) for name in weights
+                shares: list[dict[str, float]] = [{}] * world
+                mine = {
+                    name: round(accuracy(network, encoder, generators[name], arguments.held_out), 3)
+                    for name in list(weights)[rank::world]
                 }
-                save(arguments.state, network, optimizers, step)
-            with arguments.log.open("a") as log:
-                log.write(json.dumps(entry) + "\n")
+                distributed.all_gather_object(shares, mine)
+                right = {name: value for share in shares for name, value in share.items()}
+                entry |= {name: right[name] for name in weights}
+                save(arguments.state, network, optimizers, step, write=rank == 0)
+            if rank == 0:
+                with arguments.record.open("a") as log:
+                    log.write(json.dumps(entry) + "\n")
 
 
 def main() -> None:
@@ -133,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="as start.py writes it")
     parser.add_argument("--state", type=Path, required=True, help="is written every few minutes, and resumed from")
-    parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--record", type=Path, required=True)
     parser.add_argument("--speech", type=Path, default=Path("speech"), help="as speech.py writes it")
     parser.add_argument("--skills", nargs="+", required=True, help="names with weights, as sums=2")
     parser.add_argument("--take", type=Path, nargs="*", default=[], help="states of other stages to begin with")
@@ -148,6 +172,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    alone = {} if "RANK" in os.environ else {"rank": 0, "world_size": 1, "store": distributed.HashStore()}
+    distributed.init_process_group("gloo", **alone)
     train(arguments, {**READING, **SEEING, **hearing(arguments.speech)})
 
 
