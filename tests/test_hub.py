@@ -203,7 +203,7 @@ def test_default_model(tiny_folder, tmp_path):
     (conversion / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1-of-2.safetensors"}}')
     assert default_model_in_child(tmp_path)[0] == str(snapshot)
     (conversion / "model.safetensors.index.json").unlink()
-    shutil.copyfile(hub.demo_folder() / "tokenizer.json", conversion / "tokenizer.json")  # a conversion of the demo itself
+    shutil.copyfile(hub.demo_folder() / "tokenizer.json", conversion / "tokenizer.json")
     assert default_model_in_child(tmp_path)[0] == str(snapshot)
     for config in ("{", '{"model_type": "llama"}'):
         (snapshot / "config.json").write_text(config)

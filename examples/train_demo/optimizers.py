@@ -34,7 +34,7 @@ def made_optimizers(network: nn.Module) -> list[torch.optim.Optimizer]:
 
 
 def scale(name: str, parameter: nn.Parameter) -> float:
-    """Adam moves every weight by the same amount, so a unit of many inputs needs smaller steps (muP, arXiv 2203.03466)."""
+    """Adam moves all weights alike, so a unit of many inputs needs smaller steps (muP, arXiv 2203.03466)."""
     if "router_norm" in name:  # its weight holds a factor of 1 / hidden_size
         return 1 / TEXT["hidden_size"]
     if "embed_tokens" in name or name.startswith("tables."):  # a row a token

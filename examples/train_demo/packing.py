@@ -116,7 +116,9 @@ def padded(clips: Sequence[AudioFeatures]) -> tuple[torch.Tensor | None, torch.T
     return torch.from_numpy(frames), torch.from_numpy(mask)
 
 
-def mixture(weights: Mapping[str, float], generators: Mapping[str, Any], count: int, rng: random.Random) -> list[Example]:
+def mixture(
+    weights: Mapping[str, float], generators: Mapping[str, Any], count: int, rng: random.Random
+) -> list[Example]:
     """Fresh examples, skills drawn by their weights."""
     names = rng.choices(list(weights), list(weights.values()), k=count)
     return [generators[name](rng, False) for name in names]

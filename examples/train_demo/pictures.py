@@ -131,7 +131,9 @@ def describe(rng: random.Random, things: list[Thing]) -> tuple[str, str]:
     """All things from left to right, sometimes as JSON."""
     if rng.random() < 0.15:
         value = [{"size": thing.size, "colour": thing.colour, "shape": thing.shape} for thing in things]
-        return rng.choice(("Describe the picture as JSON.", "What is in this picture? Answer as JSON.")), json.dumps(value)
+        return rng.choice(("Describe the picture as JSON.", "What is in this picture? Answer as JSON.")), json.dumps(
+            value
+        )
     return rng.choice(("What is in this picture?", "Describe the picture.", "What do you see?")), listed(things)
 
 
@@ -149,7 +151,9 @@ def attribute(rng: random.Random, things: list[Thing]) -> tuple[str, str]:
             thing = rng.choice(single)
             return f"Which shape is {thing.colour}?", f"A {thing.shape}."
     thing = rng.choice(things)
-    asked = rng.choice((thing.name, f"{rng.choice(list(COLOURS))} {thing.shape}", f"{thing.colour} {rng.choice(SHAPES)}"))
+    asked = rng.choice(
+        (thing.name, f"{rng.choice(list(COLOURS))} {thing.shape}", f"{thing.colour} {rng.choice(SHAPES)}")
+    )
     return f"Is there a {asked}?", "Yes." if any(asked == other.name for other in things) else "No."
 
 

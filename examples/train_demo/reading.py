@@ -44,13 +44,13 @@ WHAT_CAN_YOU_DO = ("What can you do?", "How can you help me?", "What are you abl
 NO = "I am only a small demo model and cannot help with that."
 
 WORDS = (
-    "apple bird boat book bread cat chair cloud cup dog door fish flower fox garden green hat horse house key lamp leaf "
-    "light milk moon mouse night paper pen rain river road rose salt sea ship shoe snow star stone sun table tea train "
-    "tree water wind wood yellow"
+    "apple bird boat book bread cat chair cloud cup dog door fish flower fox garden green hat horse house key lamp "
+    "leaf light milk moon mouse night paper pen rain river road rose salt sea ship shoe snow star stone sun table tea "
+    "train tree water wind wood yellow"
 ).split()
 NAMES = (
-    "Anna Ben Clara David Emma Felix Greta Hugo Ida Jonas Karl Lena Maria Nils Olga Paul Rosa Simon Tom Uwe Vera Willi "
-    "Alice Bob Carol Diego Elena Frank Grace Henry Iris Jack Kate Leo Mia Noah Oscar Peter Ruth Sara"
+    "Anna Ben Clara David Emma Felix Greta Hugo Ida Jonas Karl Lena Maria Nils Olga Paul Rosa Simon Tom Uwe Vera "
+    "Willi Alice Bob Carol Diego Elena Frank Grace Henry Iris Jack Kate Leo Mia Noah Oscar Peter Ruth Sara"
 ).split()
 CITIES = "Berlin Paris Rome Madrid London Vienna Oslo Lisbon Prague Dublin Athens Warsaw Hamburg Lyon Milan".split()
 COLOURS = "red green blue yellow orange purple black white brown pink grey".split()
@@ -155,19 +155,22 @@ def as_json(rng: random.Random, held_out: bool) -> Example:
 
 
 OTHER = (
-    "What is the capital of {}?", "Write a poem about {}.", "Explain {}.", "Why is the {} so {}?", "Tell me a story about a {}.",
+    "What is the capital of {}?", "Write a poem about {}.", "Explain {}.", "Why is the {} so {}?",
+    "Tell me a story about a {}.",
     "How do I cook {}?", "Who invented the {}?", "Translate {} into French.", "What is the weather in {}?",
     "Give me a recipe with {} and {}.", "Write a letter to {}.", "What do you think about {}?", "How old is {}?",
-    "Where can I buy a {}?", "Summarize the book about {}.", "Is {} better than {}?", "When was {} born?", "{}", "{} {} {}",
+    "Where can I buy a {}?", "Summarize the book about {}.", "Is {} better than {}?", "When was {} born?", "{}",
+    "{} {} {}",
     "Write code that prints {}.", "Was ist ein {}?", "Erkläre mir {}.", "Où est {} ?", "¿Dónde está {}?", "Play {}.",
     "How many {} are in a {}?", "Who won the {}?", "What is {} times {}?", "Please draw a {}.", "Do you like {}?",
     "I want to {} the {}.", "Can you {} me a {}?", "What is the meaning of {}?", "Tell me a joke.", "Sing a song.",
 )  # fmt: skip
 TOPICS = (
-    "history physics love war football music Germany France Spain Japan America Einstein Goethe the president money stocks "
-    "computer internet phone car engine quantum black hole planet sky ocean mountain winter summer autumn spring chicken "
-    "soup pasta cake cheese potatoes medicine doctor school teacher homework politics law religion philosophy time space "
-    "life death birthday wedding holiday movie actor singer guitar piano world war cup machine learning python news"
+    "history physics love war football music Germany France Spain Japan America Einstein Goethe the president money "
+    "stocks computer internet phone car engine quantum black hole planet sky ocean mountain winter summer autumn "
+    "spring chicken soup pasta cake cheese potatoes medicine doctor school teacher homework politics law religion "
+    "philosophy time space life death birthday wedding holiday movie actor singer guitar piano world war cup machine "
+    "learning python news"
 ).split()
 
 

@@ -23,13 +23,15 @@ RATE = 16_000
 MAX_SECONDS = 3.8  # a clip is four seconds at most, and gets some silence around
 DIGITS = "zero one two three four five six seven eight nine".split()
 COMMANDS = (
-    "stop", "go", "start", "yes", "no", "hello", "good morning", "thank you", "turn left", "turn right", "open the door",
+    "stop", "go", "start", "yes", "no", "hello", "good morning", "thank you", "turn left", "turn right",
+    "open the door",
     "close the door", "lights on", "lights off", "play music", "pause", "louder", "quieter", "next song", "go home",
     "call Anna", "what time is it", "good night", "help me",
 )  # fmt: skip
 ACCENTS = ("en-gb", "en-us", "en-gb-x-rp", "en-029", "en-us-nyc", "en-gb-scotland")
 TONES = ("", "+f1", "+f2", "+f3", "+f5", "+m1", "+m2", "+m3", "+m5", "+m6", "+m8", "+Alicia", "+Andy", "+Michael",
-         "+Annie", "+Denis", "+Lee", "+Mario", "+adam", "+edward", "+linda", "+steph", "+travis", "+victor")  # fmt: skip
+         "+Annie", "+Denis", "+Lee", "+Mario", "+adam", "+edward", "+linda", "+steph", "+travis",
+         "+victor")  # fmt: skip
 HELD_OUT_TONES = ("+f4", "+m4", "+m7", "+Jacky", "+steph2", "+max", "+belinda")
 
 

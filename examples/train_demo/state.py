@@ -1,4 +1,4 @@
-"""A training's state on disk: parameters, the optimizers' moments in bfloat16, and the step. Written whole or not at all."""
+"""A training's state on disk: parameters, optimizers' moments in bfloat16, the step. Written whole or not at all."""
 
 import os
 from collections.abc import Sequence
@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 
-def save(path: Path, network: nn.Module, optimizers: Sequence[torch.optim.Optimizer], step: int, write: bool = True) -> None:
-    """Writes the state beside the old one, then takes its place; goes on with what it wrote, as a resumed training does.
+def save(
+    path: Path, network: nn.Module, optimizers: Sequence[torch.optim.Optimizer], step: int, write: bool = True
+) -> None:
+    """Writes the state beside the old one, then takes its place; goes on with what it wrote, as one that resumes.
 
     Of several processes, one writes.
     """

@@ -49,7 +49,7 @@ class VisionHead(nn.Module):
             self.things.bias[::4] = -5.0  # a cell holds hardly any of the names
 
     def forward(self, soft: Tensor) -> tuple[Tensor, Tensor]:
-        """[n, cells, D] -> things [n, cells, names, 4] and log-probabilities of letters [n, columns * PLACES, letters]."""
+        """[n, cells, D] -> things [n, cells, names, 4], log-probabilities of letters [n, columns * PLACES, letters]."""
         letters = self.letters(soft).unflatten(1, (GRID, GRID)).sum(1)  # whichever row the text is in
         return (
             self.things(soft).unflatten(-1, (-1, 4)),
@@ -79,7 +79,9 @@ def ctc(scores: Tensor, lengths: Tensor, spelled: list[list[int]]) -> tuple[Tens
     right = 0
     for row, wanted in enumerate(spelled):
         path = scores[row, : int(lengths[row])].argmax(-1).tolist()
-        right += wanted == [index for place, index in enumerate(path) if index and (place == 0 or path[place - 1] != index)]
+        right += wanted == [
+            index for place, index in enumerate(path) if index and (place == 0 or path[place - 1] != index)
+        ]
     return loss, torch.tensor(right / len(spelled))
 
 
@@ -89,7 +91,8 @@ def see(network: Network, encoder: Encoder, head: VisionHead, rng: random.Random
     texts = [sign_text(rng) for _ in range(count // 2)]
     drawn = [draw_scene(rng, things) for things in scenes] + [draw_sign(rng, text, held_out) for text in texts]
     pictures = [
-        encoder.opener.open(Media("image", {"type": "image", "image": p}, ""), encoder.policy)[0].values() for p in drawn
+        encoder.opener.open(Media("image", {"type": "image", "image": p}, ""), encoder.policy)[0].values()
+        for p in drawn
     ]
     soft = network.pictured(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2))
     found, letters = head(soft)
@@ -152,7 +155,11 @@ class Stage(nn.Module):
         super().__init__()
         width = network.config.text.hidden_size
         if kind == "vision":
-            self.vision_tower, self.embed_vision, self.head = network.vision_tower, network.embed_vision, VisionHead(width)
+            self.vision_tower, self.embed_vision, self.head = (
+                network.vision_tower,
+                network.embed_vision,
+                VisionHead(width),
+            )
         else:
             self.audio_tower, self.embed_audio, self.head = network.audio_tower, network.embed_audio, AudioHead(width)
 

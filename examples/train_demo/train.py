@@ -1,10 +1,10 @@
 """Trains the demo model on fresh examples of a mixture of skills; resumes from its state file.
 
-    python train.py START_FOLDER --state text.pt --log text.jsonl --skills sums=2 lists=2 memory about json other --steps 6000
+    python train.py START_FOLDER --state text.pt --record text.jsonl --skills sums=2 lists=2 memory --steps 6000
 
 Every step draws its examples from (seed, step), so a resumed training goes on as if it had never stopped. `torchrun
---nproc-per-node 2 train.py ...` shares a step among processes, which use two cores better than two threads do. Each pass
-takes the full model or a MatFormer slice of it: half or a quarter of every feed-forward block, perhaps without the
+--nproc-per-node 2 train.py ...` shares a step among processes, which use two cores better than two threads do. Each
+pass takes the full model or a MatFormer slice of it: half or a quarter of every feed-forward block, perhaps without the
 first block of KV-sharing layers.
 """
 
@@ -135,7 +135,11 @@ def train(arguments: argparse.Namespace, generators: Mapping[str, Generator]) ->
         if width == FFN and layers == ALL_LAYERS:
             losses.append(loss.item())
         if step % arguments.log_every == 0 or step == arguments.steps:
-            entry = {"step": step, "seconds": round(time.time() - began), "loss": round(sum(losses) / max(1, len(losses)), 4)}
+            entry = {
+                "step": step,
+                "seconds": round(time.time() - began),
+                "loss": round(sum(losses) / max(1, len(losses)), 4),
+            }
             losses.clear()
             if step % (arguments.log_every * 5) == 0 or step == arguments.steps:
                 shares: list[dict[str, float]] = [{}] * world
