@@ -93,8 +93,9 @@ def open_layout(folder: Path) -> Layout:
         config, raw_config = _without_absent_modalities(config, raw_config, tensors)
         quantizations = _check_manifest(tensors, config, folder)
         _check_declared(declared, quantizations, where)
-        kernel_axes = _kernel_axes(tensors, folder)
-        _check_towers(tensors, kernel_axes, config, folder)
+        tower_shapes = _tower_shapes(config)
+        kernel_axes = _kernel_axes(tensors, tower_shapes, folder)
+        _check_towers(tensors, kernel_axes, tower_shapes, folder)
         opened.pop_all()
     return Layout(config, raw_config, shards, tensors, quantizations, kernel_axes)
 
@@ -210,15 +211,19 @@ def _check_manifest(tensors: Mapping[str, StoredTensor], config: ModelConfig, fo
     return quantizations
 
 
+def _tower_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> published shape of what the towers read."""
+    shapes = vision_manifest(config.vision) if config.vision is not None else {}
+    return shapes | (audio_manifest(config.audio) if config.audio is not None else {})
+
+
 def _check_towers(
     tensors: Mapping[str, StoredTensor],
     kernel_axes: Mapping[str, tuple[int, ...]],
-    config: ModelConfig,
+    tower_shapes: Mapping[str, tuple[int, ...]],
     folder: Path,
 ) -> None:
-    shapes = vision_manifest(config.vision) if config.vision is not None else {}
-    if config.audio is not None:
-        shapes |= audio_manifest(config.audio)
+    shapes = dict(tower_shapes)
     if lacks_stem_bias(tensors):
         shapes.pop(f"{STEM}.bias", None)
     misshapen: list[str] = []
@@ -308,11 +313,13 @@ def _check_declared(declared: _Declared | None, actual: Mapping[str, Quantizatio
             raise ValueError(f"{where}: {path} is declared as {expected}, its tensors say {quantization}")
 
 
-def _kernel_axes(tensors: Mapping[str, StoredTensor], folder: Path) -> dict[str, tuple[int, ...]]:
+def _kernel_axes(
+    tensors: Mapping[str, StoredTensor], tower_shapes: Mapping[str, tuple[int, ...]], folder: Path
+) -> dict[str, tuple[int, ...]]:
     axes: dict[str, tuple[int, ...]] = {}
     for modality, tower in _TOWERS.items():
         stored_here = {name: stored for name, stored in tensors.items() if name.startswith(tower)}
-        channels_last = _channels_last(stored_here, folder)
+        channels_last = _channels_last(stored_here, tower_shapes, folder)
         swapped = modality == "vision" and lacks_stem_bias(tensors)
         for name, stored in stored_here.items():
             turned = _published_axes(len(stored.shape), channels_last, swapped)
@@ -321,18 +328,19 @@ def _kernel_axes(tensors: Mapping[str, StoredTensor], folder: Path) -> dict[str,
     return axes
 
 
-def _channels_last(tensors: Mapping[str, StoredTensor], folder: Path) -> bool:
+def _channels_last(
+    tensors: Mapping[str, StoredTensor], tower_shapes: Mapping[str, tuple[int, ...]], folder: Path
+) -> bool:
     """Whether kernels are stored as MLX has them (O, kH, kW, I; depthwise C, k, 1), decided for a whole tower.
 
-    Every kernel whose shape allows one reading only has a vote: square ones and depthwise ones.
+    Every kernel that has its published shape in one of the two orders has a vote.
     """
     votes: dict[bool, str] = {}
     for name, stored in tensors.items():
-        shape = stored.shape
-        if len(shape) == 4 and (shape[1] == shape[2]) != (shape[2] == shape[3]):
-            votes[shape[1] == shape[2]] = name
-        elif len(shape) == 3 and (shape[1] == 1) != (shape[2] == 1):
-            votes[shape[2] == 1] = name
+        published = tower_shapes.get(name, ())
+        turned = (*published[:1], *published[2:], *published[1:2])
+        if turned != published and tuple(stored.shape) in (turned, published):
+            votes[tuple(stored.shape) == turned] = name
     if len(votes) > 1:
         raise ValueError(f"{folder}: {votes[True]} and {votes[False]} have kernels in different layouts")
     return True in votes

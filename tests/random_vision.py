@@ -19,9 +19,16 @@ def write_random_vision(
     raw["vision_config"] |= {"model_args": model_args, "hidden_size": hidden_size}
     raw["vision_soft_tokens_per_image"] = (model_args or {}).get("msfa_output_resolution", 16) ** 2
     vision = VisionConfig.from_dict(raw["vision_config"], raw["vision_soft_tokens_per_image"], "vision_config")
-    shapes = vision_manifest(vision) | embedder_manifest("embed_vision", vision, raw["text_config"]["hidden_size"])
     tensors = {name: array for name, array in read_folder(tiny_folder).items() if "vision" not in name}
-    generator = np.random.default_rng(0)
+    tensors |= vision_tensors(vision, raw["text_config"]["hidden_size"], 0, ml_dtypes.bfloat16)
+    return write_folder(folder, raw, tensors)
+
+
+def vision_tensors(vision: VisionConfig, text_width: int, seed: int, dtype: Any) -> dict[str, np.ndarray]:
+    """Noise for the tower and its embedder, by their names in a checkpoint."""
+    shapes = vision_manifest(vision) | embedder_manifest("embed_vision", vision, text_width)
+    generator = np.random.default_rng(seed)
+    tensors = {}
     for name, shape in shapes.items():
         noise = generator.standard_normal(shape, dtype=np.float32)
         if name.endswith("layer_scale.gamma"):
@@ -32,8 +39,8 @@ def write_random_vision(
             values = 1 + 0.3 * noise
         else:
             values = noise / np.sqrt(np.float32(noise[0].size))
-        tensors[f"model.{name}"] = values.astype(ml_dtypes.bfloat16)
-    return write_folder(folder, raw, tensors)
+        tensors[f"model.{name}"] = values.astype(dtype)
+    return tensors
 
 
 def tower_tensors(folder: Path) -> dict[str, np.ndarray]:

@@ -161,6 +161,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "sscp_conv_stride_size": [[3, 1], [1, 2]],
         "input_feat_size": 17,
     },
+    "kernels_of_one_row_or_column": {"sscp_conv_kernel_size": [[1, 3], [3, 1]], "sscp_conv_channel_size": [6, 3]},
     "stride_longer_than_kernel": {
         "sscp_conv_kernel_size": [[2, 2], [3, 3]],
         "sscp_conv_stride_size": [[5, 4], [2, 1]],
