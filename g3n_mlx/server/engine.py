@@ -129,7 +129,7 @@ class Turn:
                 loop.call_soon_threadsafe(steps.put_nowait, (index, step))
 
         for index, task in enumerate(tasks):
-            job = Job(task, partial(deliver, index), self.arrived, self.deadline)
+            job = Job(task, partial(deliver, index), self.arrived, self.deadline, self)
             self._jobs.append(job)
             self.engine.scheduler.submit(job)
         left = len(tasks)

@@ -7,7 +7,7 @@ caches stay below their limit; idle ones in the prefix cache give way.
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -55,6 +55,7 @@ class Job:
     deliver: Callable[[Any], None]  # given every step, and at the end DONE or an exception; raises nothing
     arrived: float  # time.monotonic()
     deadline: float
+    request: Any = None  # what it belongs to; several jobs may belong to one
     stopped: bool = False
 
 
@@ -153,21 +154,28 @@ class Scheduler:
             job.deliver(Ended())
 
     def _admit(self, model: Gemma3n) -> None:
-        """Starts waiting jobs in their order, as many as the limits allow; one always."""
+        """Starts waiting jobs, as many as the limits allow; one always.
+
+        In their order, but a request of many prompts leaves room for those that have nothing in progress.
+        """
         context_tokens = model.config.text.max_position_embeddings
         with self._changed:
             self._drop_late_ones()
             admitted: list[tuple[Job, int]] = []
             reserved = sum(running.reserved_bytes for running in self._running)
+            started = Counter(id(running.job.request) for running in self._running)
             while self._waiting and len(self._running) + len(admitted) < self._parallel:
-                task = self._waiting[0].task
+                job = min(self._waiting, key=lambda job: started[id(job.request)])
+                task = job.task
                 wanted = self._size.nbytes_at(task.tokens(context_tokens))
                 if task.scored is not None and task.params is not None:
                     wanted += self._size.nbytes_at(len(task.prompt.token_ids))  # scores have a cache of their own
                 if (self._running or admitted) and reserved + wanted > self._cache_bytes:
                     break
                 reserved += wanted
-                admitted.append((self._waiting.popleft(), wanted))
+                started[id(job.request)] += 1
+                self._waiting.remove(job)
+                admitted.append((job, wanted))
             self._metrics.waiting.set(len(self._waiting))
         for job, wanted in admitted:
             running = Running(job, wanted)

@@ -8,6 +8,7 @@ Source: OpenAI's API reference (chat, completions, audio, models); mistral.rs fo
 import logging
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
@@ -35,6 +36,12 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 log = logging.getLogger(__name__)
 
 
+def report_unknown(names: Sequence[str]) -> None:
+    """One log line with these names of fields, if there are any."""
+    if names:
+        log.info("ignored fields: %s", ", ".join(f"{name!a:.60}" for name in names[:20]))
+
+
 class Wire(BaseModel):
     """A request's object: fields that are not listed are kept apart."""
 
@@ -42,8 +49,7 @@ class Wire(BaseModel):
 
     def report_unknown(self) -> None:
         """One log line with the names of the fields that this server ignores, if there are any."""
-        if self.model_extra:
-            log.info("ignored fields: %s", ", ".join(repr(name)[:60] for name in list(self.model_extra)[:20]))
+        report_unknown(list(self.model_extra or ()))
 
 
 class StreamOptions(Wire):

@@ -18,6 +18,7 @@ from g3n_mlx.audio import Audio
 from g3n_mlx.server.engine import Turn, TurnOf, unless_gone
 from g3n_mlx.server.errors import ApiError
 from g3n_mlx.server.scheduler import Answer
+from g3n_mlx.server.schemas import report_unknown
 from g3n_mlx.server.stream import END_OF_STREAM, SSE, first_of, sampling_params, with_errors
 
 # Of a clip of half a minute nobody says more, so an answer that runs away ends here.
@@ -32,6 +33,10 @@ LANGUAGES = {
     "uk": "Ukrainian", "ur": "Urdu", "vi": "Vietnamese", "zh": "Chinese",
 }  # fmt: skip
 
+FIELDS = (
+    *("file", "model", "language", "prompt", "response_format", "temperature", "stream"),
+    "timestamp_granularities[]",
+)
 Format = Literal["json", "text", "verbose_json", "srt", "vtt"]
 Temperature = Annotated[FiniteFloat, Field(ge=0, le=2)]
 
@@ -63,20 +68,14 @@ async def create_transcription(
     granularities: Annotated[list[Literal["segment", "word"]] | None, Form(alias="timestamp_granularities[]")] = None,
 ) -> Response:
     """The words of a sound, in its own language."""
+    await _report_unknown(request)
     request.app.state.models.find(model)
     if granularities is not None and "word" in granularities:
         raise ApiError(400, "the model knows no times of words, only of segments", param="timestamp_granularities")
     spoken = LANGUAGES.get((language or "").lower(), language)
     question = f"Transcribe the following speech segment{f' in {spoken}' if spoken else ''}"
     work = _Work(turn, "transcribe", spoken, _asked(question, prompt), temperature)
-    data = await file.read()
-    if not stream:
-        return await unless_gone(request, work.whole(data, response_format))
-    if response_format not in ("json", "text"):
-        raise ApiError(400, f"{response_format} can't be streamed: use json", param="stream")
-    deltas = work.deltas(data)
-    first = await unless_gone(request, first_of(deltas))
-    return StreamingResponse(with_errors(work.events(first, deltas)), media_type=SSE)
+    return await _answered(request, work, await file.read(), response_format, stream)
 
 
 @router.post("/v1/audio/translations", response_class=Response)
@@ -88,12 +87,29 @@ async def create_translation(
     prompt: Annotated[str | None, Form()] = None,
     response_format: Annotated[Format, Form()] = "json",
     temperature: Annotated[Temperature, Form()] = 0.0,
+    stream: Annotated[bool, Form()] = False,
 ) -> Response:
     """The words of a sound, in English."""
+    await _report_unknown(request)
     request.app.state.models.find(model)
     question = _asked("Translate the following speech segment into English", prompt)
     work = _Work(turn, "translate", "English", question, temperature)
-    return await unless_gone(request, work.whole(await file.read(), response_format))
+    return await _answered(request, work, await file.read(), response_format, stream)
+
+
+async def _answered(request: Request, work: "_Work", data: bytes, wanted: Format, stream: bool) -> Response:
+    if not stream:
+        return await unless_gone(request, work.whole(data, wanted))
+    if wanted not in ("json", "text"):
+        raise ApiError(400, f"{wanted} can't be streamed: use json", param="stream")
+    deltas = work.deltas(data)
+    first = await unless_gone(request, first_of(deltas))
+    return StreamingResponse(with_errors(work.events(first, deltas)), media_type=SSE)
+
+
+async def _report_unknown(request: Request) -> None:
+    """One log line with the names of the fields that this server ignores, if there are any."""
+    report_unknown([name for name in await request.form() if name not in FIELDS])
 
 
 def _asked(question: str, prompt: str | None) -> str:

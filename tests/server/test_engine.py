@@ -1,5 +1,6 @@
 """The engine under load: places, turns, clients that go away, time limits, failures, shutdown, the prefix cache."""
 
+import socket
 import threading
 import time
 
@@ -8,6 +9,7 @@ import openai
 import pytest
 from running import started, stopped, wait_until
 
+from g3n_mlx.server import app
 from g3n_mlx.server.scheduler import DONE, Answer, Ended, Expired, Job
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -148,6 +150,23 @@ def test_a_short_answer_does_not_wait_behind_a_long_one(server):
     stop_all(server, long)
 
 
+def test_a_request_of_many_prompts_leaves_room_for_others(held):
+    server, gate = held(parallel=1)
+    order = []
+    batch = [job(server, Steps(lambda steps, n=n: order.append(n)), max_tokens=1) for n in range(6)]
+    single = job(server, Steps(lambda steps: order.append("single")), max_tokens=1)
+    for one in batch:
+        one.request = "batch"
+    single.request = "single"
+    running = server.engine.scheduler._running[0].job
+    running.request = "batch"
+    for one in [*batch, single]:
+        server.engine.scheduler.submit(one)
+    gate.open.set()
+    assert batch[-1].deliver.ended.wait(300)
+    assert list(dict.fromkeys(order)) == ["single", 0, 1, 2, 3, 4, 5]
+
+
 def stop_all(server, *others):
     """Waits until nothing runs."""
     for running in list(server.engine.scheduler._running):
@@ -220,6 +239,14 @@ def test_requests_have_a_time_limit(serve):
     assert isinstance(waiting[-1], Expired)
     wait_until(lambda: server.figure("running") == 0)
     assert server.engine.scheduler.alive
+
+
+def test_a_request_has_to_arrive_in_time(serve, monkeypatch):
+    monkeypatch.setattr(app, "SLACK_S", 0.1)
+    server = serve(request_timeout_s=0.1)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as half:
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+        assert half.recv(4096).startswith(b"HTTP/1.1 408 ")
 
 
 class Panic(BaseException):
