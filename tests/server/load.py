@@ -3,8 +3,9 @@
 python tests/server/load.py [--clients 50] [--seconds 120] [--model FOLDER]
 
 Starts a server of its own, warms it up until its resident memory grows no more, then lets the clients ask for texts,
-streams, pictures, sounds, schemas and scores; a third of the requests are broken off at a random moment. At the end the server must answer, nothing may run or wait any more, every request must have got an answer (a 429 is one),
-and the memory must be within 5 % of what it was. Not run by CI: it takes minutes and most of a machine.
+streams, pictures, sounds, schemas and scores; a third of the requests are broken off at a random moment. At the end the
+server must answer, nothing may run or wait any more, every request must have got an answer (a 429 is one), and the
+memory must be within 5 % of what it was. Not run by CI: it takes minutes and most of a machine.
 """
 
 import argparse
