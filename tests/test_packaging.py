@@ -74,7 +74,7 @@ def test_wheel_through_sdist_is_the_same(source, wheel, tmp_path):
 def test_commands_run_from_the_unpacked_wheel(wheel, tmp_path):
     """As on Windows, where a checkout without links does not run but the wheel does."""
     shutil.unpack_archive(wheel, tmp_path, "zip")
-    for module in ("chat", "convert", "bench"):
+    for module in ("chat", "convert", "bench", "eval"):
         done = subprocess.run(
             [sys.executable, "-m", f"g3n_mlx.{module}", "--help"], cwd=tmp_path, capture_output=True, text=True
         )

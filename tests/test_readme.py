@@ -10,7 +10,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text("utf-8")
-MODULES = {"g3n-chat": "g3n_mlx.chat", "g3n-convert": "g3n_mlx.convert", "g3n-bench": "g3n_mlx.bench"}
+MODULES = {f"g3n-{name}": f"g3n_mlx.{name}" for name in ("chat", "convert", "bench", "eval")}
 
 
 def block(name: str) -> str:
