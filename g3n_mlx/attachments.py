@@ -7,7 +7,8 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -15,29 +16,53 @@ from urllib.parse import unquote, urlsplit
 if TYPE_CHECKING:
     import numpy as np
 
+    from g3n_mlx.audio import Audio
+    from g3n_mlx.image import Image
+    from g3n_mlx.video import Video
+
 SUFFIXES = {
     "image": {".avif", ".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"},
     "audio": {".aac", ".aif", ".aiff", ".flac", ".m4a", ".mp3", ".oga", ".ogg", ".opus", ".wav"},
     "video": {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"},
 }
-# A path as terminals write one that was dropped into them: in quotes, or with its spaces escaped.
-_WORD = re.compile(r"""(?<!\S)(?:'([^'\n]+)'|"([^"\n]+)"|((?:\\.|[^\s\\'"])+))(?!\S)""")
-_PATH = re.compile(r"(?:/|~/|\./|\.\./|file://|[A-Za-z]:[\\/])")
+# Where a path may begin, and a word as terminals write a dropped path: in quotes, or with its spaces escaped.
+_PATH = r"(?:/|~/|\./|\.\./|file://|[A-Za-z]:[\\/])"
+_START = re.compile(rf"""(?<!\S)(?=['"]?{_PATH})""")
+_QUOTED = r"""'([^'\n]*)'|"([^"\n]*)\""""
+_WORD = re.compile(rf"(?:{_QUOTED}|[^\s'\"])+" if os.name == "nt" else rf"(?:{_QUOTED}|\\.|[^\s'\"\\])+")
+_UNQUOTE = re.compile(_QUOTED if os.name == "nt" else rf"{_QUOTED}|\\(.)")
+_REMOTE = re.compile(r"(?:https?|data|file):")
 # What speech needs, and what the audio tower is given in the end.
 MICROPHONE_RATE = 16_000
 
 
 def part(kind: str, source: str) -> dict[str, Any]:
     """A message part for a file, data URI or URL; a file by its full path, since the chat may be gone on elsewhere."""
-    remote = re.match(r"(?:https?|data|file):", source)
-    return {"type": kind, kind: source if remote else str(Path(source).expanduser().absolute())}
+    return {"type": kind, kind: source if _REMOTE.match(source) else str(Path(source).expanduser().absolute())}
 
 
 def unquoted(name: str) -> str:
-    """A file name as it was typed or dropped after a command, without the quotes or the escapes of a shell."""
-    if len(name) > 1 and name[0] == name[-1] and name[0] in "'\"":
-        return name[1:-1]
-    return name if os.name == "nt" else re.sub(r"\\(.)", r"\1", name)
+    """A file name as it was typed or dropped, without the quotes and escapes of a shell."""
+    return _UNQUOTE.sub(lambda match: next((group for group in match.groups() if group is not None), ""), name)
+
+
+def name_and_rest(argument: str) -> tuple[str, str]:
+    """What stands after a command: the file or URL, as it is or in a shell's spelling, and the text behind it."""
+    if _is_file(Path(argument)) or _is_file(Path(unquoted(argument))):
+        return (argument if _is_file(Path(argument)) else unquoted(argument)), ""
+    word = re.match(r"\S+", argument) if _REMOTE.match(argument) else _WORD.match(argument)
+    rest = argument[word.end() :].strip() if word else ""
+    if word is None or not rest or not (_REMOTE.match(argument) or _is_file(Path(unquoted(word[0])))):
+        return unquoted(argument), ""
+    return unquoted(word[0]), rest
+
+
+def name_of(part: dict[str, Any]) -> str:
+    """What a part is called when something is said about it."""
+    source = part.get(part["type"])
+    if not isinstance(source, str) or source.startswith("data:"):
+        return f"the {part['type']}"
+    return source.rpartition("/")[2] or source if _REMOTE.match(source) else Path(source).name
 
 
 def content(text: str, attached: list[dict[str, Any]]) -> str | list[Any]:
@@ -48,30 +73,95 @@ def content(text: str, attached: list[dict[str, Any]]) -> str | list[Any]:
 
 def _with_dropped_files(text: str) -> Iterator[str | dict[str, Any]]:
     position = 0
-    for match in _WORD.finditer(text):
-        path = _dropped_path(match)
-        kind = None if path is None else kind_of(path)
-        if kind is None or path is None or not path.is_file():
+    for start in _START.finditer(text):
+        found = _dropped_file(text, start.start()) if start.start() >= position else None
+        if found is None:
             continue
-        if text[position : match.start()].strip():
-            yield text[position : match.start()].strip()
-        yield part(kind, str(path))
-        position = match.end()
+        if before := text[position : start.start()].strip():
+            yield before
+        path, position = found
+        yield part(str(kind_of(path)), str(path))
     if text[position:].strip():
         yield text[position:].strip()
 
 
-def _dropped_path(match: re.Match[str]) -> Path | None:
-    quoted, bare = match[1] or match[2], match[3]
-    word = quoted or unquoted(bare)
-    if not _PATH.match(word):
-        return None
-    return Path(unquote(urlsplit(word).path)) if word.startswith("file://") else Path(word).expanduser()
+def _dropped_file(text: str, start: int) -> tuple[Path, int] | None:
+    """The media file whose path begins here, and where the path ends."""
+    word, line = _WORD.match(text, start), text[start:].split("\n", 1)[0].rstrip()
+    bare = re.split(r"\s", line, maxsplit=1)[0]
+    spellings = [(line, line)]  # not escaped at all
+    if word:
+        spellings += [(unquoted(word[0]), word[0])]
+    spellings += [(bare, bare)]
+    for name, spelled in spellings:
+        for end in (len(name), len(name.rstrip(".,;:!?)"))):
+            path = _path_of(name[:end])
+            if kind_of(path) and _is_file(path):
+                return path, start + len(spelled) - (len(name) - end)
+    return None
+
+
+def _path_of(name: str) -> Path:
+    if not name.startswith("file://"):
+        return Path(name)
+    return Path(unquote(urlsplit(name.replace("?", "%3F").replace("#", "%23")).path))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.expanduser().is_file()
+    except (OSError, ValueError, RuntimeError):  # a text that is no name: too long, with a null, of nobody's home
+        return False
 
 
 def kind_of(path: Path) -> str | None:
     """What a file holds by its suffix: "image", "audio", "video" or None."""
     return next((kind for kind, suffixes in SUFFIXES.items() if path.suffix.lower() in suffixes), None)
+
+
+class OpenedMedia:
+    """The objects of the parts of a conversation: a model opens an object once, and not in every turn."""
+
+    def __init__(self) -> None:
+        self._objects: dict[tuple[str, str], Image | Audio | Video] = {}  # by kind and source
+
+    def in_messages(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages with objects in the place of file names and URLs."""
+        return [
+            {**message, "content": [self._opened(part) for part in content]} if isinstance(content, list) else message
+            for message in messages
+            for content in [message.get("content")]
+        ]
+
+    def object_of(self, part: dict[str, Any]) -> "Image | Audio | Video":
+        """The object of a part of ours, made when it is first asked for; raises ValueError when it can't be."""
+        from g3n_mlx.audio import Audio
+        from g3n_mlx.image import Image
+        from g3n_mlx.video import Video
+
+        kind, source = part["type"], part[part["type"]]
+        if (kind, source) not in self._objects:
+            self._objects[kind, source] = {"image": Image, "audio": Audio, "video": Video}[kind](source)
+        return self._objects[kind, source]
+
+    def _opened(self, part: Any) -> Any:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in SUFFIXES or not isinstance(part.get(kind), str):
+            return part  # text, or what a saved file has written in another way
+        return {**part, kind: self.object_of(part)}
+
+
+@contextmanager
+def errors_by_name(messages: list[dict[str, Any]]) -> Generator[None]:
+    """Errors of a part with its file's name in the place of its index, which nobody sees in a chat."""
+    try:
+        yield
+    except ValueError as error:
+        place = re.match(r"messages\[(\d+)\]\.content\[(\d+)\]: ", str(error))
+        part = messages[int(place[1])]["content"][int(place[2])] if place else None
+        if place is None or not isinstance(part, dict):
+            raise
+        raise ValueError(f"{name_of(part)}: {str(error)[place.end() :]}") from None
 
 
 def clipboard_image() -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Audio:
     """Sound for a message: a path, bytes, a `data:` URI or an http(s) URL, or an array with its rate in Hz.
 
     An array is [samples] or [samples, channels], floats from -1 to 1 or integers of a sound file. Files are opened
-    when the message is used. Raises ValueError when the source is none of these, or an array can't be sound.
+    when the message is first used. Raises ValueError when the source is none of these, or an array can't be sound.
     """
 
     def __init__(self, source: str | Path | bytes | np.ndarray, rate: float | None = None) -> None:

@@ -22,6 +22,7 @@ from g3n_mlx.terminal import Interruption, message_lines, one_line, printable, s
 
 if TYPE_CHECKING:
     from g3n_mlx.model import Gemma3n, Usage
+    from g3n_mlx.prompt import Prompt
 
 # What a user, a file or a network can cause; anything else is a bug, and its traceback is wanted.
 EXPECTED_FAILURES = (OSError, ValueError, ImportError, MemoryError)
@@ -170,17 +171,18 @@ class Session:
         self._usage: Usage | None = None
         self._unanswered: str | list[Any] | None = None
         self._attached: list[dict[str, Any]] = []  # to the next question
+        self._opened = attachments.OpenedMedia()
         self._commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
             "help": ("", "list the commands", self._help),
             "image": (
-                "FILE",
-                "ask the next question about a picture (or drop the file into it)",
+                "FILE [QUESTION]",
+                "ask about a picture, now or with the next line",
                 partial(self._file, "image"),
             ),
-            "audio": ("FILE", "... about a sound", partial(self._file, "audio")),
-            "video": ("FILE", "... about a video", partial(self._file, "video")),
-            "paste": ("", "... about the picture in the clipboard", self._paste),
-            "mic": ("", "... about what you say now", self._mic),
+            "audio": ("FILE [QUESTION]", "ask about a sound", partial(self._file, "audio")),
+            "video": ("FILE [QUESTION]", "ask about a video", partial(self._file, "video")),
+            "paste": ("", "ask about the picture in the clipboard", self._paste),
+            "mic": ("", "ask about what you say now", self._mic),
             "system": ("[TEXT|-]", "show the system prompt, set it, or take it away with -", self._system),
             "clear": ("", "forget the conversation, keep the system prompt", self._clear),
             "undo": ("", "forget the last question and its answer", self._undo),
@@ -214,36 +216,39 @@ class Session:
 
     def ask(self, text: str) -> Answer:
         """Asks about what was attached and what the text names; see `_ask`."""
-        content = attachments.content(text, self._attached)
-        answer = self._ask(content)
-        self._attached = []
-        return answer
+        return self._ask(attachments.content(text, self._attached))
 
     def attach(self, part: dict[str, Any], *, quiet: bool = False) -> None:
         """Takes a media part into the next question, once it is seen to be usable; shows what it is unless quiet."""
-        prompt = self.model.prepare([{"role": "user", "content": [part]}])
+        messages = [{"role": "user", "content": [part]}]
+        with attachments.errors_by_name(messages):
+            prompt = self.model.prepare(self._opened.in_messages(messages))
         self._attached.append(part)
         if not quiet:
-            self._present(part, sum(span.length for span in prompt.media))
+            self._present(part, prompt)
 
-    def _present(self, part: dict[str, Any], tokens: int) -> None:
+    def _present(self, part: dict[str, Any], prompt: "Prompt") -> None:
         from g3n_mlx.fetch import FetchPolicy
         from g3n_mlx.image import Image
 
-        kind = part["type"]
-        name = "clip" if part[kind].startswith("data:") else Path(part[kind]).name
-        size = ""
-        if kind == "image":
-            pixels = Image(part[kind]).rgb(FetchPolicy())
+        kinds = [span.features.kind for span in prompt.media]
+        found, size = self._opened.object_of(part), ""
+        if isinstance(found, Image):
+            pixels = found.rgb(FetchPolicy())
             size = f", {pixels.shape[1]} x {pixels.shape[0]}"
             attachments.show(pixels)
-        say(f"{kind} {name}{size}: {tokens} tokens, with the next question")
+        elif part["type"] == "video":
+            counts = {"picture": kinds.count("image"), "sound clip": kinds.count("audio")}
+            size = "".join(f", {count} {name}{'' if count == 1 else 's'}" for name, count in counts.items())
+        tokens = sum(span.length for span in prompt.media)
+        say(f"{attachments.name_of(part)}{size}: {tokens} tokens, with the next question")
 
     def _ask(self, content: str | list[Any]) -> Answer:
         """Streams the answer to stdout and keeps it in the conversation, a stopped one as far as it came."""
         self._unanswered = content
         messages = [*self.messages, {"role": "user", "content": content}]
         answer = self._stream([*self._system_message(), *messages])
+        self._detach(content)
         if answer.text or not answer.stopped:
             self.messages = [*messages, {"role": "assistant", "content": answer.text}]
             self._unanswered = None
@@ -256,11 +261,15 @@ class Session:
             self._stats("")
         return answer
 
+    def _detach(self, content: str | list[Any]) -> None:
+        """Of what was attached, what a question holds is not for the next one."""
+        self._attached = [part for part in self._attached if isinstance(content, str) or part not in content]
+
     def _stream(self, messages: list[dict[str, Any]]) -> Answer:
         parts: list[str] = []
         finish_reason, usage, stopped = None, None, False
-        with Interruption() as interruption:
-            chunks = self.model.stream(messages, **self.settings)
+        with attachments.errors_by_name(messages), Interruption() as interruption:
+            chunks = self.model.stream(self._opened.in_messages(messages), **self.settings)
             try:
                 for chunk in chunks:
                     interruption.answering = True
@@ -291,13 +300,17 @@ class Session:
 
     def _help(self, _: str) -> None:
         for name, (argument, text, _do) in self._commands.items():
-            say(f"  {f'/{name} {argument}':<20} {text}")
+            say(f"  {f'/{name} {argument}':<24} {text}")
+        say("  A picture, sound or video may also be dropped into a message, or named in it by its path.")
         say("  A new line in a message: Alt-Enter, or Enter after a backslash. Ctrl-C stops an answer.")
 
-    def _file(self, kind: str, name: str) -> None:
-        if not name:
+    def _file(self, kind: str, argument: str) -> None:
+        if not argument:
             raise ValueError(f"/{kind} needs a file name or URL")
-        self.attach(attachments.part(kind, attachments.unquoted(name)))
+        name, question = attachments.name_and_rest(argument)
+        self.attach(attachments.part(kind, name), quiet=bool(question))
+        if question:
+            self.ask(question)
 
     def _paste(self, _: str) -> None:
         self.attach(attachments.clipboard_image())
@@ -312,13 +325,19 @@ class Session:
         say(f"system prompt: {self.system or 'none'}")
 
     def _clear(self, _: str) -> None:
-        self.messages, self._unanswered, self._attached = [], None, []
+        self.messages, self._unanswered, self._attached, self._opened = [], None, [], attachments.OpenedMedia()
         say("the conversation is empty")
 
     def _undo(self, _: str) -> None:
+        if self._attached and self._unanswered is None:
+            say(f"forgotten: {', '.join(map(attachments.name_of, self._attached))}")
+            self._attached = []
+            return
         if self._unanswered is None:
             self._last_question()
             self.messages = self.messages[:-2]
+        else:
+            self._detach(self._unanswered)
         self._unanswered = None
         left = len(self.messages) // 2
         say(f"forgotten; {left} question{' is' if left == 1 else 's are'} left")
@@ -355,7 +374,7 @@ class Session:
         messages = _conversation(path)
         if not messages:
             raise ValueError(f"{path} is no saved conversation; expected JSON with a list of messages")
-        self.model.prepare(messages)  # raises if it can't be rendered
+        self.model.prepare(self._opened.in_messages(messages))  # raises if it can't be rendered
         system = messages[0]["content"] if messages[0]["role"] == "system" else None
         turns = messages[1:] if system is not None else messages
         if len(turns) % 2:

@@ -37,9 +37,8 @@ def open_container(data: bytes) -> Any:
     try:
         # No protocol at all: nothing in the file can make the demuxer open another file or a URL.
         return av.open(io.BytesIO(data), options={"format_whitelist": CONTAINERS, "protocol_whitelist": "none"})
-    except (av.FFmpegError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"not a sound or video in a known format, or damaged: {reason}") from None
+    except (av.FFmpegError, ValueError):
+        raise ValueError("not a sound or video in a known format, or damaged") from None
 
 
 def check_whole(data: bytes) -> None:

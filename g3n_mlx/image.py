@@ -50,7 +50,7 @@ class Image:
     """A picture for a message: a path, bytes, a PIL image, an array, a `data:` URI or an http(s) URL.
 
     An array is [h, w], [h, w, 1], [h, w, 3] or [h, w, 4], uint8 or floats from 0 to 1. Files are opened when the
-    message is used. Raises ValueError when the source is none of these, or an array's shape or values are wrong.
+    message is first used. Raises ValueError when the source is none of these, or an array's shape or values are wrong.
     """
 
     def __init__(self, source: "str | Path | bytes | np.ndarray | pil.Image") -> None:

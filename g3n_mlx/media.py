@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from g3n_mlx.video import Video, time_stamp
 _log = logging.getLogger(__name__)
 
 Opened = str | ImageFeatures | AudioFeatures
+Source = Image | Audio | Video
 
 
 class MediaOpener:
@@ -33,6 +35,7 @@ class MediaOpener:
         self._folder, self._config = folder, config
         towers = {"image": config.vision, "audio": config.audio}
         self.soft_tokens = {kind: tower.soft_tokens for kind, tower in towers.items() if tower is not None}
+        self._kept: WeakKeyDictionary[Source, tuple[FetchPolicy, list[Opened]]] = WeakKeyDictionary()
 
     def open(self, media: Media, policy: FetchPolicy) -> list[Opened]:
         """What the part brings into the prompt: text (a video's time stamps) and features, in order.
@@ -58,13 +61,22 @@ class MediaOpener:
 
     def _open(self, media: Media, policy: FetchPolicy) -> list[Opened]:
         self._require_tower("audio" if media.kind == "audio" else "image", media.kind)
-        match media.kind:
-            case "image":
-                return [self._image_processing.features(_image_of(media.part, policy).rgb(policy))]
-            case "audio":
-                return [clip for _, clip in self._clips(_audio_of(media.part, policy), policy)]
-            case _:
-                return self._video(_video_of(media.part, policy), policy)
+        source = _MAKERS[media.kind](media.part, policy)
+        # An object that stands in the messages of every turn is opened once: its file may be gone by the next one.
+        kept_policy, opened = self._kept.get(source, (None, []))
+        if kept_policy != policy:
+            opened = self._features(source, policy)
+            self._kept[source] = (policy, opened)
+        return opened
+
+    def _features(self, source: Source, policy: FetchPolicy) -> list[Opened]:
+        match source:
+            case Image():
+                return [self._image_processing.features(source.rgb(policy))]
+            case Audio():
+                return [clip for _, clip in self._clips(source, policy)]
+            case Video():
+                return self._video(source, policy)
 
     def _require_tower(self, tower: str, kind: str) -> None:
         if tower not in self.soft_tokens:
@@ -157,6 +169,9 @@ def _video_of(part: Mapping[str, Any], policy: FetchPolicy) -> Video:
     if isinstance(source, Video):
         return source
     return Video(source, **{key: part[key] for key in ("fps", "max_frames") if part.get(key) is not None})
+
+
+_MAKERS = {"image": _image_of, "audio": _audio_of, "video": _video_of}
 
 
 def _source_of(part: Mapping[str, Any], kind: str, policy: FetchPolicy) -> Any:

@@ -31,7 +31,7 @@ class Video:
     """A video for a message: a path, bytes, a `data:` URI or an http(s) URL.
 
     fps: pictures a second; max_frames: the most pictures, which a longer video spreads over its length. The file is
-    opened when the message is used. Raises ValueError when the source is none of these, or a number makes no sense.
+    opened when the message is first used. Raises ValueError when the source is none of these, or a number senseless.
     """
 
     def __init__(self, source: str | Path | bytes, fps: float = 1.0, max_frames: int = MAX_FRAMES) -> None:

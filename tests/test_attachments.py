@@ -1,5 +1,6 @@
 """Files, clipboard and microphone as parts of a question."""
 
+import shlex
 import sys
 
 import pytest
@@ -20,16 +21,35 @@ def image(path) -> dict:
     return {"type": "image", "image": str(path)}
 
 
-@pytest.mark.parametrize(
-    "spelled",
-    ['"{path}"', "{escaped}", "file://{uri}"],
-    ids=["quoted", "escaped", "uri"],
-)
+SPELLINGS = {
+    "quoted": '"{path}"',
+    "escaped": "{escaped}",
+    "quoted as GNOME's terminal does": "{shell}",
+    "uri": "file://{uri}",
+}
+
+
+@pytest.mark.parametrize("spelled", SPELLINGS.values(), ids=SPELLINGS)
 def test_a_dropped_file_becomes_a_part_in_its_place(cat, spelled):
     escaped = "".join(f"\\{letter}" if letter in " '()" else letter for letter in str(cat))
-    text = spelled.format(path=cat, escaped=escaped, uri=str(cat).replace(" ", "%20").replace("'", "%27"))
+    uri = str(cat).replace(" ", "%20").replace("'", "%27")
+    text = spelled.format(path=cat, escaped=escaped, uri=uri, shell=shlex.quote(str(cat)))
     assert attachments.content(f"What is in {text} here?", []) == ["What is in", image(cat), "here?"]
     assert attachments.content(text, []) == [image(cat)]
+    assert attachments.content(f"What's in {text}?", []) == ["What's in", image(cat), "?"]
+    assert attachments.content(f"{text}\n{text} alike?", []) == [image(cat), image(cat), "alike?"]
+
+
+def test_a_path_without_quotes_at_the_end_of_a_line(cat, tmp_path):
+    assert attachments.content(f"What is in {cat}", []) == ["What is in", image(cat)]
+    plain = tmp_path / "it's.png"
+    plain.write_bytes(b"png")
+    assert attachments.content(f"Is {plain} a cat, don't you think?", []) == [
+        "Is",
+        image(plain),
+        "a cat, don't you think?",
+    ]
+    assert attachments.content(f"And {plain}, or not?", []) == ["And", image(plain), ", or not?"]
 
 
 def test_single_quotes(tmp_path):
@@ -57,9 +77,36 @@ def test_any_text_without_files_is_kept(text):
     assert attachments.content(text, []) == text
 
 
-def test_names_after_a_command():
-    assert attachments.unquoted("'a b.png'") == attachments.unquoted('"a b.png"') == "a b.png"
-    assert attachments.unquoted("a\\ b.png") == "a b.png"
+def test_names_after_a_command(cat, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("'a b.png'", '"a b.png"', "a\\ b.png", "a b.png"):
+        assert attachments.name_and_rest(name) == ("a b.png", "")  # there is no such file: all of it is the name
+    for spelled in (cat.name, str(cat), shlex.quote(str(cat)), cat.name.replace(" ", "\\ ").replace("'", "\\'")):
+        assert attachments.name_and_rest(spelled)[1] == ""
+        assert attachments.name_and_rest(spelled)[0] in (cat.name, str(cat))
+    (tmp_path / "dog.png").write_bytes(b"png")
+    assert attachments.name_and_rest("dog.png What is it?") == ("dog.png", "What is it?")
+    assert attachments.name_and_rest(f"{shlex.quote(cat.name)}  What's that?") == (cat.name, "What's that?")
+    assert attachments.name_and_rest("https://example.org/a%20b.png?c=d") == ("https://example.org/a%20b.png?c=d", "")
+    assert attachments.name_and_rest("https://example.org/a.png Who?") == ("https://example.org/a.png", "Who?")
+
+
+def test_what_a_part_is_called():
+    names = [attachments.name_of(attachments.part("image", source)) for source in (
+        "/a/b c.png", "https://example.org/d.png", "https://example.org/", "data:image/png;base64,AA==")]  # fmt: skip
+    assert names == ["b c.png", "d.png", "https://example.org/", "the image"]
+
+
+def test_objects_are_made_once():
+    opened = attachments.OpenedMedia()
+    messages = [
+        {"role": "user", "content": ["Look:", attachments.part("image", "/a.png"), {"type": "image"}]},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    first, again = opened.in_messages(messages), opened.in_messages(messages)
+    assert first[0]["content"][1]["image"] is again[0]["content"][1]["image"]
+    assert [first[0]["content"][index] for index in (0, 2)] == ["Look:", {"type": "image"}]
+    assert first[1] == messages[1]
 
 
 def test_a_part_names_a_file_by_its_full_path(tmp_path, monkeypatch):

@@ -260,6 +260,32 @@ def test_nothing_remote_or_local_beyond_the_policy(refused):
     assert "private address" in refused({"type": "image", "url": "http://127.0.0.1/a.png"}, policy=policy)
 
 
+# Objects are opened once.
+
+
+def test_an_object_is_opened_once(ask, refused, tmp_path, caplog):
+    """So the next turn needs no file, and warns of nothing a second time."""
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(drawn(), "PNG"))
+    picture = Image(path)
+    first = ask(picture)
+    path.unlink()
+    assert ask(picture, "And now?").media[0].features is first.media[0].features
+    assert "does not exist" in refused(Image(path))
+    sound = Audio(tones(RATE, 40.0), RATE)
+    assert ask(sound).identity == ask(sound).identity
+    assert len(caplog.messages) == 1
+
+
+def test_what_one_policy_opened_another_still_refuses(ask, refused, tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(drawn(), "PNG"))
+    picture = Image(path)
+    ask(picture)
+    assert "local files are not allowed here" in refused(picture, policy=FetchPolicy(paths=None))
+    ask(picture)
+
+
 # Videos and long sounds.
 
 
