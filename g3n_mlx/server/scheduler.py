@@ -7,7 +7,7 @@ caches stay below their limit; idle ones in the prefix cache give way.
 
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -82,6 +82,7 @@ class Scheduler:
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._closing = self._ended = False
+        self._started: dict[int, float] = {}  # when a request whose jobs wait had one started, by its id
         self._running: list[Running] = []
         self._model: Gemma3n | None = None
         self._failure: Exception | None = None
@@ -156,16 +157,17 @@ class Scheduler:
     def _admit(self, model: Gemma3n) -> None:
         """Starts waiting jobs, as many as the limits allow; one always.
 
-        In their order, but a request of many prompts leaves room for those that have nothing in progress.
+        In their order, but a request of many prompts goes to the end of the queue with each that is started.
         """
         context_tokens = model.config.text.max_position_embeddings
         with self._changed:
             self._drop_late_ones()
             admitted: list[tuple[Job, int]] = []
             reserved = sum(running.reserved_bytes for running in self._running)
-            started = Counter(id(running.job.request) for running in self._running)
+            known = {id(job.request) for job in self._waiting}
+            self._started = {request: when for request, when in self._started.items() if request in known}
             while self._waiting and len(self._running) + len(admitted) < self._parallel:
-                job = min(self._waiting, key=lambda job: started[id(job.request)])
+                job = min(self._waiting, key=lambda job: self._started.get(id(job.request), job.arrived))
                 task = job.task
                 wanted = self._size.nbytes_at(task.tokens(context_tokens))
                 if task.scored is not None and task.params is not None:
@@ -173,7 +175,7 @@ class Scheduler:
                 if (self._running or admitted) and reserved + wanted > self._cache_bytes:
                     break
                 reserved += wanted
-                started[id(job.request)] += 1
+                self._started[id(job.request)] = time.monotonic()
                 self._waiting.remove(job)
                 admitted.append((job, wanted))
             self._metrics.waiting.set(len(self._waiting))
