@@ -170,8 +170,14 @@ def test_stop_ends_the_answer_here_and_on_the_server(visit, server):
         wait_until(lambda: server.figure("running") == 0)
         page.click("#new")
         sync_api.expect(page.locator(".answer")).to_have_count(0)
-    saying(page, "Yes.")
+    page.fill("#text", "Go on for ever")
+    page.press("#text", "Enter")
+    sync_api.expect(page.locator(".answer .words > :not(.wait)").first).to_be_visible()
+    page.click("#new")  # stops it too
+    wait_until(lambda: server.figure("running") == 0)
+    asked = saying(page, "Yes.")
     assert ask(page, "Are you still there?").locator(".words").inner_text() == "Yes."
+    assert asked[0]["messages"] == [{"role": "user", "content": "Are you still there?"}]
 
 
 def test_an_answer_is_asked_for_again(visit, server):
@@ -250,6 +256,9 @@ def test_what_went_wrong_is_said(visit, server):
     sync_api.expect(page.locator("#chosen .chip")).to_contain_text("broken.png")  # the browser can't show it either
     failed = ask(page, "What is this?")
     sync_api.expect(failed.locator(".error")).to_contain_text("messages[0].content[0]")
+    # What was refused does not make the next question fail.
+    assert ask(page, "And now?", 2).locator(".words").inner_text() == "Now it works."
+    assert page.evaluate("messages.map((message) => message.content)") == ["And now?", "Now it works."]
     page.click("#new")
     page.route(CHAT, lambda route: route.abort())
     assert "can't be reached" in ask(page, "Hello").locator(".error").inner_text()
@@ -291,7 +300,7 @@ def test_model_slice_temperature_and_instructions(visit, serve):
     page.fill("#system", "Be brief.")
     page.keyboard.press("Escape")
     sync_api.expect(page.locator("#settings")).to_be_hidden()
-    sync_api.expect(page.locator("#temperature-now")).to_have_text("0.3")
+    sync_api.expect(page.locator("#settings-button")).to_have_text("Temperature 0.3")
     ask(page, "Two", 2)
     assert asked[1]["temperature"] == 0.3
     assert asked[1]["messages"][0] == {"role": "system", "content": "Be brief."}
