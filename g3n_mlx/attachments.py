@@ -161,7 +161,8 @@ def errors_by_name(messages: list[dict[str, Any]]) -> Generator[None]:
         part = messages[int(place[1])]["content"][int(place[2])] if place else None
         if place is None or not isinstance(part, dict):
             raise
-        raise ValueError(f"{name_of(part)}: {str(error)[place.end() :]}") from None
+        name, message = name_of(part), str(error)[place.end() :]
+        raise ValueError(message if name in message else f"{name}: {message}") from None
 
 
 def clipboard_image() -> dict[str, Any]:

@@ -123,11 +123,12 @@ def _run(arguments: argparse.Namespace) -> int:
         revision=arguments.revision,
     )
     session = Session(model, arguments.system_prompt, settings, verbose=arguments.verbose)
+    if prompt is None:
+        say(f"{model.name} on {model.backend} ({model.device}); /help lists the commands, Ctrl-D ends")
     for part in arguments.attached:
         session.attach(part, quiet=prompt is not None)
     if prompt is not None:
         return INTERRUPTED if session.ask(prompt).stopped else 0
-    say(f"{model.name} on {model.backend} ({model.device}); /help lists the commands, Ctrl-D ends")
     if sys.stdin.isatty() and sys.stdout.isatty():
         session.run(typed_messages())
         return 0

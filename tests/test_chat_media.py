@@ -91,7 +91,7 @@ def test_bad_files_are_named_and_the_chat_goes_on(session, echo, folder, capsys)
     talk(session, f"What is {folder}/cut.png?", "hello")
     captured = capsys.readouterr()
     errors = captured.err.splitlines()
-    assert errors[0] == f"error: missing.png: '{folder}/missing.png' does not exist"
+    assert errors[0] == f"error: '{folder}/missing.png' does not exist"
     assert errors[1].startswith("error: digits.ogg: not a picture in one of the formats")
     assert errors[2] == "error: shapes.png: not a sound or video in a known format, or damaged"
     assert errors[3].startswith("error: sign.png: ")
@@ -253,7 +253,7 @@ def test_a_session_in_a_terminal(folder, tiny_folder):
         dropped = shlex.quote(str(folder / "my pic's (1).png"))
         typist.type(f"\x1b[200~{dropped} \x1b[201~And this?\r", "cut off")
         typist.type("/audio digits.ogg Transcribe this.\r", "cut off")
-        typist.type("/video missing.mp4\r", "error: missing.mp4: .* does not exist")
+        typist.type("/video missing.mp4\r", "error: .*missing.mp4. does not exist")
         typist.type(f"/save {folder / 'talk.json'}\r", "saved 6 messages")
         typist.type("/exit\r", pexpect.EOF)
     kinds = [
