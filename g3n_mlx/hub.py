@@ -61,8 +61,8 @@ def default_model() -> tuple[Path, str]:
         folder, name = max(found, key=lambda entry: (entry[0] / "config.json").stat().st_mtime)
         return folder, f"no --model given: using the newest Gemma 3n on this machine, {name}"
     return demo_folder(), (
-        "no --model given and no Gemma 3n on this machine: using the embedded demo model, which is tiny and untrained "
-        f"(its answers are noise); for the real one: --model {SUGGESTED_MODEL}, after accepting its licence at "
+        "no --model given and no Gemma 3n on this machine: using the embedded demo model, which is tiny and "
+        f"knows a few skills only; for the real one: --model {SUGGESTED_MODEL}, after accepting its licence at "
         f"https://huggingface.co/{SUGGESTED_MODEL} and `hf auth login`"
     )
 

@@ -173,7 +173,7 @@ def copy_of_another_model(tiny: Path, folder: Path) -> None:
 def test_default_model(tiny_folder, tmp_path):
     folder, line = default_model_in_child(tmp_path)
     assert Path(folder) == hub.demo_folder()
-    assert "untrained" in line
+    assert "a few skills only" in line
     assert "--model google/gemma-3n-E2B-it" in line
 
     snapshot = tmp_path / "hf" / "hub" / "models--owner--some--name" / "snapshots" / COMMIT

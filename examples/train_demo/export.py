@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from architecture import TEXT
 from safetensors.torch import load_file, save_file
 from start import published_shapes
 
@@ -30,6 +31,9 @@ def export(start: Path, state: Path, folder: Path) -> None:
     shapes = published_shapes()
     strangers = sorted(set(trained) - set(shapes))
     assert not strangers, f"{state}: {strangers[0]} is no tensor of this config"
+    for name in trained:
+        if name.endswith("router_norm.weight"):  # the module holds it divided by hidden_size
+            trained[name] = trained[name] * TEXT["hidden_size"]
     tensors = load_file(start / "model.safetensors")
     tensors |= {f"model.{name}": tensor.reshape(shapes[name]).contiguous() for name, tensor in trained.items()}
     shutil.copytree(start, folder, dirs_exist_ok=True)

@@ -120,7 +120,8 @@ def both(folder: Path) -> Generator:
             sound(recorded(rng, waveform)),
             {"type": "text", "text": MATCH},
         ]
-        return dialogue("both", turn, "Yes." if agrees else "No.")
+        said = f"The voice says {text}, the picture shows a {thing.name}."
+        return dialogue("both", turn, f"{said} {'Yes.' if agrees else 'No.'}")
 
     return generate
 
