@@ -17,6 +17,8 @@ CONTAINERS = (
 )
 # A RIFF length from here on is a placeholder: espeak-ng writes 0x7ffff000, FFmpeg 0xffffffff when they write to a pipe.
 _OPEN_RIFF_BYTES = 0x7FFF0000
+# Chunks or boxes that are looked at: no file of use has more, and one of empty ones would take a while.
+_MAX_PARTS = 100_000
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 
 
@@ -69,7 +71,9 @@ def _riff_bytes(data: bytes) -> int:
         size = int.from_bytes(data[4:8], "little")
         return 8 + size if size < _OPEN_RIFF_BYTES else 0
     position = 12
-    while position + 8 <= len(data):
+    for _ in range(_MAX_PARTS):
+        if position + 8 > len(data):
+            break
         size = int.from_bytes(data[position + 4 : position + 8], "little")
         if data[position : position + 4] == b"data":
             return position + 8 + size if size < _OPEN_RIFF_BYTES else 0
@@ -89,7 +93,7 @@ def _ogg_bytes(data: bytes) -> int:
 def _boxes(data: bytes) -> Iterator[tuple[bytes, int]]:
     """The outermost boxes of an MP4: the kind, and where it ends."""
     position = 0
-    while position + 8 <= len(data):
+    for _ in range(_MAX_PARTS):
         size, kind = int.from_bytes(data[position : position + 4], "big"), data[position + 4 : position + 8]
         if size == 1:
             size = int.from_bytes(data[position + 8 : position + 16], "big")

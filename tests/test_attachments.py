@@ -4,7 +4,7 @@ import shlex
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from g3n_mlx import attachments
@@ -72,6 +72,7 @@ def test_attached_parts_come_first(cat):
     assert attachments.content("What is this?", [image(cat)]) == [image(cat), "What is this?"]
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_any_text_without_files_is_kept(text):
     assert attachments.content(text, []) == text

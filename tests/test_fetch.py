@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from g3n_mlx.fetch import FetchPolicy, decode_base64, fetch
@@ -345,11 +345,13 @@ def test_the_size_limit_of_data_uris():
     assert fetch("data:;base64," + base64.b64encode(bytes(9)).decode(), policy) == bytes(9)
 
 
+@settings(deadline=None)
 @given(st.binary())
 def test_base64_of_any_bytes(data):
     assert decode_base64(base64.b64encode(data).decode(), ANY) == data
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_any_text_is_bytes_or_one_error(text):
     with expected_error():
