@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,13 @@ TASK = Path(__file__).parent / "lm_eval_task"
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
 def test_a_multiple_choice_task(server, model, demo, tmp_path):
-    options = f"model=default,base_url={server.url}/v1/completions,tokenizer_backend=huggingface,tokenizer={demo}"
+    # The tokenizer's files alone: transformers would read config.json too, and import the model of it.
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    shutil.copy(demo / "tokenizer.json", tokenizer)
+    special = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>"}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps({**special, "pad_token": "<pad>"}), "utf-8")
+    options = f"model=default,base_url={server.url}/v1/completions,tokenizer_backend=huggingface,tokenizer={tokenizer}"
     command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--include_path", str(TASK)]
     command += ["--model_args", f"{options},add_bos_token=True,num_concurrent=1", "--tasks", "g3n_choice"]
     command += ["--batch_size", "4", "--output_path", str(tmp_path), "--log_samples"]
