@@ -234,11 +234,13 @@ def _on_examples(arguments: argparse.Namespace, variants: list[Variant]) -> dict
         rates, mean_score = grade(examples, answers)
         entry = _entry(variant, model) | {"rates": rates, "mean_score": mean_score, "seconds": seconds}
         del model  # before the next one is loaded
+        say(f"{_words(variant)}: mean {mean_score:.1%}, in {seconds:.0f} s")  # a long table's beginning
         others = first_answers.setdefault(replace(variant, backend=variants[0].backend), answers)
         same = sum(ours == theirs for ours, theirs in zip(answers, others, strict=True)) / len(answers)
         entries.append({**entry, "same_answers": None if others is answers else same, "answers": answers})
     skills = [{"skill": skill, "metric": metrics[skill], "count": count} for skill, count in counts.items()]
-    return {"examples": str(path), "skills": skills, "variants": entries}
+    asked = [{"where": example.where, "skill": example.skill, "answer": example.answer} for example in examples]
+    return {"examples": str(path), "skills": skills, "asked": asked, "variants": entries}
 
 
 def _on_text(arguments: argparse.Namespace, variants: list[Variant]) -> dict[str, Any]:
@@ -263,7 +265,9 @@ def _on_text(arguments: argparse.Namespace, variants: list[Variant]) -> dict[str
             raise ValueError(f"{variant.model} has another tokenizer than {variants[0].model}: nothing to compare")
         with tqdm(total=len(ids), unit="tok", desc=_words(variant), leave=False, disable=None) as bar:
             other = None if model is reference else reference
-            return _entry(variant, model) | asdict(measure_text(model, other, ids, num_bytes, spans, bar.update))
+            measured = measure_text(model, other, ids, num_bytes, spans, bar.update)
+        say(f"{_words(variant)}: perplexity {measured.perplexity:.4f}")
+        return _entry(variant, model) | asdict(measured)
 
     entries = [entry(variant) for variant in variants]
     sizes = {"tokens": len(ids), "bytes": num_bytes, "window_tokens": size, "stride_tokens": stride}

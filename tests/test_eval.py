@@ -131,6 +131,7 @@ def test_answers_of_text_image_and_audio(backend, stopping_folder, media, tmp_pa
     _, found = figures(capsys, tmp_path, *flags, "--examples", path, "--limit", 1)
     assert [skill["count"] for skill in found["skills"]] == [1, 1, 1]
     assert len(found["variants"][0]["answers"]) == 3
+    assert found["asked"][1] == {"where": f"{path}, line 2", "skill": "mixed", "answer": said["image"]}
 
 
 def test_a_draft_is_said_exactly_when_it_is_what_would_be_decoded(backend, stopping_folder, media):
