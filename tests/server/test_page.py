@@ -22,6 +22,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not 
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+sync_api.expect.set_options(timeout=WAIT_S * 1000)
 CHAT = "**/v1/chat/completions"
 
 

@@ -168,7 +168,7 @@ def test_an_answer_may_be_text_or_end_in_calls(grammars, tokenizer, text):
 def test_what_names_a_function_must_call_it(grammars, tokenizer, text, wrong):
     where = refused_at(Tools([WEATHER, CLOCK]).constraint(grammars), tokenizer, text)
     assert where is not None
-    assert abs(where - text.rindex(wrong)) <= 1  # a token may begin before what is wrong
+    assert abs(where - text.rindex(wrong)) <= 3  # a token may begin before what is wrong
 
 
 @pytest.mark.parametrize(
