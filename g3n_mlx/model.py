@@ -18,7 +18,7 @@ from g3n_mlx.generate import Constraint, Timings, check_length, chunks, generate
 from g3n_mlx.image import Image, ImageFeatures
 from g3n_mlx.interface import Model, SoftTokens, Step
 from g3n_mlx.media import MediaOpener
-from g3n_mlx.memory import peak_process_bytes
+from g3n_mlx.memory import peak_process_bytes, return_freed_memory
 from g3n_mlx.prompt import Features, Prompt, prepare
 from g3n_mlx.sampling import SamplingParams
 from g3n_mlx.tokenizer import Tokenizer
@@ -153,6 +153,7 @@ class Gemma3n:
         """Frees the vision and the audio tower and what they encoded; the next image or clip reads them again."""
         self._embedded.clear()
         self._model.drop_towers()
+        return_freed_memory()
 
     def generate(self, prompt: PromptLike, *, constraint: Constraint | None = None, **sampling: Any) -> Result:
         """The answer to messages, to a string as one user message, or to token ids taken as they are.

@@ -6,6 +6,7 @@ Arithmetic follows timm, mobilenetv5.py, _efficientnet_blocks.py, attention2d.py
 in bfloat16, which are float32 inside here.
 """
 
+import math
 from collections.abc import Iterator
 
 import mlx.core as mx
@@ -28,7 +29,8 @@ EPS = 1e-6
 
 def gelu(x: mx.array) -> mx.array:
     """The tanh form of GELU."""
-    return nn.gelu_approx(x)
+    # As nn.gelu_approx has it, whose power alone takes a third of the time on MLX's CPU device.
+    return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))))
 
 
 def enlarged(x: mx.array, height: int, width: int) -> mx.array:
@@ -64,11 +66,12 @@ class Pointwise(nn.Module):
 
     def __init__(self, weights: Weights) -> None:
         super().__init__()
-        self.weight = weights.tensor().flatten(1)  # [O, I]
+        # Turned: the reference BLAS that MLX's Linux wheels bring is nearly twice as fast with rows of outputs.
+        self.weight = evaluated(mx.contiguous(weights.tensor().flatten(1).T))  # [I, O]
 
     def __call__(self, x: mx.array) -> mx.array:
         """[B, h, w, I] -> [B, h, w, O]."""
-        return x @ self.weight.T
+        return x @ self.weight
 
 
 class Conv2d(nn.Module):
