@@ -208,3 +208,10 @@ def test_default_model(tiny_folder, tmp_path):
     for config in ("{", '{"model_type": "llama"}'):
         (snapshot / "config.json").write_text(config)
         assert Path(default_model_in_child(tmp_path)[0]) == hub.demo_folder()
+
+
+def test_the_demo_goes_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hub.resolve("demo") == hub.demo_folder()
+    (tmp_path / "demo").mkdir()
+    assert hub.resolve("demo") == Path("demo")  # a folder of that name comes first
