@@ -225,7 +225,7 @@ def decode(data: bytes, rate: int, policy: FetchPolicy) -> np.ndarray:
         raise ValueError("the sound has no bytes")
     check_whole(data)
     try:
-        opened = soundfile.SoundFile(io.BytesIO(data))
+        opened = soundfile.SoundFile(_Bytes(data))
     except (soundfile.LibsndfileError, TypeError):  # TypeError: it takes the bytes for headerless samples
         return _decode_with_av(data, rate, policy)
     with opened as file:
@@ -244,6 +244,16 @@ def decode(data: bytes, rate: int, policy: FetchPolicy) -> np.ndarray:
         return mono.finish()
 
 
+class _Bytes(io.BytesIO):
+    """A file in memory. A damaged one sends libsndfile before its beginning; it stays there, without an exception that
+    soundfile would print and ignore.
+    """
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = (0, self.tell(), len(self.getbuffer()))[whence]
+        return super().seek(max(0, start + offset))
+
+
 def _decode_with_av(data: bytes, rate: int, policy: FetchPolicy) -> np.ndarray:
     track = sound_track(data, rate, policy)
     if track is None:
@@ -260,6 +270,8 @@ def sound_track(data: bytes, rate: int, policy: FetchPolicy) -> tuple[float, np.
     with open_container(data) as container:
         if not container.streams.audio:
             return None
+        if container.streams.audio[0].codec_context is None:
+            raise ValueError("the sound is in a format that is not known here, or damaged")
         to_floats, start_s, mono = av.AudioResampler(format="flt"), 0.0, None
         try:
             for frame in container.decode(container.streams.audio[0]):

@@ -100,6 +100,8 @@ def _video_stream(container: Any, policy: FetchPolicy) -> Any:
     if not container.streams.video:
         raise ValueError("the file has no video stream; if it is sound, send it as an audio part")
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise ValueError("the video's pictures are in a format that is not known here, or damaged")
     width, height = stream.codec_context.width, stream.codec_context.height
     if width * height > policy.max_pixels:
         raise ValueError(f"the video's pictures are {width} × {height}, more than {policy.max_pixels:,} pixels")

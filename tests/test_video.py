@@ -1,6 +1,7 @@
 """Videos: which picture stands at which time, the sound, and what is no video. Pictures tell their time (`shade`)."""
 
 import base64
+import contextlib
 import io
 import sys
 
@@ -137,6 +138,29 @@ def test_cut_off(kind):
     )
     for part in (0.95, 0.5, 0.2):
         assert any(word in refused(Video(data[: int(len(data) * part)])) for word in ("cut off", "damaged"))
+
+
+@pytest.mark.parametrize("kind", ["mp4", "webm", "mkv", "avi"])
+def test_damage_is_an_error_of_ours_or_none(kind):
+    rng = np.random.default_rng(1)
+    container, codec = KINDS[kind]
+    sound_codec = "libopus" if kind == "webm" else "aac"
+    whole = np.frombuffer(video_file(1.0, container, codec, sound=tones(48_000), sound_codec=sound_codec), np.uint8)
+    for _ in range(20):
+        damaged = whole.copy()
+        damaged[rng.integers(0, len(whole), 6)] = rng.integers(0, 256, 6)
+        with contextlib.suppress(ValueError):
+            video = Video(damaged.tobytes())
+            assert frames(video)
+            video.sound(video.data(ANY), 16_000, ANY)
+
+
+def test_codecs_that_are_not_known():
+    data = video_file(1.0, "avi", sound=tones(48_000))
+    unknown = Video(data.replace(b"FMP4", b"zzzz"))
+    assert refused(unknown) == "the video's pictures are in a format that is not known here, or damaged"
+    with pytest.raises(ValueError, match="pictures are in a format"):
+        unknown.sound(unknown.data(ANY), 16_000, ANY)
 
 
 def test_what_is_no_video(tmp_path):
