@@ -12,6 +12,8 @@ What the pair is allowed to have differently:
 | quantized activations | float32 on the CPU device, where bf16 products are off by 5 % | the chosen dtype |
 | caches | functional updates | in place |
 | vision maps | [B, h, w, C] throughout, kernels turned at construction | so inside; [B, C, h, w] at the tower's ends |
+| vision's 1 x 1 kernels | [I, O], turned at construction | [O, I] |
+| vision's GELU | written out: `nn.gelu_approx` takes a power | `F.gelu` |
 
 Names that one of them alone has:
 
