@@ -16,7 +16,8 @@ from g3n_mlx.hub import demo_folder
 if TYPE_CHECKING:
     from running import Server
 
-NEEDED = ("fastapi", "uvicorn", "multipart", "llguidance", "prometheus_client", "openai", "httpx", "torch")
+SERVER = ("fastapi", "uvicorn", "multipart", "llguidance", "prometheus_client")
+NEEDED = (*SERVER, "openai", "httpx", "jsonschema", "hypothesis", "schemathesis", "torch")
 if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
     collect_ignore_glob = ["test_*.py"]
 

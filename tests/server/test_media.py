@@ -232,3 +232,10 @@ def test_how_many_media_one_request_may_bring(client):
     ):
         with pytest.raises(openai.BadRequestError, match=words):
             ask(client, content)
+
+
+def test_the_other_backend_serves_too(serve, client):
+    pytest.importorskip("mlx.core")
+    answer, other = (ask(one, [PICTURE, SOUND, QUESTION]) for one in (serve(backend="mlx").openai(), client))
+    assert answer.usage.prompt_tokens == other.usage.prompt_tokens
+    assert answer.usage.completion_tokens > 0
