@@ -19,7 +19,7 @@ from g3n_mlx.grammar import WHITE_SPACE, Constraint, GrammarError, Grammars
 
 AUTO, REQUIRED = "auto", "required"
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
-# White space in a call: as it is written under the grammar, and as it is read.
+# White space in a call that is begun by the model: as it may go on, and as it is read.
 _GAP = f"({WHITE_SPACE})?"
 _SPACE = r"[ \t\r\n]*"
 _NO_PARAMETERS: Mapping[str, Any] = {"properties": {}}
@@ -136,7 +136,8 @@ class Tools:
         for number, function in enumerate(called):
             name = re.escape(function.name)
             rules += [
-                rf'call_{number}: /\{{{_GAP}"name"{_GAP}:{_GAP}"{name}"/ rest_{number}',
+                # As the system text shows it: white space is no choice that a small model could get lost in.
+                rf'call_{number}: /\{{"name": "{name}", "parameters": / args_{number} /\}}/',
                 # Text ends as soon as it names a function at the beginning of a line: from there on it is a call.
                 rf'head_{number}[lazy]: /((?s:.*)\n)?[ \t]*\{{{_SPACE}"name"{_SPACE}:{_SPACE}"{name}"/',
                 rf'rest_{number}: /{_GAP},{_GAP}"parameters"{_GAP}:{_GAP}/ args_{number} /{_GAP}\}}/',
