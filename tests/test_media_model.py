@@ -153,9 +153,9 @@ def test_more_media_than_the_context_holds(model, encodings, monkeypatch, caplog
     seconds = 6 * model._opener._audio_processing.max_clip_samples / RATE
     noise = np.random.default_rng(0).uniform(-0.5, 0.5, round(seconds * RATE)).astype(np.float32)
     messages = [user(Image(drawn()), Audio(noise, RATE), "What is this?")]
+    assert not caplog.messages
     soft = sum(span.length for span in model.prepare(messages).media)
     clips = len(model.split_audio(Audio(noise, RATE)))
-    caplog.clear()
     advice = "shorten it, or send less or shorter media"
     expected = f"120 tokens and an answer: {advice}: {soft} tokens stand for 1 picture and {clips} sound clips"
     for ask in (model.generate, model.stream):
