@@ -127,8 +127,9 @@ def test_dropped_towers_leave_the_process(backend, tiny_folder, tmp_path):
     """Not only the objects: what they held goes back to the system, in tensors of any size."""
     if sys.platform != "linux":
         pytest.skip("asks Linux for the process's own memory")
-    wide = [[er(64, 3, 2)], [uir(512, 3, 0, stride=2), *[uir(512, 3, 0, ratio=4.0)] * 12]]
-    folder = write_random_vision(tmp_path, tiny_folder, {"block_args": wide, "msfa_output_resolution": 2})
+    narrow = [[er(16, 3, 2)], [uir(16, 3, 0, stride=2)], [uir(16, 3, 0, stride=2)]]
+    wide = [uir(512, 3, 0, stride=2), *[uir(512, 3, 0, ratio=4.0)] * 12]  # few places, many weights
+    folder = write_random_vision(tmp_path, tiny_folder, {"block_args": [*narrow, wide], "msfa_output_resolution": 2})
     copy_sidecars(tiny_folder, folder)
     model = load(folder, backend=backend, dtype="float32", device="cpu")
     before = anonymous_bytes()
