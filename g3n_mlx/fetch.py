@@ -235,18 +235,22 @@ def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
             carried = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if carried is not None:
             return _is_public(carried)
-    return address.is_global and not (address.is_multicast or address.is_reserved)
+    # Site-local addresses of IPv6 are deprecated, and count as global to Python.
+    site_local = isinstance(address, ipaddress.IPv6Address) and address.is_site_local
+    return address.is_global and not (address.is_multicast or address.is_reserved or site_local)
 
 
 def _open_socket(addresses: Sequence[str], port: int, timeout_s: float) -> socket.socket:
-    """A connection to the first address that answers."""
+    """A connection to the first address that answers; all tries together take `timeout_s` at most."""
+    deadline = time.monotonic() + timeout_s
     *others, last = addresses
     for address in others:
         try:
-            return socket.create_connection((address, port), timeout_s)
+            return socket.create_connection((address, port), max(0.001, deadline - time.monotonic()))
         except OSError:
-            continue
-    return socket.create_connection((last, port), timeout_s)
+            if time.monotonic() >= deadline:
+                raise
+    return socket.create_connection((last, port), max(0.001, deadline - time.monotonic()))
 
 
 def _hang_up(connected: socket.socket, expired: threading.Event) -> None:

@@ -192,7 +192,7 @@ def resolver(*addresses: str) -> Callable[[str, int], list[str]]:
 
 PRIVATE = [
     "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "100.64.0.1", "224.0.0.1",
-    "::1", "::", "fe80::1", "fc00::1", "::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "ff02::1",
+    "::1", "fec0::1", "::", "fe80::1", "fc00::1", "::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "ff02::1",
 ]  # fmt: skip
 
 
@@ -366,3 +366,20 @@ def expected_error() -> Iterator[None]:
         yield
     except ValueError as error:
         assert "\n" not in str(error)  # noqa: PT017 - either way is right
+
+
+def test_all_addresses_of_a_host_share_one_time_limit(monkeypatch):
+    now, tried = [0.0], []
+
+    def silent(address, timeout_s):
+        tried.append(address)
+        now[0] += timeout_s
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr("g3n_mlx.fetch.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("g3n_mlx.fetch.socket.create_connection", silent)
+    policy = FetchPolicy(resolver=lambda host, port: [f"8.8.8.{last}" for last in range(200)], timeout_s=5.0)
+    with pytest.raises(ValueError, match="took longer than 5 s"):
+        fetch("http://many.example/picture.png", policy)
+    assert len(tried) == 1
+    assert now[0] <= 5.5

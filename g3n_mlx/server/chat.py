@@ -192,8 +192,9 @@ class _Work:
             _extend(choice.message, piece.delta or {})
             choice.finish_reason = piece.finish_reason
             if piece.logprobs is not None:
-                before = [] if choice.logprobs is None else choice.logprobs.content
-                choice.logprobs = Logprobs(content=before + piece.logprobs.content)
+                if choice.logprobs is None:
+                    choice.logprobs = Logprobs(content=[])
+                choice.logprobs.content += piece.logprobs.content
         for choice in choices:
             if choice.message and choice.message.get("tool_calls"):
                 choice.message["content"] = choice.message["content"] or None

@@ -178,9 +178,9 @@ class _Work:
             choice.text += piece.text
             choice.finish_reason = piece.finish_reason or choice.finish_reason
             if piece.logprobs is not None:
-                choice.logprobs = (
-                    piece.logprobs if choice.logprobs is None else extended(choice.logprobs, piece.logprobs)
-                )
+                if choice.logprobs is None:
+                    choice.logprobs = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+                extend(choice.logprobs, piece.logprobs)
         return self._completion(choices, self._usage.answer())
 
     async def events(self, first: CompletionChoice, rest: AsyncIterator[CompletionChoice]) -> AsyncIterator[str]:
@@ -204,13 +204,9 @@ class _Work:
         )
 
 
-def extended(first: CompletionLogprobs | None, more: CompletionLogprobs) -> CompletionLogprobs:
-    """The lists of both, one behind the other."""
-    if first is None:
-        return more
-    return CompletionLogprobs(
-        tokens=first.tokens + more.tokens,
-        token_logprobs=first.token_logprobs + more.token_logprobs,
-        top_logprobs=first.top_logprobs + more.top_logprobs,
-        text_offset=first.text_offset + more.text_offset,
-    )
+def extend(logprobs: CompletionLogprobs, more: CompletionLogprobs) -> None:
+    """Puts the lists of the second behind those of the first."""
+    logprobs.tokens += more.tokens
+    logprobs.token_logprobs += more.token_logprobs
+    logprobs.top_logprobs += more.top_logprobs
+    logprobs.text_offset += more.text_offset

@@ -26,7 +26,7 @@ class PrefixCache:
     def take(self, identity: Sequence[int], running: Iterable[Conversation]) -> Conversation:
         """A conversation of the caller's own that holds as much of a prompt as any idle or running one does."""
         best = max([*self._idle, *running], key=lambda known: known.reusable(identity), default=None)
-        if best is None:
+        if best is None or not best.reusable(identity):
             return self._empty()
         idle = any(best is known for known in self._idle)
         if idle:

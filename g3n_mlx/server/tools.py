@@ -153,8 +153,14 @@ class Tools:
 
 def calls_text(calls: Sequence[tuple[str, str]]) -> str:
     """Calls of an earlier answer, (name, arguments as JSON), as the model wrote them."""
-    objects = [{"name": name, "parameters": _read(arguments)} for name, arguments in calls]
-    return "\n".join(json.dumps(call, ensure_ascii=False) for call in objects)
+    return "\n".join(_call_text(name, arguments) for name, arguments in calls)
+
+
+def _call_text(name: str, arguments: str) -> str:
+    try:
+        return json.dumps({"name": name, "parameters": json.loads(arguments)}, ensure_ascii=False)
+    except (ValueError, RecursionError):  # what is no JSON, or too deep, stays the text that it is
+        return json.dumps({"name": name, "parameters": arguments}, ensure_ascii=False)
 
 
 def result_parts(name: str, content: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -166,14 +172,6 @@ def result_parts(name: str, content: Sequence[Mapping[str, Any]]) -> list[dict[s
     fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`{3,}", text))])
     fenced = f"Result of {name or 'the function'}:\n{fence}tool_output\n{text}\n{fence}"
     return [{"type": "text", "text": fenced}, *(dict(part) for part in content if part["type"] != "text")]
-
-
-def _read(arguments: str) -> Any:
-    """Arguments as sent back by a client; what is no JSON stays the text that it is."""
-    try:
-        return json.loads(arguments)
-    except (ValueError, RecursionError):
-        return arguments
 
 
 def _beginnings(pieces: Sequence[str]) -> str:

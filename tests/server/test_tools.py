@@ -15,7 +15,7 @@ from random_schemas import OBJECTS
 from g3n_mlx.grammar import GrammarError, Grammars
 from g3n_mlx.server.messages import conversation
 from g3n_mlx.server.schemas import Message
-from g3n_mlx.server.tools import REQUIRED, Tools
+from g3n_mlx.server.tools import REQUIRED, Tools, calls_text
 from g3n_mlx.tokenizer import Tokenizer
 
 WEATHER = {
@@ -457,3 +457,8 @@ def test_refusals_say_why(client):
             )
         assert reason in refused.value.message
         assert refused.value.param == "tools"
+
+
+@pytest.mark.parametrize("depth", [980, 990, 991, 992, 993, 1000, 5000])
+def test_arguments_of_any_depth_come_back_into_the_prompt(depth):
+    assert calls_text([("f", "[" * depth + "]" * depth)])

@@ -1,0 +1,35 @@
+"""Which idle conversation a prompt takes, and which one goes first when memory is short."""
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+from g3n_mlx.server.prefix_cache import PrefixCache
+
+
+class Idle:
+    """A conversation of ten bytes that can be gone on with where it ends."""
+
+    nbytes = 10
+
+    def __init__(self, *token_ids):
+        self.token_ids = list(token_ids)
+
+    def reusable(self, identity):
+        return len(self.token_ids) if list(identity[: len(self.token_ids)]) == self.token_ids else 0
+
+    def mark(self):
+        pass
+
+    def fork(self, identity):
+        return Idle(*self.token_ids) if self.reusable(identity) else None
+
+
+def test_a_prompt_that_shares_nothing_leaves_the_order_alone():
+    cache = PrefixCache(Idle)
+    old, middle, recent = Idle(1, 2), Idle(3, 4), Idle(5, 6)
+    for conversation in (old, middle, recent):
+        cache.put(conversation)
+    assert cache.take([9, 9, 9], []).token_ids == []
+    cache.shrink(10)
+    assert cache.take([5, 6, 7], []) is recent
