@@ -33,7 +33,7 @@ def main(model_path: str | None = None, table: str | None = None, name: str = "H
     for model in (whole, sliced):
         widths = model.config.text.intermediate_size
         print(f"{model.slice_name or 'whole model'}: {len(widths)} layers, FFN {min(widths)} to {max(widths)}")
-        print(model.generate("Name three rivers.", max_tokens=24, temperature=0.0).text)
+        print(model.generate("Who are you?", max_tokens=24, temperature=0.0).text)
 
 
 if __name__ == "__main__":

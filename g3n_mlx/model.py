@@ -1,7 +1,7 @@
 """Gemma3n: what `load` returns and users hold. Messages in, text out, over the loop of generate.py."""
 
 from collections import OrderedDict
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Any
@@ -283,7 +283,7 @@ class Gemma3n:
             return prompt
         if isinstance(prompt, str) or (isinstance(prompt, Sequence) and any(isinstance(e, Mapping) for e in prompt)):
             return self.prepare(prompt)  # pyright: ignore[reportArgumentType]
-        entries: list[Any] = [] if isinstance(prompt, bytes) else list(prompt)
+        entries: list[Any] = list(prompt) if isinstance(prompt, Iterable) and not isinstance(prompt, bytes) else []
         if not entries or not all(isinstance(e, Integral) and not isinstance(e, bool) for e in entries):
             raise ValueError(f"the prompt is {prompt!r:.80}, expected a string, a list of messages or token ids")
         ids = tuple(int(entry) for entry in entries)

@@ -180,6 +180,7 @@ def test_bad_options_are_refused_before_anything_runs(model, options, message):
         ([], r"the prompt is \[\], expected a string, a list of messages or token ids"),
         (["hi"], r"the prompt is \['hi'\], expected a string"),
         (b"hi", "the prompt is b'hi', expected a string"),
+        (5, "the prompt is 5, expected a string"),
         ([1.0, 2.0], r"the prompt is \[1.0, 2.0\], expected"),
         ([True], r"the prompt is \[True\], expected"),
         ([1152], r"the ids \[1152\], expected ids from 0 to 1151"),

@@ -173,7 +173,7 @@ CONFIG: dict[str, Any] = {
     "vision_soft_tokens_per_image": IMAGE_TOKENS,
 }
 
-GENERATION = {"bos_token_id": 2, "cache_implementation": "hybrid", "do_sample": True, "eos_token_id": [1, 106],
+GENERATION = {"bos_token_id": 2, "cache_implementation": "hybrid", "do_sample": False, "eos_token_id": [1, 106],
               "pad_token_id": 0, "top_k": 64, "top_p": 0.95}  # fmt: skip
 
 PREPROCESSOR: dict[str, Any] = {
