@@ -18,14 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from g3n_mlx import attachments
-from g3n_mlx.terminal import Interruption, message_lines, one_line, printable, say, typed_messages
+from g3n_mlx.terminal import EXPECTED_FAILURES, Interruption, message_lines, one_line, printable, say, typed_messages
 
 if TYPE_CHECKING:
     from g3n_mlx.model import Gemma3n, Usage
     from g3n_mlx.prompt import Prompt
 
-# What a user, a file or a network can cause; anything else is a bug, and its traceback is wanted.
-EXPECTED_FAILURES = (OSError, ValueError, ImportError, MemoryError)
 INTERRUPTED = 130  # exit codes of a shell: 128 + SIGINT, 128 + SIGPIPE
 PIPE_CLOSED = 141
 SETTINGS: dict[str, type[int] | type[float]] = {

@@ -24,13 +24,11 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from g3n_mlx.terminal import one_line, say
+from g3n_mlx.terminal import EXPECTED_FAILURES, one_line, say
 
 if TYPE_CHECKING:
     from g3n_mlx.model import Gemma3n
 
-# What a user, a file or a network can cause; anything else is a bug, and its traceback is wanted.
-EXPECTED_FAILURES = (OSError, ValueError, ImportError, MemoryError)
 SAMPLE = "sample.jsonl"
 DEFAULT_WINDOW_TOKENS = 2048
 BITS = (2, 3, 4, 5, 6, 8)

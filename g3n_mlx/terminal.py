@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.key_binding import KeyPressEvent
 
+# What a user, a file or a network can cause; anything else is a bug, and its traceback is wanted.
+EXPECTED_FAILURES = (OSError, ValueError, ImportError, MemoryError)
+
 
 class Interruption:
     """Ctrl-C while an answer comes: a context that notes the first one and leaves the chunk whole.

@@ -41,7 +41,7 @@ def load(path: Path, network: nn.Module, optimizers: Sequence[torch.optim.Optimi
 
 def fill(state: dict[str, Any], network: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
     """Fills network and optimizers; returns the next step."""
-    take(state["parameters"], network, "")
+    take(state["parameters"], network)
     for optimizer, moments in zip(optimizers, state["moments"], strict=True):
         whole = optimizer.state_dict()
         whole["state"] = moments  # load_state_dict brings them back to float32
@@ -49,9 +49,9 @@ def fill(state: dict[str, Any], network: nn.Module, optimizers: Sequence[torch.o
     return state["step"]
 
 
-def take(parameters: dict[str, torch.Tensor], network: nn.Module, prefix: str) -> None:
-    """Copies the parameters whose names begin with `prefix` into the network."""
+def take(parameters: dict[str, torch.Tensor], network: nn.Module) -> None:
+    """Copies the parameters that the network has as well into it."""
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            if name.startswith(prefix) and name in parameters:
+            if name in parameters:
                 parameter.copy_(parameters[name])

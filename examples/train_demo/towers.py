@@ -186,7 +186,7 @@ def main() -> None:
     stage = Stage(network, flags.kind)
     optimizers = made_optimizers(stage)
     if flags.take:
-        take(torch.load(flags.take, weights_only=True)["parameters"], network, "")
+        take(torch.load(flags.take, weights_only=True)["parameters"], network)
     step = load(flags.state, stage, optimizers) if flags.state.exists() else 0
 
     def passed(rng: random.Random, count: int, held_out: bool) -> tuple:

@@ -105,7 +105,7 @@ def train(arguments: argparse.Namespace, generators: Mapping[str, Generator]) ->
     network = Network(arguments.folder)
     encoder = Encoder(arguments.folder, network.config)
     for path in arguments.take:
-        take(torch.load(path, weights_only=True)["parameters"], network, "")
+        take(torch.load(path, weights_only=True)["parameters"], network)
     for prefix in arguments.freeze:
         for name, parameter in network.named_parameters():
             if name.startswith(prefix):
