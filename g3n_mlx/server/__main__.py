@@ -10,10 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from g3n_mlx.terminal import EXPECTED_FAILURES, one_line
+
 if TYPE_CHECKING:
     from g3n_mlx.model import Gemma3n
 
-EXPECTED_FAILURES = (OSError, ValueError, ImportError, MemoryError)
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _serve(arguments)
     except EXPECTED_FAILURES as error:
-        log.error("%s", " ".join(str(error).split()) or type(error).__name__)
+        log.error("%s", one_line(error))
         return 1
     except KeyboardInterrupt:  # while the model was read
         return 130
