@@ -15,9 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from packing import Encoder
-from pictures import SEEING
-from reading import READING
-from sounds import hearing
+from skills import all_skills
 
 from g3n_mlx import load
 from g3n_mlx.audio import AudioFeatures
@@ -71,7 +69,7 @@ def main() -> None:
     theirs = reference(arguments.folder)
     encoder = Encoder(arguments.folder, ours.config)
     worst = 0.0
-    for name, generate in {**READING, **SEEING, **hearing(arguments.speech)}.items():
+    for name, generate in all_skills(arguments.speech).items():
         rng, difference = random.Random("check"), 0.0
         for _ in range(arguments.count):
             prompt = encoder.prompt(generate(rng, True))

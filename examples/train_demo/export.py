@@ -26,7 +26,7 @@ TABLES = {
 
 def export(start: Path, state: Path, folder: Path) -> None:
     """The start's files, with the tensors of the state."""
-    parameters = torch.load(state, weights_only=True)["parameters"]
+    parameters = torch.load(state, weights_only=True, map_location="cpu")["parameters"]
     trained = {TABLES.get(name, name): tensor for name, tensor in parameters.items()}
     shapes = published_shapes()
     strangers = sorted(set(trained) - set(shapes))

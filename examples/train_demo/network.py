@@ -7,7 +7,7 @@ leaves on disk as parameters, several sequences in a row of the batch, narrower 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -37,18 +37,24 @@ class Rows:
     clips: Tensor | None = None  # [n, T, mel]
     clip_mask: Tensor | None = None  # [n, T], True where there is sound
 
+    def to(self, device: torch.device) -> "Rows":
+        """The same on a device."""
+        arrays = (getattr(self, field.name) for field in fields(self))
+        return Rows(*(array if array is None else array.to(device) for array in arrays))
+
 
 class Network(nn.Module):
     """A checkpoint in float32, all of it trainable."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
         super().__init__()
+        self.device = torch.device(device)
         checkpoint = Checkpoint.open(folder)
         config = checkpoint.config
         assert config.vision is not None
         assert config.audio is not None
         self.config = config
-        weights = Weights(checkpoint, torch.float32, torch.device("cpu"))
+        weights = Weights(checkpoint, torch.float32, self.device)
         self.language_model = LanguageModel(config.text, weights.at("language_model"))
         self.vision_tower = VisionTower(config.vision, weights.at("vision_tower"))
         self.audio_tower = AudioTower(config.audio, weights.at("audio_tower"))
@@ -80,7 +86,7 @@ class Network(nn.Module):
         text, vision, audio = self.config.text, self.config.vision, self.config.audio
         assert vision is not None
         assert audio is not None
-        places = torch.arange(len(ids))
+        places = torch.arange(len(ids), device=ids.device)
         out = self.language_model.embed(ids.clamp(max=text.vocab_size - 1))
         for config, embedder, table in (
             (vision, self.embed_vision, self.tables["vision"]),
@@ -150,7 +156,8 @@ def by_row(x: Tensor, num_rows: int) -> Tensor:
 def seen(sequences: Tensor, window: int) -> dict[str, Tensor]:
     """Masks [R, 1, S, S] of what a place sees: its own sequence up to itself, within the window where it slides."""
     length = sequences.shape[1]
-    distance = torch.arange(length)[:, None] - torch.arange(length)
+    places = torch.arange(length, device=sequences.device)
+    distance = places[:, None] - places
     full = (sequences[:, :, None] == sequences[:, None]) & (distance >= 0)
     return {SLIDING: (full & (distance < window))[:, None], "full_attention": full[:, None]}
 

@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from pictures import COLOURS, SHAPES, Thing, draw_scene, scene
+from pictures import Thing, a, another, compared, draw_scene, scene
 from PIL import Image
 from skill import Example, Generator, dialogue
 from speech import COMMANDS, MAX_SECONDS, RATE, SpeechCache
@@ -87,6 +87,19 @@ def spoken(skill: str, kind: str, folder: Path) -> Generator:
     return generate
 
 
+def dictation(folder: Path) -> Generator:
+    """Digits with a pause, too long for one clip: the prompt holds as many clips as it takes."""
+
+    def generate(rng: random.Random, held_out: bool) -> Example:
+        drawn = [speech(folder, held_out).draw(rng, "digits") for _ in range(rng.randint(2, 4))]
+        pause = np.zeros(int(RATE * rng.uniform(0.4, 0.8)), np.float32)
+        waveform = np.concatenate([part for _, wave in drawn for part in (wave, pause)])
+        said = " ".join(text for text, _ in drawn)
+        return dialogue("dictation", heard(recorded(rng, waveform), rng.choice(TRANSCRIBE), True), said)
+
+    return generate
+
+
 def tones(rng: random.Random, held_out: bool) -> Example:
     """What kind of tone, or how many beeps."""
     if rng.random() < 0.5:
@@ -103,16 +116,7 @@ def both(folder: Path) -> Generator:
 
     def generate(rng: random.Random, held_out: bool) -> Example:
         text, waveform = speech(folder, held_out).draw(rng, "shape")
-        colour, shape = text.split()
-        agrees = rng.random() < 0.5
-        if not agrees:
-            colour, shape = rng.choice(
-                [
-                    (rng.choice([c for c in COLOURS if c != colour]), shape),
-                    (colour, rng.choice([s for s in SHAPES if s != shape])),
-                    (rng.choice([c for c in COLOURS if c != colour]), rng.choice([s for s in SHAPES if s != shape])),
-                ]
-            )
+        colour, shape = another(rng, text).split()
         thing = scene(rng, held_out, 1)[0]
         thing = Thing(shape, colour, thing.size, thing.x, thing.y, thing.radius, thing.angle)
         turn = [
@@ -120,8 +124,8 @@ def both(folder: Path) -> Generator:
             sound(recorded(rng, waveform)),
             {"type": "text", "text": MATCH},
         ]
-        said = f"The voice says {text}, the picture shows a {thing.name}."
-        return dialogue("both", turn, f"{said} {'Yes.' if agrees else 'No.'}")
+        said = f"The voice says {text}, the picture shows {a(thing.name)}"
+        return dialogue("both", turn, f"{said}: {compared(text, thing.name)}")
 
     return generate
 
@@ -141,7 +145,7 @@ def video(rng: random.Random, held_out: bool) -> Example:
         frames.append(draw_scene(random.Random(look), [moved]))
     parts = [part for second, frame in enumerate(frames) for part in timed(second, frame)]
     parts += heard(recorded(rng, waveform), "What happens in this video?", first=True)
-    return dialogue("video", parts, f"A {thing.name} moves {move}, with a {kind} tone.")
+    return dialogue("video", parts, f"{a(thing.name).capitalize()} moves {move}, with a {kind} tone.")
 
 
 def timed(second: int, frame: Image.Image) -> list[dict[str, object]]:
@@ -153,6 +157,7 @@ def hearing(folder: Path) -> dict[str, Generator]:
     """Skills with sound, out of a cache of speech."""
     return {
         "digits": spoken("digits", "digits", folder),
+        "dictation": dictation(folder),
         "commands": spoken("commands", "command", folder),
         "names": spoken("names", "shape", folder),
         "tones": tones,

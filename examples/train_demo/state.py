@@ -36,7 +36,7 @@ def save(
 
 def load(path: Path, network: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
     """Fills network and optimizers; returns the next step."""
-    return fill(torch.load(path, weights_only=True), network, optimizers)
+    return fill(torch.load(path, weights_only=True, map_location="cpu"), network, optimizers)
 
 
 def fill(state: dict[str, Any], network: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:

@@ -71,9 +71,9 @@ def ctc(scores: Tensor, lengths: Tensor, spelled: list[list[int]]) -> tuple[Tens
     """CTC's loss [] of log-probabilities [n, T, classes], and the share of sequences that the likeliest path spells."""
     loss = F.ctc_loss(
         scores.transpose(0, 1),
-        torch.tensor([index for indices in spelled for index in indices]),
+        torch.tensor([index for indices in spelled for index in indices], device=scores.device),
         lengths,
-        torch.tensor([len(indices) for indices in spelled]),
+        torch.tensor([len(indices) for indices in spelled], device=scores.device),
         zero_infinity=True,
     )
     right = 0
@@ -94,16 +94,16 @@ def see(network: Network, encoder: Encoder, head: VisionHead, rng: random.Random
         encoder.opener.open(Media("image", {"type": "image", "image": p}, ""), encoder.policy)[0].values()
         for p in drawn
     ]
-    soft = network.pictured(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2))
+    soft = network.pictured(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(network.device))
     found, letters = head(soft)
     found, letters = found[: len(scenes)], letters[len(scenes) :]
-    cells = torch.from_numpy(np.stack([cell_targets(things) for things in scenes]))
+    cells = torch.from_numpy(np.stack([cell_targets(things) for things in scenes])).to(network.device)
     present = cells[..., 0] > 0
     loss_present = F.binary_cross_entropy_with_logits(found[..., 0], cells[..., 0], reduction="none").sum((1, 2)).mean()
     loss_large = F.binary_cross_entropy_with_logits(found[..., 1][present], cells[..., 1][present])
     loss_place = (found[..., 2:][present] - cells[..., 2:][present]).abs().mean()
     spelled = [[LETTERS.index(letter) for letter in text] for text in texts]
-    loss_letters, right_signs = ctc(letters, torch.full((len(texts),), GRID * PLACES), spelled)
+    loss_letters, right_signs = ctc(letters, torch.full((len(texts),), GRID * PLACES, device=letters.device), spelled)
     right_scenes = ((found[..., 0] > 0) == present).flatten(1).all(1).float().mean()
     return loss_present + loss_large + 3 * loss_place + 3 * loss_letters, right_scenes, right_signs
 
@@ -142,7 +142,7 @@ def hear(
     for _, wave in pairs:
         part = {"type": "audio", "audio": Audio(recorded(rng, wave), RATE)}
         features += encoder.opener.open(Media("audio", part, ""), encoder.policy)
-    clips, mask = padded(features)
+    clips, mask = (part.to(network.device) for part in padded(features))
     encodings, valid = network.audio_tower(clips, mask)
     scores = head(network.embed_audio.soft(encodings))
     return ctc(scores, valid.sum(1) * PLACES, [[WORDS.index(word) + 1 for word in words] for words, _ in pairs])
@@ -177,16 +177,17 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--seed", type=int, default=1)
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
     torch.manual_seed(flags.seed)
-    network = Network(flags.folder)
+    network = Network(flags.folder, flags.device)
     encoder = Encoder(flags.folder, network.config)
-    stage = Stage(network, flags.kind)
+    stage = Stage(network, flags.kind).to(network.device)
     optimizers = made_optimizers(stage)
     if flags.take:
-        take(torch.load(flags.take, weights_only=True)["parameters"], network)
+        take(torch.load(flags.take, weights_only=True, map_location="cpu")["parameters"], network)
     step = load(flags.state, stage, optimizers) if flags.state.exists() else 0
 
     def passed(rng: random.Random, count: int, held_out: bool) -> tuple:

@@ -10,6 +10,7 @@ first block of KV-sharing layers.
 
 import argparse
 import json
+import logging
 import os
 import random
 import time
@@ -22,10 +23,8 @@ from architecture import FFN, LAYERS
 from network import Network, prepared
 from optimizers import made_optimizers
 from packing import Encoder, mixture, pack
-from pictures import SEEING
-from reading import READING
 from skill import Generator
-from sounds import hearing
+from skills import all_skills
 from state import load, save, take
 from torch import Tensor
 from torch.func import functional_call
@@ -69,7 +68,7 @@ def accuracy(
     with torch.no_grad():
         weights = prepared(network, width, rounded)
         for start in range(0, count, 32):
-            rows = pack(sequences[start : start + 32], 256)
+            rows = pack(sequences[start : start + 32], 256).to(network.device)
             logits = functional_call(network, weights, (rows, layers))
             asked = rows.targets >= 0
             hit = torch.ones_like(asked)
@@ -102,10 +101,10 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
 def train(arguments: argparse.Namespace, generators: Mapping[str, Generator]) -> None:
     """The loop."""
     torch.manual_seed(arguments.seed)
-    network = Network(arguments.folder)
+    network = Network(arguments.folder, arguments.device)
     encoder = Encoder(arguments.folder, network.config)
     for path in arguments.take:
-        take(torch.load(path, weights_only=True)["parameters"], network)
+        take(torch.load(path, weights_only=True, map_location="cpu")["parameters"], network)
     for prefix in arguments.freeze:
         for name, parameter in network.named_parameters():
             if name.startswith(prefix):
@@ -119,7 +118,7 @@ def train(arguments: argparse.Namespace, generators: Mapping[str, Generator]) ->
     while step < arguments.steps:
         rng = random.Random(f"{arguments.seed} {step} {rank}")
         share = mixture(weights, generators, arguments.examples // world, rng)
-        rows = pack([encoder.sequence(example) for example in share], ROW)
+        rows = pack([encoder.sequence(example) for example in share], ROW).to(network.device)
         width, layers = drawn_slice(random.Random(f"{arguments.seed} {step}"))
         logits = functional_call(network, prepared(network, width, arguments.rounded), (rows, layers))
         loss = F.cross_entropy(logits, rows.targets[rows.targets >= 0])
@@ -173,12 +172,14 @@ def main() -> None:
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--held-out", type=int, default=64, help="examples a skill in the log")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda for one process on a GPU")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    logging.getLogger("g3n_mlx").setLevel(logging.ERROR)  # sounds that take several clips are no news here
     alone = {} if "RANK" in os.environ else {"rank": 0, "world_size": 1, "store": distributed.HashStore()}
     distributed.init_process_group("gloo", **alone)
-    train(arguments, {**READING, **SEEING, **hearing(arguments.speech)})
+    train(arguments, all_skills(arguments.speech))
 
 
 if __name__ == "__main__":

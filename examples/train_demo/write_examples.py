@@ -17,15 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import soundfile
-from pictures import SEEING
-from reading import READING
 from skill import Example, Message
-from sounds import hearing
+from skills import all_skills
 from speech import RATE
 
 from g3n_mlx.fetch import FetchPolicy
 
-TRANSCRIPTIONS = ("digits", "commands", "names")
+TRANSCRIPTIONS = ("digits", "dictation", "commands", "names")
 
 
 class Writer:
@@ -81,7 +79,7 @@ class Writer:
 
 def write_examples(output: Path, speech: Path, count: int, seed: int, skills: Sequence[str]) -> None:
     """Writes `count` examples of every skill, of all skills when none is named."""
-    generators = {**READING, **SEEING, **hearing(speech)}
+    generators = all_skills(speech)
     inline = output.suffix == ".jsonl"
     if not inline:
         output.mkdir(parents=True, exist_ok=True)
