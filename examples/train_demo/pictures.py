@@ -162,17 +162,22 @@ def attribute(rng: random.Random, things: list[Thing]) -> tuple[str, str]:
         if single:
             thing = rng.choice(single)
             question = (f"What colour is the {thing.shape}?", f"Which shape is {thing.colour}?")[kind]
-            return question, f"{listed(named(things))}: the {thing.shape} is {thing.colour}."
+            return question, f"{found(things, thing)}: the {thing.shape} is {thing.colour}."
     thing = rng.choice(things)
     asked = rng.choice(
         (thing.name, f"{rng.choice(list(COLOURS))} {thing.shape}", f"{thing.colour} {rng.choice(SHAPES)}")
     )
-    names = [thing.name for thing in things]
     question = f"Is there {a(asked)}?"
-    if asked not in names:
-        return question, f"{listed(named(things))}: no."
-    up_to = ", ".join(named(things)[: names.index(asked) + 1])  # whoever has found it looks no further
-    return question, f"{up_to[0].upper()}{up_to[1:]}: yes."
+    for thing in things:
+        if thing.name == asked:
+            return question, f"{found(things, thing)}: yes."
+    return question, f"{listed(named(things))}: no."
+
+
+def found(things: list[Thing], thing: Thing) -> str:
+    """What is seen from the left up to a thing: who has found it looks no further."""
+    text = ", ".join(named(things[: things.index(thing) + 1]))
+    return f"{text[0].upper()}{text[1:]}"
 
 
 def count(rng: random.Random, things: list[Thing]) -> tuple[str, str]:
@@ -198,12 +203,12 @@ def position(rng: random.Random, things: list[Thing]) -> tuple[str, str]:
         beside = [other for other in things if _lies(other, thing, side)]
         unclear = any(abs(_gap(*pair, side)) < 0.06 for pair in itertools.combinations(things, 2))
         if len(beside) < 2 and not unclear:
-            found = a(beside[0].name) if beside else "nothing"
+            neighbour = a(beside[0].name) if beside else "nothing"
             if side in ("left of", "right of"):
                 order = listed(named(things))
             else:
                 order = f"From top to bottom {', '.join(named(sorted(things, key=lambda other: other.y)))}"
-            return f"What is {side} the {thing.name}?", f"{order}: {found}."
+            return f"What is {side} the {thing.name}?", f"{order}: {neighbour}."
     clear = [t for t in things if all(abs(place - third) > 0.04 for place in (t.x, t.y) for third in (1 / 3, 2 / 3))]
     if not clear:
         return count(rng, things)
@@ -282,11 +287,11 @@ def another(rng: random.Random, name: str) -> str:
     )
 
 
-def compared(one: str, two: str) -> str:
-    """What two names have in common, and whether that is all."""
-    same = [first == second for first, second in zip(one.split(), two.split(), strict=True)]
-    colour, shape = ("same" if agrees else "another" for agrees in same)
-    return f"{colour} colour, {shape} shape. {'Yes.' if all(same) else 'No.'}"
+def compared(name: str, with_name: str) -> str:
+    """A name, each word with whether the other has it too, and whether all are alike."""
+    agree = ["yes" if word == other else "no" for word, other in zip(name.split(), with_name.split(), strict=True)]
+    words = " ".join(f"{word} ({same})" for word, same in zip(name.split(), agree, strict=True))
+    return f"{words}: {'no' if 'no' in agree else 'yes'}."
 
 
 def told(rng: random.Random, held_out: bool) -> Example:
@@ -295,7 +300,7 @@ def told(rng: random.Random, held_out: bool) -> Example:
     if rng.random() < 0.35:
         one, two = things[0].name, another(rng, things[0].name)
         return dialogue(
-            "told", f"Is {a(one)} the same as {a(two)}?", f"{listed([a(one), a(two)])}: {compared(one, two)}"
+            "told", f"Is {a(one)} the same as {a(two)}?", f"One is {one}, the other is {compared(two, one)}"
         )
     turns = [rng.choice((attribute, count))(rng, things) for _ in range(rng.randint(1, 4))]
     (question, answer), *others = turns

@@ -124,8 +124,7 @@ def both(folder: Path) -> Generator:
             sound(recorded(rng, waveform)),
             {"type": "text", "text": MATCH},
         ]
-        said = f"The voice says {text}, the picture shows {a(thing.name)}"
-        return dialogue("both", turn, f"{said}: {compared(text, thing.name)}")
+        return dialogue("both", turn, f"The voice says {text}, the picture shows {compared(thing.name, text)}")
 
     return generate
 
