@@ -20,6 +20,7 @@ Names that one of them alone has:
 - MLX evaluates lazily: `weights.py:evaluated`; it has no log-softmax, and its CPU device adds in sequence, in float32:
   `sampling.py:log_softmax`, `sampling.py:cumulated`.
 - MLX has no resize by output size: `vision.py:interpolated`.
+- torch's CPU kernels for bfloat16 are compiled for every count of rows: `quant.py:padded`.
 - torch's packed int4 form: `quant.py:PackedLinear`, `quant.py:blockwise_product`, `quant.py:has_amx`,
   `quant.py:dense_product_dtype`, `quant.py:dense_product_rows`, `quant.py:packs`, `quant.py:empty_packed`,
   `quant.py:packed_codes`, `quant.py:packing_block_rows`, `quant.py:nibble_rows`, `quant.py:nibble_index`,

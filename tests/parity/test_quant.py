@@ -245,3 +245,35 @@ def test_mlx_takes_float32_for_quantized_weights_on_its_cpu(frameworks):
     assert device.dtype_of(None, cpu, True) == mx.float32
     assert device.dtype_of(None, cpu, False) == mx.bfloat16
     assert device.dtype_of("bfloat16", cpu, True) == mx.bfloat16
+
+
+def test_bfloat16_products_on_the_cpu_meet_few_counts_of_rows(torch_framework):
+    """PyTorch keeps a kernel for every count: over all lengths of a part of a prompt there are some thirty."""
+    import torch
+
+    quant = torch_framework.module("quant")
+    found = {rows: quant.padded(torch.ones(rows, 4, dtype=torch.bfloat16)).shape[0] for rows in range(1, 513)}
+    assert all(rows <= padded <= max(rows * 1.25, rows) for rows, padded in found.items())
+    assert len(set(found.values())) == 32
+    assert quant.padded(torch.ones(130, 4)).shape[0] == 130, "float32 kernels are the same for every count"
+
+
+@pytest.mark.parametrize("rows", [1, 9, 17, 33, 129])
+def test_rows_of_padding_leave_no_trace(torch_framework, rows):
+    import torch
+
+    quant, text = torch_framework.module("quant"), torch_framework.module("text")
+    generator = torch.Generator().manual_seed(rows)
+
+    def values(*shape):
+        return torch.randn(*shape, generator=generator).to(torch.bfloat16)
+
+    layer = quant.Linear.__new__(quant.Linear)
+    torch.nn.Module.__init__(layer)
+    layer.weight = torch.nn.Parameter(values(24, 64), requires_grad=False)
+    x, streams, coefs = values(rows, 64), values(rows, 4, 64), values(rows, 4, 4)
+    for entered in (x, x[None]):
+        wanted = (entered.double() @ layer.weight.double().T).to(torch.float32)
+        torch.testing.assert_close(layer(entered).float(), wanted, rtol=2**-7, atol=2**-7)
+    wanted = torch.baddbmm(streams.double(), coefs.double(), streams.double()).to(torch.float32)
+    torch.testing.assert_close(text.mixed(streams, coefs).float(), wanted, rtol=2**-6, atol=2**-6)

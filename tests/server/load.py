@@ -1,6 +1,6 @@
 """Load on a server: clients in parallel, some of which go away, and what that leaves behind.
 
-python tests/server/load.py [--clients 50] [--seconds 120] [--model FOLDER]
+python tests/server/load.py [--clients 50] [--seconds 120] [--model FOLDER] [--backend torch|mlx]
 
 Starts a server of its own, warms it up until its resident memory grows no more, then lets the clients ask for texts,
 streams, pictures, sounds, schemas and scores; a third of the requests are broken off at a random moment. At the end the
@@ -35,9 +35,7 @@ WAIT_S = 600.0
 
 def request(rng: random.Random) -> tuple[str, dict[str, Any]]:
     """A path and a body, of one of the kinds that there are."""
-    # Of few lengths: PyTorch's CPU kernels for bfloat16 are compiled for every length of a prompt and then kept, which
-    # takes up to a gigabyte over the first hundred lengths and would look like a leak.
-    text = " ".join([rng.choice(["river", "seven"])] * rng.choice([1, 6, 40]))
+    text = " ".join([rng.choice(["river", "seven"])] * rng.randint(1, 60))
     common = {"seed": rng.randrange(1000), "temperature": 1, "max_tokens": rng.choice([1, 4, 16])}
     content: Any = text
     match rng.randrange(6):
@@ -47,7 +45,7 @@ def request(rng: random.Random) -> tuple[str, dict[str, Any]]:
             url = "data:image/png;base64," + base64.b64encode(picture(colour=(rng.randrange(8) * 30, 9, 9))).decode()
             content = [{"type": "image_url", "image_url": {"url": url}}, text]
         case 2:
-            data = base64.b64encode(sound(0.3, pitch_hz=rng.randrange(8) * 100 + 200)).decode()
+            data = base64.b64encode(sound(rng.uniform(0.1, 3.0), pitch_hz=rng.randrange(8) * 100 + 200)).decode()
             content = [{"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}, text]
         case 3:
             schema = {"type": "array", "items": {"enum": ["red", "green"]}, "maxItems": 3}
@@ -134,8 +132,10 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--model", type=Path, default=demo_folder())
+    parser.add_argument("--backend", choices=["torch", "mlx"], default="torch")
     arguments = parser.parse_args()
-    flags = ["--model", str(arguments.model), "--port", "0", "--max-queue", "24", "--cache-memory", "0.02"]
+    flags = ["--model", str(arguments.model), "--backend", arguments.backend, "--port", "0"]
+    flags += ["--max-queue", "24", "--cache-memory", "0.02"]
     command = [sys.executable, "-m", "g3n_mlx.server", *flags]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads wait for each other longer than tiny products take
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=one_thread) as server:

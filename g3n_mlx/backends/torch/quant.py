@@ -43,7 +43,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, K] -> [T, N]."""
-        return F.linear(x, self.weight)
+        return F.linear(padded(x), self.weight)[..., : x.shape[-2], :]
 
     def embed(self, ids: Tensor) -> Tensor:
         """Rows of the weight, [T] -> [T, K], in its dtype."""
@@ -168,11 +168,26 @@ def blockwise_product(
     dtype = dense_product_dtype(x.dtype, x.device.type)
     rows = max(1, BLOCK_WEIGHTS // in_features // block_rows) * block_rows
     y = x.new_empty(x.shape[0], out_features)
-    operand = x.to(dtype)
+    operand = padded(x.to(dtype))
     for start in range(0, out_features, rows):
         stop = min(start + rows, out_features)
-        y[:, start:stop] = operand @ dequantized(start, stop, dtype)
+        y[:, start:stop] = (operand @ dequantized(start, stop, dtype))[: x.shape[0]]
     return y
+
+
+def padded(x: Tensor, dim: int = -2) -> Tensor:
+    """x with zeros behind its rows, the entries of a dimension, up to one of few counts: at most a quarter more.
+
+    For bfloat16 on a CPU, where oneDNN compiles a kernel for every count of rows that it meets and keeps it: 17 ms and
+    0.6 MB each, so that every new length of a prompt took 0.1 s and 3 MB more.
+    """
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu":
+        return x
+    rows = x.shape[dim]
+    step = 1 << max(0, (rows - 1).bit_length() - 3)
+    missing = -rows % step
+    behind = x.dim() - 1 - dim % x.dim()  # dimensions behind this one: the last is padded first
+    return F.pad(x, (0, 0) * behind + (0, missing)) if missing else x
 
 
 @cache

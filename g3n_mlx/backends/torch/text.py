@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from g3n_mlx.backends.torch.cache import Cache
-from g3n_mlx.backends.torch.quant import gives_rows, linear
+from g3n_mlx.backends.torch.quant import gives_rows, linear, padded
 from g3n_mlx.backends.torch.weights import Weights, from_numpy
 from g3n_mlx.config import SLIDING, TextConfig
 
@@ -142,7 +142,8 @@ class AltUp(nn.Module):
 
 def mixed(streams: Tensor, coefs: Tensor) -> Tensor:
     """streams + coefs @ streams over the A axis: [T, A, D], [T, A, A] -> [T, A, D]."""
-    return torch.baddbmm(streams, coefs, streams)
+    more = padded(streams, dim=0)
+    return torch.baddbmm(more, padded(coefs, dim=0), more)[: streams.shape[0]]
 
 
 class Attention(nn.Module):
