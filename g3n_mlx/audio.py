@@ -23,7 +23,8 @@ from g3n_mlx.fetch import FetchPolicy, fetch
 # Source: feature_extraction_gemma3n.py, `__call__`: max_length and pad_to_multiple_of have no key in the config.
 MAX_CLIP_SAMPLES = 480_000
 PAD_MULTIPLE = 128
-MAX_RATE = 1_000_000  # in Hz; no sound that is meant to be heard comes near
+# In Hz; no sound that is meant to be heard comes near. Below, resampling would make gigabytes of a small file.
+MIN_RATE, MAX_RATE = 1_000, 1_000_000
 
 _BLOCK_FRAMES = 1 << 17
 # Quiet places are looked for in stretches of 100 ms, shorter than most pauses between words.
@@ -51,8 +52,9 @@ class Audio:
 
     def __init__(self, source: str | Path | bytes | np.ndarray, rate: float | None = None) -> None:
         if isinstance(source, np.ndarray):
-            if isinstance(rate, bool) or not isinstance(rate, int | float | np.number) or not 0 < rate <= MAX_RATE:
+            if isinstance(rate, bool) or not isinstance(rate, int | float | np.number):
                 raise ValueError(f"the sound's rate is {rate!r}, expected samples a second: Audio(waveform, rate)")
+            _check_rate(rate)
             source = _samples_of(source)
         elif not isinstance(source, str | Path | bytes):
             raise ValueError(f"a sound is a {type(source).__name__}, expected a path, bytes, an array or a URL")
@@ -290,6 +292,7 @@ class _Mono:
     def __init__(self, rate: float, target_rate: int, policy: FetchPolicy) -> None:
         import soxr
 
+        _check_rate(rate)
         self._resampler = None if rate == target_rate else soxr.ResampleStream(rate, target_rate, 1, dtype="float32")
         self._rate, self._policy = rate, policy
         self._blocks: list[np.ndarray] = []
@@ -297,6 +300,7 @@ class _Mono:
 
     def add(self, block: np.ndarray) -> None:
         """Takes [samples] or [samples, channels], float32; raises ValueError beyond the policy's duration."""
+        self._policy.check_time()
         self._num_samples += len(block)
         if self._num_samples > self._policy.max_seconds * self._rate:
             raise ValueError(f"the sound is longer than {self._policy.max_seconds:g} s, the most that is taken")
@@ -316,6 +320,11 @@ class _Mono:
         if not np.isfinite(waveform).all():
             raise ValueError("the sound has samples that are not finite numbers (NaN or infinity)")
         return waveform
+
+
+def _check_rate(rate: Any) -> None:
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise ValueError(f"the sound's rate is {rate} Hz, expected {MIN_RATE:,} to {MAX_RATE:,} samples a second")
 
 
 def _samples_of(array: np.ndarray) -> np.ndarray:

@@ -54,7 +54,13 @@ class FetchPolicy:
     max_seconds: float = 4 * 3600.0  # of decoded sound and video
     timeout_s: float = 60.0  # of a download, redirects included
     max_redirects: int = 5
+    deadline: float | None = None  # time.monotonic() at which opening ends, however far it has come
     resolver: Resolver = resolve
+
+    def check_time(self) -> None:
+        """Raises TimeoutError after the deadline."""
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise TimeoutError("the time for opening media is over")
 
 
 def fetch(source: str | Path, policy: FetchPolicy) -> bytes:
@@ -136,6 +142,8 @@ def _allowed_path(path: Path, policy: FetchPolicy) -> Path:
 
 def _download(url: str, policy: FetchPolicy) -> bytes:
     deadline = time.monotonic() + policy.timeout_s
+    if policy.deadline is not None:
+        deadline = min(deadline, policy.deadline)
     for _ in range(policy.max_redirects + 1):
         answer = _request(url, policy, deadline)
         if isinstance(answer, bytes):

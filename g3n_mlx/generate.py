@@ -13,14 +13,10 @@ import numpy as np
 
 from g3n_mlx.cache import Conversation
 from g3n_mlx.interface import Model, Soft, SoftTokens, Step
-from g3n_mlx.prompt import Features, MediaSpan, Prompt
+from g3n_mlx.prompt import Features, MediaSpan, Prompt, PromptTooLong
 from g3n_mlx.sampling import SamplingParams
 
 Embed = Callable[[Features], SoftTokens]
-
-
-class PromptTooLong(ValueError):
-    """The prompt does not fit the context; the message says by how much."""
 
 
 class Constraint(Protocol):

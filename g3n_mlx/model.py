@@ -121,9 +121,10 @@ class Gemma3n:
         """The prompt that asks for an answer to OpenAI-style messages; a string is one user message.
 
         Media are fetched as the policy allows, opened and brought to the model's sizes here; the model does not run.
-        Raises ValueError naming the message or part that can't be used.
+        Raises ValueError naming the message or part that can't be used, PromptTooLong when no context holds the text.
         """
-        return prepare(messages, self.tokenizer, self._opener, policy)
+        context_tokens = self.config.text.max_position_embeddings
+        return prepare(messages, self.tokenizer, self._opener, policy, context_tokens)
 
     def encode_image(self, image: Any) -> np.ndarray:
         """The soft tokens of an `Image`, or of what makes one, as they enter the text model: float32 [n, D].

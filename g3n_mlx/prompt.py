@@ -19,6 +19,10 @@ BLOCKS = {
 Features = ImageFeatures | AudioFeatures
 
 
+class PromptTooLong(ValueError):
+    """The prompt does not fit the context; the message says by how much."""
+
+
 @dataclass(frozen=True, slots=True)
 class MediaSpan:
     """Placeholders in a prompt, and what the soft tokens that replace them are made of."""
@@ -55,21 +59,43 @@ class Prompt:
 
 
 def prepare(
-    messages: str | Sequence[Mapping[str, Any]], tokenizer: Tokenizer, opener: MediaOpener, policy: FetchPolicy
+    messages: str | Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    opener: MediaOpener,
+    policy: FetchPolicy,
+    context_tokens: int | None = None,
 ) -> Prompt:
     """The prompt that asks for an answer to `messages`; a string is one user message.
 
-    Media are fetched as the policy allows, and opened. Raises ValueError naming the message or part that can't be used.
+    Media are fetched as the policy allows, and opened. Raises ValueError naming the message or part that can't be used,
+    and PromptTooLong when the text alone is beyond a context, before anything is opened.
     """
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
+    rendered = render(messages)
+    if context_tokens is not None:
+        check_text([piece for piece in rendered if isinstance(piece, str)], tokenizer, context_tokens)
     pieces: list[Control | Border | Features | str] = []
-    for piece in render(messages):
+    for piece in rendered:
         if isinstance(piece, Media):
             pieces += opener.open(piece, policy)
         else:
             pieces.append(piece)
     return encode(pieces, tokenizer, opener.soft_tokens)
+
+
+def check_text(texts: Iterable[str], tokenizer: Tokenizer, context_tokens: int) -> None:
+    """Raises PromptTooLong when no context of so many tokens holds the texts, however they are tokenized.
+
+    Tokenizing takes a second for some megabytes, so what is far too long should not come to it.
+    """
+    num_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+    most = context_tokens * tokenizer.max_token_bytes
+    if num_bytes > most:
+        raise PromptTooLong(
+            f"the prompt's text has {num_bytes:,} bytes, and the context of {context_tokens} tokens holds {most:,} "
+            "of the longest ones at most: shorten it"
+        )
 
 
 def encode(

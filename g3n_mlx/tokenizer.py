@@ -8,6 +8,7 @@ Source of the decoding rules: huggingface/tokenizers, decoders Replace, ByteFall
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -85,6 +86,11 @@ class Tokenizer:
         if _BYTE.fullmatch(token):
             return bytes.fromhex(token[3:5])
         return self._inner.decode([token_id], skip_special_tokens=False).encode()
+
+    @cached_property
+    def max_token_bytes(self) -> int:
+        """What a token stands for in a text has no more bytes than this, in UTF-8."""
+        return max(len(token.encode()) for token in self._inner.get_vocab())
 
     def encode(self, text: str) -> list[int]:
         """The ids of a plain text, without `<bos>`; control words inside it are text.

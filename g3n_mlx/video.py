@@ -63,7 +63,7 @@ class Video:
             declared_s = None if stream.duration is None else float(stream.duration * stream.time_base)
             times = self._times(_measured_s(data) if declared_s is None else declared_s, policy)
             try:
-                yield from _frames_at(times, declared_s, container, stream)
+                yield from _frames_at(times, declared_s, container, stream, policy)
             except av.FFmpegError as error:
                 raise ValueError(f"the video is damaged or cut off: {error.strerror}") from None
 
@@ -122,11 +122,11 @@ def _start_s(stream: Any) -> float:
 
 
 def _frames_at(
-    times: list[float], declared_s: float | None, container: Any, stream: Any
+    times: list[float], declared_s: float | None, container: Any, stream: Any, policy: FetchPolicy
 ) -> Iterator[tuple[float, np.ndarray]]:
     """The picture on show at each of the ascending times; raises ValueError when they end before the declared end."""
     start_s = _start_s(stream)
-    decoded = _timed(container, stream)
+    decoded = _timed(container, stream, policy)
     coming: Any = next(decoded, None)
     if coming is None:
         raise ValueError("the video holds no pictures")
@@ -134,7 +134,7 @@ def _frames_at(
     for time_s in times:
         if coming is not None and start_s + time_s - coming.time > _SEEK_GAP_S:
             container.seek(int((start_s + time_s) / stream.time_base), stream=stream)
-            decoded = _timed(container, stream)
+            decoded = _timed(container, stream, policy)
             coming = next(decoded, None)
             shown = coming or shown
         while coming is not None and coming.time <= start_s + time_s + _SLACK_S:
@@ -149,8 +149,11 @@ def _frames_at(
         yield time_s, np.rot90(shown.to_ndarray(format="rgb24"), k=round(shown.rotation / 90))
 
 
-def _timed(container: Any, stream: Any) -> Iterator[Any]:
-    return (frame for frame in container.decode(stream) if frame.time is not None)
+def _timed(container: Any, stream: Any, policy: FetchPolicy) -> Iterator[Any]:
+    for frame in container.decode(stream):
+        policy.check_time()
+        if frame.time is not None:
+            yield frame
 
 
 def _end_s(frame: Any) -> float:

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -320,10 +321,25 @@ def test_arrays_that_are_no_sound(array, expected):
     assert expected in str(caught.value)
 
 
-@pytest.mark.parametrize("rate", [None, 0, -1, float("nan"), True, "16000", 10**9])
+@pytest.mark.parametrize("rate", [None, 0, -1, float("nan"), True, "16000", 10**9, 999])
 def test_rates_that_are_none(rate):
     with pytest.raises(ValueError, match="the sound's rate is"):
         Audio(np.zeros(9, np.float32), rate)
+
+
+@pytest.mark.parametrize("rate", [1, 999])
+def test_a_file_of_a_rate_that_is_none(rate):
+    """A megabyte at 1 Hz would be 16 GB at the model's rate."""
+    data = io.BytesIO()
+    soundfile.write(data, np.zeros(9, np.float32), rate, format="WAV")
+    assert refused(data.getvalue()) == f"the sound's rate is {rate} Hz, expected 1,000 to 1,000,000 samples a second"
+
+
+def test_time_that_is_over():
+    policy = FetchPolicy(deadline=time.monotonic() - 1)
+    for source in (sound_file("wav"), sound_file("m4a")):
+        with pytest.raises(TimeoutError):
+            Audio(source).waveform(RATE, policy)
 
 
 def test_sources_that_are_no_sound():

@@ -11,7 +11,7 @@ from g3n_mlx.config import ModelConfig
 from g3n_mlx.config_file import read_json
 from g3n_mlx.fetch import FetchPolicy
 from g3n_mlx.media import MediaOpener
-from g3n_mlx.prompt import Prompt, encode, prepare
+from g3n_mlx.prompt import Prompt, PromptTooLong, encode, prepare
 from g3n_mlx.tokenizer import CONTROL_WORDS, Tokenizer
 
 # control_words_in_text is the third deliberate difference from the reference: see the test below.
@@ -84,6 +84,16 @@ def test_borders(tokenizer, texts, system):
         earlier = prepared(conversation(texts[:count], system), tokenizer)
         assert len(earlier.token_ids) in prompt.borders
         assert prompt.token_ids[: len(earlier.token_ids)] == earlier.token_ids
+
+
+def test_a_text_beyond_any_context_is_refused_before_it_is_read(tokenizer, monkeypatch):
+    longest = max(len(token.encode()) for token in tokenizer._inner.get_vocab())
+    assert tokenizer.max_token_bytes == longest
+    fits, beyond = "a" * (6 * longest - len("user\n\nmodel\n")), "é" * (6 * longest // 2 + 1)
+    assert prepare(fits, tokenizer, TEXT_ALONE, FetchPolicy(), 6).token_ids
+    monkeypatch.setattr(tokenizer, "encode", None)
+    with pytest.raises(PromptTooLong, match=rf"bytes, .* context of 6 tokens holds {6 * longest:,}.*: shorten it"):
+        prepare(beyond, tokenizer, TEXT_ALONE, FetchPolicy(), 6)
 
 
 def test_system_text_is_a_border_that_conversations_share(tokenizer):

@@ -111,6 +111,7 @@ def _offered_tools(body: ChatRequest) -> tools.Tools | None:
 async def _constraint(body: ChatRequest, offered: tools.Tools | None, turn: Turn) -> Constraint | None:
     """What the answer must look like, good for one answer; raises ApiError 400 saying why it can't be kept."""
     grammar, wanted, engine = body.grammar, body.response_format, turn.engine
+    turn.constrained_by = "tools" if offered is not None else "grammar" if grammar is not None else "response_format"
     if offered is not None:
         return await turn.opened(lambda: offered.constraint(engine.grammars), "tools")
     if grammar is not None and grammar.type == "regex":

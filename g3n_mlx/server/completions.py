@@ -12,7 +12,7 @@ from fastapi.responses import Response, StreamingResponse
 
 from g3n_mlx.model import Chunk, TokenScore
 from g3n_mlx.prompt import Prompt
-from g3n_mlx.server.engine import Turn, TurnOf, unless_gone
+from g3n_mlx.server.engine import TOO_LONG, Turn, TurnOf, unless_gone
 from g3n_mlx.server.errors import ApiError
 from g3n_mlx.server.scheduler import Answer
 from g3n_mlx.server.schemas import (
@@ -87,7 +87,7 @@ async def _prompt(text_or_ids: str | list[int], turn: Turn) -> Prompt:
             400,
             f"the prompt has {len(ids)} tokens, the context {context_tokens}: shorten it",
             param="prompt",
-            code="context_length_exceeded",
+            code=TOO_LONG,
         )
     return Prompt(tuple(ids), (len(ids),))
 

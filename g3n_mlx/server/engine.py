@@ -10,17 +10,17 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 
 from g3n_mlx.fetch import FetchPolicy
-from g3n_mlx.generate import PromptTooLong
+from g3n_mlx.generate import check_length
 from g3n_mlx.grammar import GrammarError, Grammars
 from g3n_mlx.model import Gemma3n
-from g3n_mlx.prompt import Prompt
+from g3n_mlx.prompt import Prompt, PromptTooLong, check_text
 from g3n_mlx.server.errors import CLIENT_GONE, ApiError
 from g3n_mlx.server.metrics import Metrics
 from g3n_mlx.server.scheduler import DONE, Answer, Ended, Expired, Job, Scheduler
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 # Media are opened by few threads: one picture of the largest size takes a gigabyte on its way. Text has threads of its
 # own, so that it does not wait for a slow host.
 MEDIA_THREADS, TEXT_THREADS = 4, 2
+TOO_LONG = "context_length_exceeded"
 RETRY_AFTER_S = 2  # the openai client waits that long and tries again, twice
 
 
@@ -54,6 +55,8 @@ class Engine:
         self.limits = limits
         self.metrics = metrics
         self._turns = 0
+        # A transcription keeps its sound, up to a gigabyte, until it is done: no more than can be answered at once.
+        self.long_sounds = asyncio.Semaphore(limits.parallel)
         self.media_threads = ThreadPoolExecutor(MEDIA_THREADS, thread_name_prefix="media")
         self.text_threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
 
@@ -94,7 +97,23 @@ class Turn:
         self.engine = engine
         self.arrived = time.monotonic()
         self.deadline = self.arrived + engine.limits.request_timeout_s
+        self.constrained_by = "response_format"  # the field whose fault it is when a grammar fails on the way
         self._jobs: list[Job] = []
+        self._holds_sound = False
+
+    @property
+    def policy(self) -> FetchPolicy:
+        """Where media may come from, and until when they must be open."""
+        return replace(self.engine.limits.policy, deadline=self.deadline)
+
+    async def hold_sound(self) -> None:
+        """Waits for one of the few places for sounds of hours; kept until the turn is left."""
+        try:
+            async with asyncio.timeout(self.deadline - time.monotonic()):
+                await self.engine.long_sounds.acquire()
+        except TimeoutError:
+            raise self.too_late() from None
+        self._holds_sound = True
 
     async def opened(self, work: Callable[[], T], param: str, *, media: bool = False) -> T:
         """The result of work that neither the event loop nor the model may wait for: it runs in a thread of its own.
@@ -107,17 +126,37 @@ class Turn:
                 return await asyncio.get_running_loop().run_in_executor(threads, work)
         except TimeoutError:
             raise self.too_late() from None
+        except PromptTooLong as error:
+            raise ApiError(400, str(error), param=param, code=TOO_LONG) from None
         except ValueError as error:
             raise ApiError(400, str(error), param=param) from None
 
     async def encoded(self, text: str) -> list[int]:
-        """The ids of a plain text; raises ApiError 400 when it has none."""
-        return await self.opened(partial(self.engine.model.tokenizer.encode, text), "prompt")
+        """The ids of a plain text; raises ApiError 400 when it has none, or more than any context holds."""
+        model = self.engine.model
 
-    async def prepared(self, messages: Sequence[dict[str, Any]], param: str = "messages") -> Prompt:
-        """The prompt of some messages, their media fetched and opened; raises ApiError 400 when that can't be done."""
+        def work() -> list[int]:
+            check_text([text], model.tokenizer, model.config.text.max_position_embeddings)
+            return model.tokenizer.encode(text)
+
+        return await self.opened(work, "prompt")
+
+    async def prepared(
+        self, messages: Sequence[dict[str, Any]], param: str = "messages", *, answered: bool = True
+    ) -> Prompt:
+        """The prompt of some messages, their media fetched and opened; raises ApiError 400 when that can't be done.
+
+        answered: it must leave room for an answer.
+        """
         media = any(part["type"] != "text" for message in messages for part in message["content"])
-        work = partial(self.engine.model.prepare, messages, self.engine.limits.policy)
+        model = self.engine.model
+
+        def work() -> Prompt:
+            prompt = model.prepare(messages, self.policy)
+            if answered:  # so that what can't be is not kept until its turn comes
+                check_length(prompt, 1, model.config.text.max_position_embeddings)
+            return prompt
+
         return await self.opened(work, param, media=media)
 
     async def run(self, tasks: Sequence[Answer]) -> AsyncIterator[tuple[int, Any]]:
@@ -128,24 +167,30 @@ class Turn:
             with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
                 loop.call_soon_threadsafe(steps.put_nowait, (index, step))
 
-        for index, task in enumerate(tasks):
-            job = Job(task, partial(deliver, index), self.arrived, self.deadline, self)
-            self._jobs.append(job)
+        jobs = [
+            Job(task, partial(deliver, index), self.arrived, self.deadline, self) for index, task in enumerate(tasks)
+        ]
+        self._jobs += jobs
+        for job in jobs:
             self.engine.scheduler.submit(job)
         left = len(tasks)
         while left:
             index, step = await steps.get()
             if step is DONE:
                 left -= 1
+                self._jobs.remove(jobs[index])
             elif isinstance(step, BaseException):
                 raise self._refused(step)
             else:
                 yield index, step
 
     def stop(self) -> None:
-        """Stops every job before its next step."""
+        """Stops every job before its next step, and gives back what the turn held."""
         for job in self._jobs:
             job.stopped = True
+        if self._holds_sound:
+            self._holds_sound = False
+            self.engine.long_sounds.release()
 
     def too_late(self) -> ApiError:
         """The error of a request whose time is over."""
@@ -154,9 +199,9 @@ class Turn:
 
     def _refused(self, error: BaseException) -> ApiError:
         if isinstance(error, PromptTooLong):
-            return ApiError(400, str(error), param="messages", code="context_length_exceeded")
+            return ApiError(400, str(error), param="messages", code=TOO_LONG)
         if isinstance(error, GrammarError):
-            return ApiError(400, str(error), param="response_format")
+            return ApiError(400, str(error), param=self.constrained_by)
         if isinstance(error, Expired):
             return self.too_late()
         if isinstance(error, Ended):

@@ -98,7 +98,7 @@ async def tokenize(body: TokenizeRequest, request: Request, turn: TurnOf) -> Tok
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give either prompt, a text, or messages", param="prompt")
     if body.messages is not None:
-        ids = list((await turn.prepared(conversation(body.messages, None))).token_ids)
+        ids = list((await turn.prepared(conversation(body.messages, None), answered=False)).token_ids)
     else:
         assert body.prompt is not None
         ids = await turn.encoded(body.prompt)

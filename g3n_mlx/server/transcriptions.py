@@ -128,9 +128,10 @@ class _Work:
     async def deltas(self, data: bytes) -> AsyncIterator[str]:
         """The words as they come; an empty text, if nothing else, at the end of each clip."""
         engine = self._turn.engine
-        policy = replace(engine.limits.policy, max_seconds=MAX_SOUND_S)
+        policy = replace(self._turn.policy, max_seconds=MAX_SOUND_S)
         options = {"temperature": 0.0 if self._temperature < 1e-3 else self._temperature, "logprobs": True}
         params = sampling_params(engine.model, **options, max_tokens=CLIP_TOKENS)
+        await self._turn.hold_sound()
         clips = await self._turn.opened(lambda: engine.model.split_audio(Audio(data), policy), "file", media=True)
         for start_s, end_s, clip in clips:
             content = [{"type": "text", "text": self._question}, {"type": "audio", "audio": clip}]

@@ -224,6 +224,30 @@ def test_a_prompt_too_long(client):
     assert refused.value.code == "context_length_exceeded"
 
 
+def test_a_text_beyond_any_context_is_not_tokenized(server, client, monkeypatch):
+    def refuse(text):
+        raise AssertionError(f"{len(text)} characters were tokenized")
+
+    monkeypatch.setattr(server.engine.model.tokenizer, "encode", refuse)
+    text = "no " * 1_000_000
+    ways = [
+        lambda: ask(client, [{"role": "user", "content": text}]),
+        lambda: ask(client, [{"role": "user", "content": [{"type": "text", "text": text[: 1 << 19]}] * 3}]),
+        lambda: client.completions.create(model="default", prompt=text),
+        lambda: client.post("/tokenize", body={"prompt": text}, cast_to=object),
+        lambda: client.post("/tokenize", body={"messages": [{"role": "user", "content": text}]}, cast_to=object),
+    ]
+    for way in ways:
+        with pytest.raises(openai.BadRequestError, match=r"bytes.*shorten it") as refused:
+            way()
+        assert refused.value.code == "context_length_exceeded"
+
+
+def test_tokens_of_messages_are_counted_beyond_the_context(client):
+    messages = [{"role": "user", "content": "no " * 33000}]
+    assert client.post("/tokenize", body={"messages": messages}, cast_to=object)["count"] > 33000
+
+
 def test_json_object(client):
     answer = ask(client, response_format={"type": "json_object"}, max_tokens=400, temperature=1, seed=1, stop=None)
     if answer.choices[0].finish_reason == "stop":

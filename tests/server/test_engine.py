@@ -1,19 +1,25 @@
 """The engine under load: places, turns, clients that go away, time limits, failures, shutdown, the prefix cache."""
 
+import asyncio
+import base64
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import httpx
 import openai
 import pytest
-from running import started, stopped, wait_until
+from running import started, stopped, video, wait_until
 
+from g3n_mlx.grammar import GrammarError
 from g3n_mlx.server import app
 from g3n_mlx.server.scheduler import DONE, Answer, Ended, Expired, Job
 
 HELLO = [{"role": "user", "content": "Hello"}]
 AN_HOUR_S = 3600.0
+CLOCK = {"type": "function", "function": {"name": "clock"}}
+REGEX = {"type": "regex", "value": "[a-z ]*"}
 
 
 class Gate:
@@ -317,6 +323,43 @@ def test_the_prefix_cache_is_shared_between_requests(serve):
     assert server.figure("prefix_cache_hits_total") >= 3
     assert server.figure("cached_tokens_total") >= again + other + follow
     assert server.figure("prefix_cache_bytes") > 0
+
+
+def test_a_turn_keeps_no_jobs_that_are_done(serve):
+    """A transcription of hours runs hundreds, each with a prompt of its own."""
+    server, kept = serve(), []
+
+    async def several():
+        turn = server.engine.enter()
+        for _ in range(3):
+            async for _ in turn.run([job(server, None, max_tokens=2).task] * 2):
+                pass
+            kept.append(len(turn._jobs))
+        server.engine.leave(turn)
+
+    asyncio.run(several())
+    assert kept == [0, 0, 0]
+
+
+@pytest.mark.parametrize("options", [{"tools": [CLOCK]}, {"extra_body": {"grammar": REGEX}}])
+def test_a_grammar_that_fails_on_the_way_names_its_field(serve, monkeypatch, options):
+    server = serve()
+    monkeypatch.setattr(type(server.engine.grammars), "_constraint", lambda *_: Broken(GrammarError("too complex")))
+    with pytest.raises(openai.BadRequestError, match="too complex") as refused:
+        ask(server.openai(), max_tokens=9, **options)
+    assert refused.value.param == ("tools" if "tools" in options else "grammar")
+
+
+def test_media_are_not_opened_for_longer_than_the_request_lasts(serve):
+    """A thread that goes on with what nobody waits for any more would be missing to the others."""
+    server = serve(request_timeout_s=0.5)
+    long = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64," + base64.b64encode(video(2)).decode()}}
+    turn = server.engine.enter()
+    assert turn.policy.deadline == turn.deadline
+    server.engine.leave(turn)
+    policy = replace(server.engine.limits.policy, deadline=time.monotonic() - 1)
+    with pytest.raises(TimeoutError):
+        server.engine.model.prepare([{"role": "user", "content": [long]}], policy)
 
 
 def test_a_hit_gives_the_same_answer(serve):

@@ -3,10 +3,11 @@
 import io
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from running import sound
+from running import sound, wait_until
 
 from g3n_mlx import Audio
 from g3n_mlx.server import transcriptions
@@ -126,6 +127,7 @@ def test_temperature_prompt_and_language_reach_the_model(client):
         (b"no sound at all", {}, "file"),
         (b"", {}, "file"),
         (sound()[:30], {}, "file"),
+        (sound()[:24] + (1).to_bytes(4, "little") + sound()[28:], {}, "file"),  # a header that says 1 Hz
         (sound(), {"response_format": "docx"}, "response_format"),
         (sound(), {"temperature": 9}, "temperature"),
         (sound(), {"stream": True, "response_format": "srt"}, "stream"),
@@ -136,6 +138,25 @@ def test_what_is_refused(client, data, options, param):
     with pytest.raises(openai.BadRequestError) as refused:
         transcribe(client, data, **options)
     assert refused.value.param == param
+
+
+def test_no_more_sounds_are_open_than_are_answered(serve, monkeypatch):
+    """One that waits for its turn holds its file alone: an hour of sound is a quarter of a gigabyte."""
+    server, held = serve(parallel=2), []
+    places, split = server.engine.long_sounds, server.engine.model.split_audio
+
+    def noted(*args):
+        held.append(places._value < 2)
+        return split(*args)
+
+    monkeypatch.setattr(server.engine.model, "split_audio", noted)
+    with ThreadPoolExecutor(4) as threads:
+        texts = list(threads.map(lambda data: transcribe(server.openai(), data).text, [sound()] * 4))
+    with pytest.raises(openai.BadRequestError):
+        transcribe(server.openai(), b"no sound")
+    assert len(set(texts)) == 1
+    assert held == [True] * 5
+    wait_until(lambda: places._value == 2)
 
 
 def test_an_unknown_model(client):
