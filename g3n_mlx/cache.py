@@ -6,6 +6,7 @@ one, and a new prompt goes on from the longest snapshot, or from the very end, w
 prompts that begin alike go on from forks: caches of their own that share the snapshots.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,9 +71,14 @@ class Conversation:
         """Bytes of the cache and of its snapshots."""
         return self.cache.nbytes + sum(mark.snapshot.nbytes for mark in self._marks)
 
-    def nbytes_at(self, tokens: int) -> int:
-        """The most bytes it takes once it holds so many ids; one must have been taken in, and marked."""
-        return self.cache.nbytes_at(tokens) + MAX_SNAPSHOTS * max(mark.snapshot.nbytes for mark in self._marks)
+    def nbytes_at(self, tokens: int, window: int) -> int:
+        """The most bytes it takes once it holds so many ids; some must have been taken in, and marked.
+
+        window: of the sliding layers; a snapshot has the rows before the next token, fewer than that.
+        """
+        mark = self._marks[0]
+        row_bytes = mark.snapshot.nbytes / max(1, min(mark.length, window - 1))
+        return self.cache.nbytes_at(tokens) + math.ceil(MAX_SNAPSHOTS * row_bytes * min(tokens, window - 1))
 
     def append(self, token_ids: Sequence[int]) -> None:
         """Notes that the cache has taken these ids in."""

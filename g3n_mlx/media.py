@@ -181,7 +181,7 @@ def _source_of(part: Mapping[str, Any], kind: str, policy: FetchPolicy) -> Any:
     if part["type"] == f"{kind}_url":
         value = part.get(f"{kind}_url")
         url = value.get("url") if isinstance(value, Mapping) else value
-        if not isinstance(url, str):
+        if not isinstance(url, str) or not url:
             raise ValueError(f"the part's '{kind}_url' is {value!r:.80}, expected {{'url': ...}} or a URL")
         return url
     for key in (kind, "url", "path", "base64"):

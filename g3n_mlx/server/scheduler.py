@@ -159,7 +159,7 @@ class Scheduler:
 
         In their order, but a request of many prompts goes to the end of the queue with each that is started.
         """
-        context_tokens = model.config.text.max_position_embeddings
+        context_tokens, window = model.config.text.max_position_embeddings, model.config.text.sliding_window
         with self._changed:
             self._drop_late_ones()
             admitted: list[tuple[Job, int]] = []
@@ -169,9 +169,11 @@ class Scheduler:
             while self._waiting and len(self._running) + len(admitted) < self._parallel:
                 job = min(self._waiting, key=lambda job: self._started.get(id(job.request), job.arrived))
                 task = job.task
-                wanted = self._size.nbytes_at(task.tokens(context_tokens))
+                wanted = self._size.nbytes_at(task.tokens(context_tokens), window)
                 if task.scored is not None and task.params is not None:
-                    wanted += self._size.nbytes_at(len(task.prompt.token_ids))  # scores have a cache of their own
+                    wanted += self._size.nbytes_at(
+                        len(task.prompt.token_ids), window
+                    )  # scores have a cache of their own
                 if (self._running or admitted) and reserved + wanted > self._cache_bytes:
                     break
                 reserved += wanted

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from g3n_mlx.cache import MAX_SNAPSHOTS, Conversation
 from g3n_mlx.sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0)
@@ -192,6 +193,25 @@ def test_a_fork_at_nothing_is_an_empty_cache(network):
     snapshot = cache.snapshot()
     network.prefill(ids_of(30, 1), cache, None)
     assert cache.fork(snapshot).nbytes == 0
+
+
+@pytest.mark.parametrize("seen", [1, 11, 100])
+@pytest.mark.parametrize("tokens", [8, 40, 700])
+def test_the_size_of_a_conversation_is_known_beforehand(network, seen, tokens):
+    """With all its snapshots, which a short conversation has of few rows each."""
+    small, long = Conversation(network.make_cache()), Conversation(network.make_cache())
+    network.prefill(ids_of(seen, 1), small.cache, None)
+    small.append(range(seen))
+    small.mark()
+    spans = np.array_split(np.arange(tokens), MAX_SNAPSHOTS + 1)
+    for span in spans:
+        network.prefill(ids_of(len(span), 1), long.cache, None)
+        long.append(span.tolist())
+        long.mark()
+    most = small.nbytes_at(tokens, network.config.text.sliding_window)
+    assert long.nbytes <= most
+    if len(spans[0]) >= network.config.text.sliding_window:
+        assert long.nbytes == most
 
 
 @pytest.mark.parametrize("tokens", [1, 255, 256, 257, 700])
