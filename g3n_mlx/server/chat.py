@@ -79,14 +79,13 @@ def _check_formats(body: ChatRequest) -> None:
     wanted = body.response_format
     if wanted is not None and wanted.type == "json_schema" and wanted.json_schema is None:
         raise ApiError(400, "response_format is json_schema, but has no json_schema", param="response_format")
-    formats = {
+    others = {
         "response_format": wanted is not None and wanted.type != "text",
-        "grammar": body.grammar is not None,
         "tools": bool(body.tools) and body.tool_choice != "none",
     }
-    given = [name for name, is_given in formats.items() if is_given]
-    if len(given) > 1:
-        raise ApiError(400, f"{given[0]} and {given[1]} can't both be kept: leave one out", param=given[0])
+    for name, is_given in others.items():
+        if is_given and body.grammar is not None:
+            raise ApiError(400, f"{name} and grammar can't both be kept: leave one out", param=name)
 
 
 def _offered_tools(body: ChatRequest) -> tools.Tools | None:
@@ -110,21 +109,31 @@ def _offered_tools(body: ChatRequest) -> tools.Tools | None:
 
 async def _constraint(body: ChatRequest, offered: tools.Tools | None, turn: Turn) -> Constraint | None:
     """What the answer must look like, good for one answer; raises ApiError 400 saying why it can't be kept."""
-    grammar, wanted, engine = body.grammar, body.response_format, turn.engine
+    grammar, engine = body.grammar, turn.engine
     turn.constrained_by = "tools" if offered is not None else "grammar" if grammar is not None else "response_format"
+    schema = _schema(body)
+    if schema is not None:  # also beside tools, to say whose fault it is
+        alone = await turn.opened(lambda: engine.grammars.json_schema(schema), "response_format")
+        if offered is None:
+            return alone
     if offered is not None:
-        return await turn.opened(lambda: offered.constraint(engine.grammars), "tools")
+        return await turn.opened(lambda: offered.constraint(engine.grammars, schema), "tools")
     if grammar is not None and grammar.type == "regex":
         return await turn.opened(lambda: engine.grammars.regex(grammar.value), "grammar")
     if grammar is not None:
         return await turn.opened(lambda: engine.grammars.lark(grammar.value), "grammar")
+    return None
+
+
+def _schema(body: ChatRequest) -> dict[str, Any] | bool | None:
+    """What an answer that calls nothing must validate against; None when it is free."""
+    wanted = body.response_format
     if wanted is None or wanted.type == "text":
         return None
     if wanted.type == "json_object":
-        return await turn.opened(lambda: engine.grammars.json_object(), "response_format")
+        return {"type": "object"}
     assert wanted.json_schema is not None
-    schema = wanted.json_schema.schema_
-    return await turn.opened(lambda: engine.grammars.json_schema(schema), "response_format")
+    return wanted.json_schema.schema_
 
 
 class _Work:

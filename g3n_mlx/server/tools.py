@@ -60,6 +60,12 @@ class Function:
             return self.parameters
         return {**self.parameters, "additionalProperties": False}
 
+    @property
+    def call(self) -> Mapping[str, Any]:
+        """The schema of a call as a whole."""
+        properties = {"name": {"const": self.name}, "parameters": _moved(self.arguments, "#/properties/parameters")}
+        return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+
     def line(self) -> str:
         """What the system text says about it."""
         described = {"description": self.description} if self.description else {}
@@ -112,10 +118,13 @@ class Tools:
         lines.append("The functions, each with the JSON schema of its parameters:")
         return "\n".join([*lines, *(function.line() for function in self.functions)])
 
-    def constraint(self, grammars: Grammars) -> Constraint:
-        """What the answer must look like; raises GrammarError saying which parameters can't be kept, and why."""
+    def constraint(self, grammars: Grammars, content: Mapping[str, Any] | bool | None = None) -> Constraint:
+        """What the answer must look like. content: the schema of an answer that is no call; None lets any text through.
+
+        Raises GrammarError saying which parameters can't be kept, and why.
+        """
         try:
-            return grammars.lark(self._lark(grammars))
+            return grammars.lark(self._lark(grammars, content))
         except GrammarError:
             # Built one by one to find the function that is to blame.
             for function in self.functions:
@@ -129,10 +138,21 @@ class Tools:
         """Finds the calls in an answer."""
         return CallParser({function.name for function in self.functions})
 
-    def _lark(self, grammars: Grammars) -> str:
-        """An answer of the convention: calls alone where one is required, else any text, which may end in calls."""
+    def _lark(self, grammars: Grammars, content: Mapping[str, Any] | bool | None) -> str:
+        """An answer of the convention: calls alone where one is required, else any text, which may end in calls.
+
+        Where text must be JSON, it is that or calls: both are JSON then, so that the grammar need not tell them apart.
+        """
         rules: list[str] = []
         called = [function for function in self.functions if self.named in (None, function.name)]
+        if content is not None and not self.required:
+            rules = [
+                f"call_{number}: {grammars.inline(function.call, lenient=not function.strict)}"
+                for number, function in enumerate(called)
+            ]
+            call = " | ".join(f"call_{number}" for number in range(len(called)))
+            more = rf"(/\n/ ({call}))*" if self.parallel else ""
+            return "\n".join([f"start: content | ({call}) {more}", f"content: {grammars.inline(content)}", *rules])
         for number, function in enumerate(called):
             name = re.escape(function.name)
             rules += [
@@ -149,6 +169,17 @@ class Tools:
             return "\n".join([f"start: ({call}) {more}", *rules])
         first = " | ".join(f"head_{number} rest_{number}" for number in range(len(called)))
         return "\n".join([f"start: /(?s:.*)/ | ({first}) {more} (/\n```\n?/)?", *rules])
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A copy of a schema that stands at a place inside another one, its references to itself led there."""
+    if isinstance(schema, Mapping):
+        copy = {key: _moved(value, place) for key, value in schema.items()}
+        reference = copy.get("$ref")
+        if isinstance(reference, str) and reference.startswith("#"):
+            copy["$ref"] = place + reference[1:]
+        return copy
+    return [_moved(value, place) for value in schema] if isinstance(schema, list | tuple) else schema
 
 
 def calls_text(calls: Sequence[tuple[str, str]]) -> str:

@@ -24,6 +24,7 @@ WEATHER = {
         },
     },
 }
+BAD = {"type": 3}
 CLOCK = {"type": "function", "function": {"name": "get_time"}}
 
 
@@ -205,7 +206,11 @@ def test_unknown_fields_are_ignored_with_one_log_line(client, caplog):
         ({"tools": [CLOCK, CLOCK]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tools"),
-        ({"tools": [CLOCK], "response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [CLOCK], "extra_body": {"grammar": {"type": "regex", "value": "a"}}}, "tools"),
+        (
+            {"tools": [CLOCK], "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": BAD}}},
+            "response_format",
+        ),
     ],
 )
 def test_what_is_wrong_is_a_400_that_says_why(client, options, param):

@@ -214,6 +214,63 @@ def test_arguments_are_those_that_are_listed(grammars, tokenizer, parameters, ar
     assert (where is None) == let_through
 
 
+SHAPE = {"type": "object", "properties": {"n": {"type": "integer"}, "name": {"type": "string"}}, "required": ["n"]}
+TREE = {
+    "properties": {"tree": {"$ref": "#/$defs/tree"}, "itself": {"$ref": "#"}},
+    "$defs": {"tree": {"type": "array", "items": {"$ref": "#/$defs/tree"}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "let_through"),
+    [
+        ('{"n": 3}', True),
+        ('{"n":3, "name": "get_weather"}', True),
+        (IN_BERN, True),
+        (f"{TIME}\n{IN_BERN}", True),
+        ('{"name": "f", "parameters": {"tree": [[], [[]]], "itself": {"tree": []}}}', True),
+        ('{"name": "f", "parameters": {"tree": [3]}}', False),
+        ('{"name": "f", "parameters": {"itself": 3}}', False),
+        ('{"name": "get_weather", "parameters": {"town": "Bern"}}', False),
+        ('{"name": "get_weather", "n": 3}', False),
+        ('{"name": "other", "parameters": {}}', False),
+        ('{"n": "a"}', False),
+        (f"{IN_BERN}\nhello", False),
+        ("hello", False),
+    ],
+)
+def test_beside_a_schema_an_answer_is_json_of_it_or_calls(grammars, tokenizer, text, let_through):
+    schema = {**SHAPE, "additionalProperties": False}
+    constraint = Tools([WEATHER, CLOCK, {"name": "f", "parameters": TREE}]).constraint(grammars, schema)
+    assert (refused_at(constraint, tokenizer, text) is None) == let_through
+
+
+@pytest.mark.parametrize("options", [{"choice": REQUIRED}, {"named": "get-time"}])
+def test_a_schema_changes_nothing_about_a_call_that_is_required(grammars, tokenizer, options):
+    for text, let_through in ((TIME, True), ('{"n": 3}', False)):
+        constraint = Tools([CLOCK], **options).constraint(grammars, SHAPE)
+        assert (refused_at(constraint, tokenizer, text) is None) == let_through
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tools_and_a_response_format_by_the_client(client, seed):
+    answer = client.chat.completions.create(
+        model="default",
+        messages=[{"role": "user", "content": "The weather in Bern?"}],
+        tools=[{"type": "function", "function": {"name": "get_weather", **WEATHER}}],
+        response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": SHAPE}},
+        temperature=1,
+        seed=seed,
+        max_tokens=300,
+    ).choices[0]
+    if answer.finish_reason == "length":
+        return
+    if answer.message.tool_calls:
+        check([(c.function.name, c.function.arguments) for c in answer.message.tool_calls], FUNCTIONS)
+    else:
+        jsonschema.validate(json.loads(answer.message.content), SHAPE)
+
+
 def test_strict_functions_are_kept_or_refused(grammars):
     """What llguidance can't keep is passed over, as clients expect, unless the function is strict."""
     unkept = {"name": "f", "parameters": {"properties": {"a": {"type": "array", "uniqueItems": True}}}}
