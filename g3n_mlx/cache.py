@@ -2,7 +2,8 @@
 
 A full-attention cache can be cut at any token, a sliding one cannot: it has overwritten what came before its window.
 So snapshots of the sliding windows (16 MB at E4B's shape) are taken where later prompts are likely to part from this
-one, and a new prompt goes on from the longest snapshot, or from the very end, whose ids it begins with. Several
+one, and a new prompt goes on from the longest snapshot, or from the very end, whose ids it begins with. A snapshot also
+leads to the id before it: the same prompt once more has but its last id to run. Several
 prompts that begin alike go on from forks: caches of their own that share the snapshots.
 """
 
@@ -41,11 +42,13 @@ class Conversation:
         """
         shared = _shared_prefix(self.token_ids, token_ids[:-1])
         if shared < len(self.token_ids):
-            self._marks = [mark for mark in self._marks if mark.length <= shared]
-            if not self._marks:
+            mark = self._nearest(shared)
+            self._marks = [known for known in self._marks if known.length <= shared]
+            if mark is None:
                 return 0
-            self.cache.restore(self._marks[-1].snapshot)
-            del self.token_ids[self._marks[-1].length :]
+            length = min(mark.length, shared)
+            self.cache.restore(mark.snapshot, mark.length - length)
+            del self.token_ids[length:]
         return len(self.token_ids)
 
     def reusable(self, token_ids: Sequence[int]) -> int:
@@ -53,18 +56,24 @@ class Conversation:
         shared = _shared_prefix(self.token_ids, token_ids[:-1])
         if shared == len(self.token_ids):
             return shared
-        return max((mark.length for mark in self._marks if mark.length <= shared), default=0)
+        mark = self._nearest(shared)
+        return 0 if mark is None else min(mark.length, shared)
 
     def fork(self, token_ids: Sequence[int]) -> "Conversation | None":
         """A conversation of its own at the longest snapshot that begins these ids; None when none does."""
         shared = _shared_prefix(self.token_ids, token_ids[:-1])
-        marks = [mark for mark in self._marks if mark.length <= shared]
-        if not marks:
+        mark = self._nearest(shared)
+        if mark is None:
             return None
-        other = Conversation(self.cache.fork(marks[-1].snapshot))
-        other.token_ids = self.token_ids[: marks[-1].length]
-        other._marks = marks
+        length = min(mark.length, shared)
+        other = Conversation(self.cache.fork(mark.snapshot, mark.length - length))
+        other.token_ids = self.token_ids[:length]
+        other._marks = [known for known in self._marks if known.length <= shared]
         return other
+
+    def _nearest(self, shared: int) -> _Mark | None:
+        """The last mark that leads to no more than so many ids, one of them may lie between."""
+        return next((mark for mark in reversed(self._marks) if 0 < mark.length <= shared + 1), None)
 
     @property
     def nbytes(self) -> int:
@@ -74,11 +83,11 @@ class Conversation:
     def nbytes_at(self, tokens: int, window: int) -> int:
         """The most bytes it takes once it holds so many ids; some must have been taken in, and marked.
 
-        window: of the sliding layers; a snapshot has the rows before the next token, fewer than that.
+        window: of the sliding layers, the most rows of a snapshot.
         """
         mark = self._marks[0]
-        row_bytes = mark.snapshot.nbytes / max(1, min(mark.length, window - 1))
-        return self.cache.nbytes_at(tokens) + math.ceil(MAX_SNAPSHOTS * row_bytes * min(tokens, window - 1))
+        row_bytes = mark.snapshot.nbytes / max(1, min(mark.length, window))
+        return self.cache.nbytes_at(tokens) + math.ceil(MAX_SNAPSHOTS * row_bytes * min(tokens, window))
 
     def append(self, token_ids: Sequence[int]) -> None:
         """Notes that the cache has taken these ids in."""

@@ -79,12 +79,15 @@ class Cache(Protocol):
         """A copy of what later tokens overwrite (the sliding windows), to come back to this offset."""
         ...
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Back to the offset of a snapshot taken of this cache; the tokens before it must be the same ones."""
+    def restore(self, snapshot: Snapshot, back: int = 0) -> None:
+        """Back to the offset of a snapshot taken of this cache, less `back`, which is 0 or 1.
+
+        The tokens before it must be the same ones.
+        """
         ...
 
-    def fork(self, snapshot: Snapshot) -> "Cache":
-        """A cache of its own at the offset of a snapshot of this one, which stays as it is."""
+    def fork(self, snapshot: Snapshot, back: int = 0) -> "Cache":
+        """A cache of its own where `restore` would take this one, which stays as it is."""
         ...
 
 

@@ -31,9 +31,9 @@ class ListCache:
     def snapshot(self):
         return tuple(self.ids)
 
-    def restore(self, snapshot):
+    def restore(self, snapshot, back=0):
         assert tuple(self.ids[: len(snapshot)]) == snapshot, "the ids before a snapshot have changed"
-        self.ids = list(snapshot)
+        self.ids = list(snapshot[: len(snapshot) - back])
 
 
 class HashModel:
@@ -199,14 +199,22 @@ def test_another_user_message_goes_back_to_the_system_text():
     assert timings.cached_tokens == 6
 
 
-def test_the_same_prompt_again_runs_its_last_turn():
-    """A snapshot at the very end of the prompt is of no use: its last token has to run to give logits."""
+def test_the_same_prompt_again_runs_its_last_token():
+    """The snapshot at the very end of the prompt leads to the token before it, which has to run to give logits."""
     model = HashModel()
     conversation = Conversation(model.make_cache())
     first, _ = answer(model, conversation, PROMPT, borders=(6, 12, len(PROMPT)))
-    again, timings = answer(model, conversation, PROMPT, borders=(6, 12, len(PROMPT)))
-    assert again == first
-    assert timings.cached_tokens == 12
+    for _ in range(3):
+        again, timings = answer(model, conversation, PROMPT, borders=(6, 12, len(PROMPT)))
+        assert again == first
+        assert timings.cached_tokens == len(PROMPT) - 1
+    other, timings = answer(model, conversation, [*PROMPT[:-1], 77], borders=(6, 12, len(PROMPT)))
+    assert other == fresh([*PROMPT[:-1], 77])
+    assert timings.cached_tokens == len(PROMPT) - 1
+    _, timings = answer(model, conversation, PROMPT[:12], borders=(6, 12))
+    assert timings.cached_tokens == 11
+    _, timings = answer(model, conversation, [PROMPT[0], 88])
+    assert timings.cached_tokens == 0
 
 
 def test_snapshots_are_bounded_and_the_first_stays():

@@ -145,6 +145,22 @@ def test_back_at_a_snapshot_is_as_if_nothing_had_come_after_it(network, before, 
     np.testing.assert_array_equal(again, decoded(network, fresh, network.prefill(last, fresh, sampler), sampler, 6))
 
 
+@pytest.mark.parametrize("before", [1, 2, 15, 16, 17, 60, 300])
+def test_the_way_also_leads_to_the_token_before_a_snapshot(network, before):
+    first, other, last = ids_of(before, 1), ids_of(300, 2), ids_of(23, 3)
+    fresh, cache = network.make_cache(), network.make_cache()
+    if before > 1:
+        network.prefill(first[:-1], fresh, None)
+    network.prefill(first, cache, None)
+    snapshot = cache.snapshot()
+    network.prefill(other, cache, None)
+    expected, fork = network.logits(last, fresh), cache.fork(snapshot, 1)
+    cache.restore(snapshot, 1)
+    for back in (cache, fork):
+        assert back.offset == before - 1
+        np.testing.assert_allclose(network.logits(last, back), expected, rtol=0, atol=1e-4)
+
+
 def test_a_snapshot_of_nothing(network):
     cache = network.make_cache()
     snapshot = cache.snapshot()
@@ -167,7 +183,7 @@ def test_only_owners_of_keys_have_caches_and_windows_are_bounded(framework, netw
     full = -(-700 // growth) * growth * row
     assert cache.nbytes == 4 * sliding + full
     snapshot = cache.snapshot()
-    assert snapshot.nbytes == 4 * (text.sliding_window - 1) * row
+    assert snapshot.nbytes == 4 * text.sliding_window * row
 
 
 @pytest.mark.parametrize("before", [1, 16, 60, 300])

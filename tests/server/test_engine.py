@@ -316,7 +316,7 @@ def test_the_prefix_cache_is_shared_between_requests(serve):
     assert found < 8
     again, _ = cached(*HELLO)
     other, _ = cached({"role": "user", "content": "Is there fog tonight?"})
-    assert 40 < again == other < first  # the system text; a prompt's own end has to run
+    assert 40 < other < again == first - 1  # the system text; a prompt's last token has to run
     answer = ask(client, messages=[system, *HELLO]).choices[0].message
     follow, _ = cached(*HELLO, answer.model_dump(include={"role", "content"}), {"role": "user", "content": "And now?"})
     assert follow >= first

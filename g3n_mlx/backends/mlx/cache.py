@@ -154,18 +154,21 @@ class Cache:
         )
 
     def snapshot(self) -> Snapshot:
-        """The present offset with copies of the sliding windows; full caches keep their own rows."""
+        """The present offset with copies of the sliding windows; full caches keep their own rows.
+
+        One row more than the next token sees, so that the way leads also to the offset before.
+        """
         windows = {}
         for layer_idx, layer in self.layers.items():
             if isinstance(layer, SlidingKVCache):
-                start, end = max(0, layer.length - (layer.window - 1)), layer.length
+                start, end = max(0, layer.length - layer.window), layer.length
                 windows[layer_idx] = None
                 if layer.keys is not None and layer.values is not None and end > start:
                     windows[layer_idx] = copied(layer.keys, start, end), copied(layer.values, start, end)
         return Snapshot(self.offset, windows)
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Back to a snapshot's offset. Full caches still hold the rows before it, so they are trimmed."""
+    def restore(self, snapshot: Snapshot, back: int = 0) -> None:
+        """Back to a snapshot's offset, or 1 before it. Full caches still hold the rows, so they are trimmed."""
         for layer_idx, layer in self.layers.items():
             if isinstance(layer, SlidingKVCache):
                 window = snapshot.windows[layer_idx]
@@ -173,16 +176,17 @@ class Cache:
                 if window is not None:
                     layer.fill(*window)
                 layer.offset = snapshot.offset
+                layer.trim(back)
             else:
-                layer.trim(layer.offset - snapshot.offset)
+                layer.trim(layer.offset - snapshot.offset + back)
 
-    def fork(self, snapshot: Snapshot) -> "Cache":
-        """A cache of its own at the offset of a snapshot of this one, which stays as it is."""
+    def fork(self, snapshot: Snapshot, back: int = 0) -> "Cache":
+        """A cache of its own at the offset of a snapshot of this one, or 1 before it; this one stays as it is."""
         other = Cache(self.config)
         for layer_idx, layer in self.layers.items():
             if isinstance(layer, KVCache):
                 other.layers[layer_idx] = layer.fork(snapshot.offset)
-        other.restore(snapshot)
+        other.restore(snapshot, back)
         return other
 
 
