@@ -48,8 +48,14 @@ async def refused(_: Request, error: Any) -> Response:
     return error.response()
 
 
-async def invalid(_: Request, error: Any) -> Response:
+async def invalid(request: Request, error: Any) -> Response:
     """A body that does not fit its schema: 400 with the place of a mistake, as OpenAI has it."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        at, reason = first["loc"][-1], first["ctx"]["error"]
+        return ApiError(400, f"the body is no JSON: {reason} at character {at}").response()
+    if tuple(first["loc"]) == ("body",) and "json" not in request.headers.get("content-type", ""):
+        return ApiError(400, "expected a JSON object, sent with the header Content-Type: application/json").response()
     # Where a value may be of several types there is an error for each: the deepest one is of the type that was meant,
     # and so is one that is about more than the type.
     found = max(error.errors(), key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))

@@ -1,6 +1,7 @@
 """Chat completions by the official client over a socket: every field that the endpoint knows."""
 
 import json
+import re
 
 import jsonschema
 import openai
@@ -221,6 +222,27 @@ def test_what_is_wrong_is_a_400_that_says_why(client, options, param):
     assert len(refused.value.body["message"]) > 10
     if param is not None:
         assert refused.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "words"),
+    [
+        (b'{"messages": [}', "application/json", r"the body is no JSON: .* at character 14"),
+        (b'{"messages": []}', "", "Content-Type: application/json"),
+        (b'{"messages": []}', "application/x-www-form-urlencoded", "Content-Type: application/json"),
+        (b"", "application/json", "the body"),
+        (b"[]", "application/json", "the body"),
+        (b"\xff{}", "application/json", "the body"),
+    ],
+)
+def test_a_body_that_is_no_json_object(server, body, kind, words):
+    with server.http() as http:
+        answer = http.post("/v1/chat/completions", content=body, headers={"Content-Type": kind} if kind else {})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert re.search(words, error["message"])
+    assert error["param"] is None
+    assert error["type"] == "invalid_request_error"
 
 
 def test_a_prompt_too_long(client):
