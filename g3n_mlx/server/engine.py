@@ -195,7 +195,12 @@ class Turn:
     def too_late(self) -> ApiError:
         """The error of a request whose time is over."""
         limit = self.engine.limits.request_timeout_s
-        return ApiError(503, f"the answer was not complete after {limit:g} s, this server's limit", code="timeout")
+        return ApiError(
+            503,
+            f"the answer was not complete after {limit:g} s, this server's limit",
+            code="timeout",
+            headers={"x-should-retry": "false"},  # or the openai client would have it all done twice more
+        )
 
     def _refused(self, error: BaseException) -> ApiError:
         if isinstance(error, PromptTooLong):

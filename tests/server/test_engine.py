@@ -233,9 +233,11 @@ def test_a_client_that_goes_away_while_it_waits(held):
 def test_requests_have_a_time_limit(serve):
     server = serve(request_timeout_s=0.5)
     with pytest.raises(openai.InternalServerError, match=r"not complete after 0\.5 s") as late:
-        ask(server.openai(), **forever(server))
+        ask(server.openai(max_retries=2), **forever(server))
     assert late.value.status_code == 503
     assert late.value.code == "timeout"
+    labels = {"path": "/v1/chat/completions", "status": "503"}
+    assert server.engine.metrics.registry.get_sample_value("g3n_requests_total", labels) == 1, "it was tried again"
     with pytest.raises(openai.APIError, match=r"not complete after 0\.5 s"):  # the status of a stream is sent by then
         list(ask(server.openai(), stream=True, **forever(server)))
     waiting = run(server, timeout_s=-1)
