@@ -5,8 +5,8 @@
 Several records are taken as one after the other; a step that stands twice, after a resumption, counts as it was last.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -14,9 +14,12 @@ from matplotlib.figure import Figure
 
 def main() -> None:
     """Reads the records, draws."""
-    output, *records = map(Path, sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path)
+    parser.add_argument("records", type=Path, nargs="+")
+    arguments = parser.parse_args()
     entries = {}
-    for record in records:
+    for record in arguments.records:
         first = max(entries, default=0)
         for line in record.read_text("utf-8").splitlines():
             entry = json.loads(line)
@@ -35,7 +38,7 @@ def main() -> None:
         accuracy.plot(seen, [entries[step][skill] for step in seen], style, label=skill)
     accuracy.set(xlabel="step", ylabel="held-out accuracy", ylim=(0, 1.02))
     accuracy.legend(ncols=3, fontsize="small", loc="lower right")
-    figure.savefig(output, dpi=100)
+    figure.savefig(arguments.output, dpi=100)
 
 
 if __name__ == "__main__":
