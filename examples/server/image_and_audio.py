@@ -18,7 +18,7 @@ def encoded(name: str) -> str:
 content = [
     {"type": "input_audio", "input_audio": {"data": encoded("red_circle.ogg"), "format": "ogg"}},
     {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{encoded('circle.jpg')}"}},
-    {"type": "text", "text": "Does the voice match the picture?"},
+    {"type": "text", "text": "Does the voice name what the picture shows?"},
 ]
 answer = client.chat.completions.create(
     model="default", messages=[{"role": "user", "content": content}], max_tokens=64, temperature=0
