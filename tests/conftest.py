@@ -8,10 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 BACKEND_PACKAGES = {"mlx": "mlx.core", "torch": "torch"}
+
+# A busy machine takes any time, for an example as well as for making it up.
+settings.register_profile("any-machine", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any-machine")
 
 
 def installed(package: str) -> bool:

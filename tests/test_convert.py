@@ -27,6 +27,7 @@ from g3n_mlx.convert.sizes import largest_fitting, size_slices
 from g3n_mlx.manifest import dead_manifest
 from g3n_mlx.matformer import read_slices
 from g3n_mlx.quantization import Quantization, quantize
+from g3n_mlx.terminal import size_in_words
 
 DENSE_MARKS = ("norm", "altup.", "laurel.", "embed_vision.", "embed_audio.", "_tower.")
 Tensors = dict[str, np.ndarray]
@@ -241,17 +242,19 @@ def test_full_disk_is_seen_before_anything_is_written(
 ) -> None:
     usage = collections.namedtuple("usage", "total used free")(10, 10, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(OSError, match=r"out needs 0\.01 GB, .* has 0\.00 GB free"):
+    with pytest.raises(OSError, match=r"out needs \d+\.\d\d MB, .* has 1\.0 KB free"):
         convert(tiny_folder, tmp_path / "new" / "out", progress=False)
     assert list((tmp_path / "new").iterdir()) == []
 
 
 SLOW_CONVERSION = """
 import sys, time
+from pathlib import Path
 from g3n_mlx.convert import convert, quantize
 copy = quantize._copy
 def slow(*arguments):
-    time.sleep(0.02)
+    if any(Path(sys.argv[2]).parent.glob(".out.partial/*.safetensors")):
+        time.sleep(600)
     return copy(*arguments)
 quantize._copy = slow
 convert(sys.argv[1], sys.argv[2], q_bits=4, progress=False)
@@ -280,7 +283,10 @@ def test_killed_conversion_leaves_nothing_that_loads(tiny_folder: Path, tmp_path
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for a single process")
-def test_interrupted_conversion_cleans_up(tiny_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "code_of_exit"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_conversion_cleans_up(
+    tiny_folder: Path, tmp_path: Path, sent: signal.Signals, code_of_exit: int
+) -> None:
     code = SLOW_CONVERSION.replace("convert(sys.argv[1], sys.argv[2], q_bits=4, progress=False)", "").replace(
         "import sys, time", "import sys, time\nfrom g3n_mlx.convert.__main__ import main"
     )
@@ -293,9 +299,9 @@ def test_interrupted_conversion_cleans_up(tiny_folder: Path, tmp_path: Path) -> 
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, errors = process.communicate(timeout=300)
-    assert process.returncode == 130
+    assert process.returncode == code_of_exit
     assert errors.rstrip().endswith("stopped; nothing was written")
     assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
@@ -377,7 +383,7 @@ def test_a_quantized_source_is_sized_as_it_is(
     listed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     raw = Checkpoint.open(dense).raw_config["text_config"]
     for entry in size_slices(raw, read_slices(table), 3, 32, 8, "BF16", {}):
-        assert f" {entry.disk_bytes / 1e9:.2f} GB" in listed[entry.slice.short_name]
+        assert f" {size_in_words(entry.disk_bytes)}" in listed[entry.slice.short_name]
         output = convert(source, tmp_path / entry.slice.short_name, matformer=entry.slice.name, matformer_config=table)
         sized = size_slices(raw, [entry.slice], None, 64, 8, "BF16", Checkpoint.open(source).quantizations)
         assert sized[0].disk_bytes == sum(array.nbytes for array in files.read_folder(output).values())
@@ -414,7 +420,7 @@ def test_largest_fitting(table: Path, tiny_folder: Path) -> None:
     by_name = {entry.slice.short_name: entry for entry in sized}
     assert largest_fitting(sized, 10**12) is by_name["whole"]
     assert largest_fitting(sized, by_name["whole"].resident_bytes - 1) is not by_name["whole"]
-    with pytest.raises(ValueError, match=r"no slice fits 0\.00 GB: the smallest, \w+, needs 0\.\d\d GB"):
+    with pytest.raises(ValueError, match=r"no slice fits 1\.0 KB: the smallest, \w+, needs 0\.\d\d GB"):
         largest_fitting(sized, 1000)
 
 
@@ -474,16 +480,48 @@ def test_wrong_usage(flags: list[str], capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_failures_are_one_line(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    binary = tmp_path / "binary.csv"
+    binary.write_bytes(b"\xff\x00" * 50)
     for flags in (
         ["--hf-path", str(tmp_path / "nowhere" / "at" / "all")],
         ["--hf-path", str(tiny_folder), "--matformer", "e9b"],
         ["--hf-path", str(tiny_folder), "--matformer", "e2b"],
         ["--hf-path", str(tiny_folder), "--matformer", "e2b", "--matformer-config", str(tmp_path / "none.csv")],
+        ["--hf-path", str(tiny_folder), "--matformer", "e2b", "--matformer-config", str(tmp_path)],
+        ["--hf-path", str(tiny_folder), "--matformer", "e2b", "--matformer-config", str(binary)],
     ):
         assert main([*flags, "-o", str(tmp_path / "out")]) == 1
         errors = capsys.readouterr().err
         assert errors.startswith("g3n-convert: ")
         assert errors.count("\n") == 1
+
+
+def test_an_unknown_slice_is_answered_with_those_that_fit(tiny_folder: Path, tmp_path: Path, table: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny_folder, source)
+    shutil.copyfile(table, source / "matformer.csv")
+    with pytest.raises(ValueError, match=r"There are: mixed = 'Mixed', half = 'Half', whole = 'Whole'$"):
+        convert(source, tmp_path / "out", matformer="zzz", progress=False)
+
+
+def test_places_that_can_not_be_written_to(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(PermissionError, match=r"file can't be written to \(it is no folder\): choose another place"):
+        convert(tiny_folder, tmp_path / "file" / "out", progress=False)
+    if Path("/proc/self").is_dir():  # where even the superuser makes no files
+        with pytest.raises(PermissionError, match="/proc can't be written to"):
+            convert(tiny_folder, "/proc/out", progress=False)
+
+
+def test_a_dense_model_is_listed_by_its_config_alone(
+    tiny_folder: Path, tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--list-slices", "--matformer-config", str(table), "--hf-path"]
+    assert main([*flags, str(tiny_folder)]) == 0
+    whole = capsys.readouterr().out
+    shutil.copyfile(tiny_folder / "config.json", tmp_path / "config.json")
+    assert main([*flags, str(tmp_path)]) == 0
+    assert capsys.readouterr().out == whole
 
 
 def test_module_runs_without_an_array_framework(tiny_folder: Path, tmp_path: Path) -> None:

@@ -1,10 +1,9 @@
 """Importing is quick, and the core works where no array framework is installed."""
 
 import importlib.util
-import statistics
+import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -76,16 +75,18 @@ except (ImportError, ValueError) as error:
     assert len(done.stdout.strip().splitlines()) == 1
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not tell what child processes have taken")
 @pytest.mark.parametrize(("code", "limit_s"), [("import g3n_mlx", 0.3), ("-m g3n_mlx.chat --help", 0.5)])
 def test_start_up_is_quick(code, limit_s):
+    """In seconds of the processor's own, of which a busy machine takes no more."""
     command = [sys.executable, *(code.split() if code.startswith("-m") else ["-c", code])]
     times = []
     for _ in range(5):
-        started = time.perf_counter()
+        before = os.times()
         subprocess.run(command, check=True, capture_output=True)
-        times.append(time.perf_counter() - started)
-    # The best of five, less nothing: a loaded machine slows Python itself as much as us.
-    assert min(times) < limit_s, statistics.median(times)
+        after = os.times()
+        times.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert min(times) < limit_s, times
 
 
 def test_every_framework_import_is_in_the_backends(repository):
