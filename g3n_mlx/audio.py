@@ -18,7 +18,7 @@ import numpy as np
 from g3n_mlx.audio_config import AudioConfig
 from g3n_mlx.config_file import Fields
 from g3n_mlx.containers import check_whole, import_av, open_container
-from g3n_mlx.fetch import FetchPolicy, fetch
+from g3n_mlx.fetch import FetchPolicy, fetch, source_text
 
 # Source: feature_extraction_gemma3n.py, `__call__`: max_length and pad_to_multiple_of have no key in the config.
 MAX_CLIP_SAMPLES = 480_000
@@ -57,10 +57,13 @@ class Audio:
             _check_rate(rate)
             source = _samples_of(source)
         elif not isinstance(source, str | Path | bytes):
-            raise ValueError(f"a sound is a {type(source).__name__}, expected a path, bytes, an array or a URL")
+            raise ValueError(f"a sound is of type {type(source).__name__}, expected a path, bytes, an array or a URL")
         elif rate is not None:
             raise ValueError(f"the sound's rate is {rate!r}, but a file brings its own: leave it out")
         self._source, self._rate = source, rate
+
+    def __repr__(self) -> str:
+        return f"Audio({source_text(self._source)}{'' if self._rate is None else f', {self._rate} Hz'})"
 
     def waveform(self, rate: int, policy: FetchPolicy) -> np.ndarray:
         """The sound as one channel at `rate` Hz, float32 [samples].
@@ -329,7 +332,9 @@ def _check_rate(rate: Any) -> None:
 
 def _samples_of(array: np.ndarray) -> np.ndarray:
     """An array of a user's, checked, as float32 [samples] or [samples, channels]."""
-    if array.ndim not in (1, 2) or array.size == 0:
+    if array.size == 0:
+        raise ValueError(f"a sound's array has the shape {array.shape}, which holds no samples")
+    if array.ndim not in (1, 2):
         raise ValueError(f"a sound's array has the shape {array.shape}, expected [samples] or [samples, channels]")
     if array.ndim == 2 and array.shape[1] > array.shape[0]:
         raise ValueError(f"a sound's array has the shape {array.shape}, expected [samples, channels]: transpose it")

@@ -113,7 +113,7 @@ def _system_text(content: Any) -> str:
 def _parts(content: Any, where: str) -> list[Any]:
     """The parts of a content list, each a string or a mapping with a type; bare media objects get theirs."""
     if not isinstance(content, Sequence) or isinstance(content, bytes):
-        raise ValueError(f"{where}.content is a {type(content).__name__}, expected a string or a list of parts")
+        raise ValueError(f"{where}.content is of type {type(content).__name__}, expected a string or a list of parts")
     parts: list[Any] = []
     for index, part in enumerate(content):
         match part:

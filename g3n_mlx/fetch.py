@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import SplitResult, quote, unquote_to_bytes, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass, url2pathname
 
@@ -81,6 +81,15 @@ def fetch(source: str | Path, policy: FetchPolicy) -> bytes:
             return _read_file(Path(source), policy)
         case other:
             raise ValueError(f"{_short(source)} has the scheme {other!r}, expected http, https, data, file or a path")
+
+
+def source_text(source: Any) -> str:
+    """What media are made of, in a few words for a repr: a path or URI, or how much of what."""
+    if isinstance(source, bytes):
+        return f"{len(source):,} bytes"
+    if isinstance(source, str | Path):
+        return _short(source)
+    return f"{source.dtype} {list(source.shape)}"  # an array
 
 
 def decode_base64(text: str, policy: FetchPolicy) -> bytes:

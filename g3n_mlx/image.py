@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from g3n_mlx.config_file import Fields
-from g3n_mlx.fetch import FetchPolicy, fetch
+from g3n_mlx.fetch import FetchPolicy, fetch, source_text
 
 if TYPE_CHECKING:
     from PIL import Image as pil
@@ -58,9 +58,14 @@ class Image:
             source = _pixels_of(source)
         elif not isinstance(source, str | Path | bytes) and not _is_pil(source):
             raise ValueError(
-                f"a picture is a {type(source).__name__}, expected a path, bytes, a PIL image, an array or a URL"
+                f"a picture is of type {type(source).__name__}, expected a path, bytes, a PIL image, an array or a URL"
             )
         self._source = source
+
+    def __repr__(self) -> str:
+        if _is_pil(self._source):
+            return f"Image({self._source.mode}, {self._source.width} × {self._source.height})"
+        return f"Image({source_text(self._source)})"
 
     def rgb(self, policy: FetchPolicy) -> np.ndarray:
         """The picture upright and without transparency, uint8 [h, w, 3].
@@ -132,7 +137,9 @@ def _is_pil(source: Any) -> bool:
 
 def _pixels_of(array: np.ndarray) -> np.ndarray:
     """An array of a user's, checked, as uint8 [h, w] or [h, w, 3 or 4]."""
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)) or 0 in array.shape:
+    if 0 in array.shape:
+        raise ValueError(f"a picture's array has the shape {array.shape}, which holds no pixels")
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
         raise ValueError(f"a picture's array has the shape {array.shape}, expected [h, w] or [h, w, 1, 3 or 4]")
     if np.issubdtype(array.dtype, np.floating):
         if not (array.min() >= 0 and array.max() <= 1):  # false for NaN too

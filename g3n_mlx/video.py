@@ -14,7 +14,7 @@ import numpy as np
 
 from g3n_mlx.audio import sound_track
 from g3n_mlx.containers import check_whole, import_av, open_container
-from g3n_mlx.fetch import FetchPolicy, fetch
+from g3n_mlx.fetch import FetchPolicy, fetch, source_text
 
 _log = logging.getLogger(__name__)
 
@@ -36,13 +36,16 @@ class Video:
 
     def __init__(self, source: str | Path | bytes, fps: float = 1.0, max_frames: int = MAX_FRAMES) -> None:
         if not isinstance(source, str | Path | bytes):
-            raise ValueError(f"a video is a {type(source).__name__}, expected a path, bytes or a URL")
+            raise ValueError(f"a video is of type {type(source).__name__}, expected a path, bytes or a URL")
         if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= 1000:
             raise ValueError(f"a video's fps is {fps!r}, expected pictures a second, more than 0")
         if isinstance(max_frames, bool) or not isinstance(max_frames, int) or max_frames < 1:
             raise ValueError(f"a video's max_frames is {max_frames!r}, expected an integer of at least 1")
         self.fps, self.max_frames = fps, max_frames
         self._source = source
+
+    def __repr__(self) -> str:
+        return f"Video({source_text(self._source)}, fps={self.fps}, max_frames={self.max_frames})"
 
     def data(self, policy: FetchPolicy) -> bytes:
         """The file's bytes; raises ValueError when they can't be fetched, or there are none."""

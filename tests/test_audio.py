@@ -306,7 +306,8 @@ def test_files_that_are_empty_or_not_finite():
 @pytest.mark.parametrize(
     ("array", "expected"),
     [
-        (np.zeros(0, np.float32), "the shape (0,)"),
+        (np.zeros(0, np.float32), "the shape (0,), which holds no samples"),
+        (np.zeros((0, 2), np.float32), "the shape (0, 2), which holds no samples"),
         (np.zeros((2, 3, 4), np.float32), "the shape (2, 3, 4)"),
         (np.zeros((2, 100), np.float32), "the shape (2, 100), expected [samples, channels]: transpose it"),
         (np.array([0.0, np.nan]), "not finite numbers"),
@@ -344,7 +345,7 @@ def test_time_that_is_over():
 
 def test_sources_that_are_no_sound():
     for source in (None, 7, [0.1, 0.2], {"url": "a.wav"}):
-        with pytest.raises(ValueError, match=f"a sound is a {type(source).__name__}, expected a path, bytes"):
+        with pytest.raises(ValueError, match=f"a sound is of type {type(source).__name__}, expected a path, bytes"):
             Audio(source)
     with pytest.raises(ValueError, match="a file brings its own: leave it out"):
         Audio("sound.wav", RATE)

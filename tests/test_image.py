@@ -143,7 +143,7 @@ def test_arrays():
 @pytest.mark.parametrize(
     ("array", "expected"),
     [
-        (np.zeros((0, 4, 3), np.uint8), "the shape (0, 4, 3)"),
+        (np.zeros((0, 4, 3), np.uint8), "the shape (0, 4, 3), which holds no pixels"),
         (np.zeros(7, np.uint8), "the shape (7,)"),
         (np.zeros((4, 4, 2), np.uint8), "the shape (4, 4, 2)"),
         (np.zeros((1, 4, 4, 3), np.uint8), "the shape (1, 4, 4, 3)"),
@@ -162,7 +162,7 @@ def test_arrays_that_are_no_pictures(array, expected):
 
 @pytest.mark.parametrize("source", [None, 7, ["a.png"], {"url": "a.png"}, io.BytesIO(b"")])
 def test_sources_that_are_no_pictures(source):
-    with pytest.raises(ValueError, match=f"a picture is a {type(source).__name__}, expected a path, bytes"):
+    with pytest.raises(ValueError, match=f"a picture is of type {type(source).__name__}, expected a path, bytes"):
         Image(source)
 
 

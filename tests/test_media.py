@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from media_files import sound_file, tones, video_file
+from PIL import Image as pil
 from test_fetch import Answers, no_proxy, server, url  # noqa: F401 - fixtures
 from test_image import drawn, encoded
 
@@ -189,7 +190,10 @@ def test_soft_tokens_in_a_text_are_text(ask, tokenizer, opener, kind):
     ("part", "expected"),
     [
         ({"type": "image"}, "the image part has none of the keys 'image', 'url', 'path' and 'base64'"),
-        ({"type": "image", "image": 7}, "a picture is a int, expected a path, bytes, a PIL image, an array or a URL"),
+        (
+            {"type": "image", "image": 7},
+            "a picture is of type int, expected a path, bytes, a PIL image, an array or a URL",
+        ),
         ({"type": "image", "image": "/no/such.png"}, "'/no/such.png' does not exist"),
         ({"type": "image", "url": 7}, "the part's 'url' is 7, expected a string"),
         ({"type": "image", "path": b"a"}, "the part's 'path' is b'a', expected a string"),
@@ -197,13 +201,13 @@ def test_soft_tokens_in_a_text_are_text(ask, tokenizer, opener, kind):
         ({"type": "image_url", "image_url": {}}, "the part's 'image_url' is {}, expected {'url': ...} or a URL"),
         ({"type": "image_url"}, "the part's 'image_url' is None"),
         ({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}, "not a picture in one of"),
-        ({"type": "audio", "audio": [0.1]}, "a sound is a list"),
+        ({"type": "audio", "audio": [0.1]}, "a sound is of type list"),
         ({"type": "audio", "audio": np.zeros(9, np.float32)}, "the sound's rate is None"),
-        ({"type": "audio", "audio": {"array": None}}, "a sound is a NoneType"),
+        ({"type": "audio", "audio": {"array": None}}, "a sound is of type NoneType"),
         ({"type": "audio", "audio": {"array": np.array([np.nan]), "sampling_rate": 16_000}}, "not finite numbers"),
         ({"type": "input_audio", "input_audio": "AAAA"}, "the part's 'input_audio' is 'AAAA', expected {'data'"),
         ({"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}, "not a sound or video"),
-        ({"type": "video", "video": np.zeros((2, 4, 4, 3))}, "a video is a ndarray"),
+        ({"type": "video", "video": np.zeros((2, 4, 4, 3))}, "a video is of type ndarray"),
         ({"type": "video", "video": "a.mp4", "fps": 0}, "a video's fps is 0"),
         ({"type": "video_url", "video_url": {"url": "http://"}}, "names no host"),
     ],
@@ -212,6 +216,20 @@ def test_bad_parts_are_named(refused, part, expected):
     message = refused("Look:", part)
     assert message.startswith("messages[0].content[1]: ")
     assert expected in message
+
+
+def test_what_an_object_is_made_of_is_seen():
+    """In a traceback or a notebook, without its bytes."""
+    data_uri = "data:image/png;base64," + "A" * 1000
+    assert repr(Image("a.png")) == "Image('a.png')"
+    assert repr(Image(Path("a") / "b.png")) == f"Image({str(Path('a') / 'b.png')!r})"
+    assert repr(Image(bytes(12_345))) == "Image(12,345 bytes)"
+    assert repr(Image(np.zeros((4, 6, 3), np.uint8))) == "Image(uint8 [4, 6, 3])"
+    assert repr(Image(pil.new("L", (6, 4)))) == "Image(L, 6 × 4)"
+    assert len(repr(Image(data_uri))) < 100
+    assert repr(Audio("a.wav")) == "Audio('a.wav')"
+    assert repr(Audio(np.zeros(9, np.int16), 16_000)) == "Audio(float32 [9], 16000 Hz)"
+    assert repr(Video("a.mp4", fps=2)) == "Video('a.mp4', fps=2, max_frames=60)"
 
 
 def test_damaged_files_are_named(refused):

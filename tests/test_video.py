@@ -206,7 +206,7 @@ def test_numbers_that_make_no_sense(options, expected):
 
 def test_sources_that_are_no_video():
     for source in (None, 7, np.zeros((2, 4, 4, 3), np.uint8)):
-        with pytest.raises(ValueError, match=f"a video is a {type(source).__name__}, expected a path, bytes or a URL"):
+        with pytest.raises(ValueError, match=f"a video is of type {type(source).__name__}, expected a path"):
             Video(source)
 
 
