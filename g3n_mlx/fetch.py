@@ -19,9 +19,12 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import SplitResult, quote, unquote_to_bytes, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass, url2pathname
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _REMOTE = ("http", "https")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -83,13 +86,13 @@ def fetch(source: str | Path, policy: FetchPolicy) -> bytes:
             raise ValueError(f"{_short(source)} has the scheme {other!r}, expected http, https, data, file or a path")
 
 
-def source_text(source: Any) -> str:
+def source_text(source: "str | Path | bytes | np.ndarray") -> str:
     """What media are made of, in a few words for a repr: a path or URI, or how much of what."""
     if isinstance(source, bytes):
         return f"{len(source):,} bytes"
     if isinstance(source, str | Path):
         return _short(source)
-    return f"{source.dtype} {list(source.shape)}"  # an array
+    return f"{source.dtype} {list(source.shape)}"
 
 
 def decode_base64(text: str, policy: FetchPolicy) -> bytes:

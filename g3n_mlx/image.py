@@ -63,9 +63,10 @@ class Image:
         self._source = source
 
     def __repr__(self) -> str:
-        if _is_pil(self._source):
-            return f"Image({self._source.mode}, {self._source.width} × {self._source.height})"
-        return f"Image({source_text(self._source)})"
+        source = self._source
+        if isinstance(source, str | Path | bytes | np.ndarray):
+            return f"Image({source_text(source)})"
+        return f"Image({source.mode}, {source.width} × {source.height})"
 
     def rgb(self, policy: FetchPolicy) -> np.ndarray:
         """The picture upright and without transparency, uint8 [h, w, 3].
