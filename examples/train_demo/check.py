@@ -2,8 +2,9 @@
 
     python check.py FOLDER --speech speech --count 5
 
-Prints the largest difference a skill, of prompts with no more than one clip. Needs transformers and timm; a torchvision that was built for another torch than
-the installed one has to be hidden or mended first (tests/golden/reference_builder/torchvision_stubs.py does it).
+Prints the largest difference a skill, of prompts with no more than one clip. Needs transformers and timm; a torchvision
+that was built for another torch than the installed one has to be hidden or mended first
+(tests/golden/reference_builder/torchvision_stubs.py does it).
 """
 
 import argparse
