@@ -110,7 +110,7 @@ def plan_for(folder: Path, matformer: str, matformer_config: str | Path | None =
     slices = slices_for(folder, None if matformer_config is None else Path(matformer_config))
     where = folder / "config.json"
     config = ModelConfig.from_dict(nested_config(read_json(where)), str(where))
-    return plan_slice(config.text, find_slice(matformer, slices))
+    return plan_slice(config.text, find_slice(matformer, slices, config.text))
 
 
 def fingerprint(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""`python -m g3n_mlx.convert`: slices and quantizes a checkpoint, or lists the slices there are."""
+"""`g3n-convert`: slices and quantizes a checkpoint, or lists the slices there are."""
 
 import argparse
 import logging
@@ -13,8 +13,10 @@ from g3n_mlx.convert import DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS, convert
 from g3n_mlx.convert.quantize import FLOATS
 from g3n_mlx.convert.sizes import SizedSlice, largest_fitting, size_slices, table
 from g3n_mlx.hub import resolve
+from g3n_mlx.layouts import nested_config
 from g3n_mlx.matformer import OWN_TABLE, PUBLISHED, read_slices
 from g3n_mlx.quantization import BITS, GROUP_SIZES
+from g3n_mlx.terminal import run_command, size_in_words
 
 _DEFAULT_BITS = 4
 _UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -39,14 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--list-slices lists all slices: leave out --matformer")
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("g3n_mlx").setLevel(logging.INFO)
-    try:
-        return _list_slices(flags) if flags.list_slices else _convert(flags)
-    except (ValueError, OSError) as error:
-        print(f"g3n-convert: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
+    work = _list_slices if flags.list_slices else _convert
+    return run_command("g3n-convert", lambda: work(flags), stopped="stopped; nothing was written")
 
 
 def _convert(flags: argparse.Namespace) -> int:
@@ -67,7 +63,7 @@ def _convert(flags: argparse.Namespace) -> int:
         revision=flags.revision,
     )
     size = sum(path.stat().st_size for path in output.iterdir())
-    print(f"wrote {output}: {size / 1e9:.2f} GB", file=sys.stderr)
+    print(f"wrote {output}: {size_in_words(size)}", file=sys.stderr)
     return 0
 
 
@@ -83,10 +79,14 @@ def _sized(flags: argparse.Namespace) -> list[SizedSlice]:
     """All slices with their sizes, of --hf-path where it is given, else of the published E4B."""
     raw_text, own_table, stored = read_json(PUBLISHED.with_name("gemma3n-e4b.json")), None, {}
     if flags.hf_path is not None:
-        folder = resolve(flags.hf_path, flags.revision)
-        checkpoint = Checkpoint.open(folder)
-        checkpoint.close()
-        raw_text, stored = checkpoint.raw_config["text_config"], checkpoint.quantizations
+        folder = resolve(flags.hf_path, flags.revision, weights=False)
+        raw_config = nested_config(read_json(folder / "config.json"))
+        raw_text = raw_config["text_config"]
+        if "quantization" in raw_config or "quantization_config" in raw_config:  # which modules, the shards know
+            folder = resolve(flags.hf_path, flags.revision)
+            checkpoint = Checkpoint.open(folder)
+            checkpoint.close()
+            raw_text, stored = checkpoint.raw_config["text_config"], checkpoint.quantizations
         own_table = folder / OWN_TABLE if (folder / OWN_TABLE).is_file() else None
     quantize = flags.quantize or flags.q_bits is not None or flags.list_slices
     if flags.fits is not None and not quantize and not stored:
@@ -103,7 +103,7 @@ def _sized(flags: argparse.Namespace) -> list[SizedSlice]:
 
 
 def _in_words(entry: SizedSlice) -> str:
-    return f"{entry.slice.short_name} ({entry.slice.name}), {entry.resident_bytes / 1e9:.2f} GB in memory"
+    return f"{entry.slice.short_name} ({entry.slice.name}), {size_in_words(entry.resident_bytes)} in memory"
 
 
 def _num_bytes(text: str) -> int:
@@ -115,7 +115,7 @@ def _num_bytes(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m g3n_mlx.convert",
+        prog="g3n-convert",
         description="Slices (MatFormer) and quantizes a Gemma 3n checkpoint into a new folder.",
     )
     add = parser.add_argument

@@ -10,6 +10,7 @@ from g3n_mlx.convert.quantize import Output, choose_quantizations, quantized_out
 from g3n_mlx.manifest import PLE_TABLE, dead_manifest, effective_parameters, text_manifest
 from g3n_mlx.matformer import Slice, plan_slice, slice_config
 from g3n_mlx.quantization import Quantization
+from g3n_mlx.terminal import size_in_words
 
 # What a run takes besides weights: the KV caches of a conversation of this length, in bfloat16, ...
 _CONTEXT_TOKENS = 4096
@@ -76,8 +77,8 @@ def largest_fitting(sized: Sequence[SizedSlice], limit_bytes: int) -> SizedSlice
     if not fitting:
         smallest = min(sized, key=lambda entry: entry.resident_bytes)
         raise ValueError(
-            f"no slice fits {limit_bytes / 1e9:.2f} GB: the smallest, {smallest.slice.short_name}, needs "
-            f"{smallest.resident_bytes / 1e9:.2f} GB; try fewer bits"
+            f"no slice fits {size_in_words(limit_bytes)}: the smallest, {smallest.slice.short_name}, needs "
+            f"{size_in_words(smallest.resident_bytes)}; try fewer bits"
         )
     return max(fitting, key=lambda entry: (entry.effective_parameters, entry.slice.mmlu or 0.0))
 
@@ -92,7 +93,7 @@ def table(sized: Sequence[SizedSlice]) -> str:
         mmlu = "" if chosen.mmlu is None else f"{chosen.mmlu:.1f}%"
         lines.append(
             f"{chosen.short_name:<14} {chosen.num_layers:>6} {entry.effective_parameters / 1e9:>7.3f} {published:>9} "
-            f"{mmlu:>6} {entry.disk_bytes / 1e9:>6.2f} GB {entry.resident_bytes / 1e9:>6.2f} GB  {chosen.name}"
+            f"{mmlu:>6} {size_in_words(entry.disk_bytes):>9} {size_in_words(entry.resident_bytes):>9}  {chosen.name}"
         )
     return "\n".join(lines)
 

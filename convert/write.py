@@ -23,6 +23,7 @@ from tqdm import tqdm
 from g3n_mlx.convert.quantize import Job, Output
 from g3n_mlx.matformer import OWN_TABLE
 from g3n_mlx.shards import DTYPES, INDEX
+from g3n_mlx.terminal import size_in_words
 
 # As Hugging Face splits.
 MAX_SHARD_BYTES = 5_000_000_000
@@ -88,7 +89,7 @@ def check_space(folder: Path, jobs: Iterable[Job]) -> int:
     parent = next(path for path in folder.absolute().parents if path.is_dir())
     free = shutil.disk_usage(parent).free
     if needed > free:
-        raise OSError(f"{folder} needs {needed / 1e9:.2f} GB, {parent} has {free / 1e9:.2f} GB free")
+        raise OSError(f"{folder} needs {size_in_words(needed)}, {parent} has {size_in_words(free)} free")
     return needed
 
 
@@ -100,11 +101,17 @@ def appearing_folder(folder: Path, wait_for_others: bool) -> Generator[Path]:
     process is filling it and wait_for_others is false.
     """
     folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder.parent, os.W_OK):  # the lock would take it for another process's
-        raise PermissionError(f"{folder.parent} can't be written to: choose another place for the output folder")
     partial = folder.parent / f".{folder.name}.partial"
-    lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=-1 if wait_for_others else 0)
+    lock_file = folder.parent / f".{folder.name}.lock"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock_file.touch()  # the lock would take a place that can't be written to for another process's
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower() if folder.parent.is_dir() else "it is no folder"
+        raise PermissionError(
+            f"{folder.parent} can't be written to ({reason}): choose another place for the output folder"
+        ) from None
+    lock = FileLock(lock_file, timeout=-1 if wait_for_others else 0)
     try:
         lock.acquire()
     except Timeout:

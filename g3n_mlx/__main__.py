@@ -1,6 +1,8 @@
-"""`python -m g3n_mlx COMMAND`: the commands and where they live."""
+"""`python -m g3n_mlx COMMAND`: the commands and where they live; `g3n-chat` and its like start here too.
 
-import argparse
+Nothing heavy is imported before a command is: Ctrl-C while that goes on ends it without a traceback.
+"""
+
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -12,10 +14,13 @@ COMMANDS = {
     "eval": ("g3n_mlx.eval", "measure quality on examples or a text"),
     "server": ("g3n_mlx.server.__main__", "serve a model over OpenAI's API"),
 }
+INTERRUPTED = 130  # a shell's code for Ctrl-C
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Hands the arguments behind the command's name to that command; returns its exit code."""
+    import argparse
+
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="python -m g3n_mlx",
@@ -25,8 +30,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
-    command = parser.parse_args(arguments[:1]).command
-    return import_module(COMMANDS[command][0]).main(arguments[1:])
+    return _run(parser.parse_args(arguments[:1]).command, arguments[1:])
+
+
+def chat() -> int:
+    """`g3n-chat`."""
+    return _run("chat")
+
+
+def convert() -> int:
+    """`g3n-convert`."""
+    return _run("convert")
+
+
+def bench() -> int:
+    """`g3n-bench`."""
+    return _run("bench")
+
+
+def evaluate() -> int:
+    """`g3n-eval`."""
+    return _run("eval")
+
+
+def server() -> int:
+    """`g3n-server`."""
+    return _run("server")
+
+
+def _run(command: str, arguments: list[str] | None = None) -> int:
+    try:
+        return import_module(COMMANDS[command][0]).main(arguments)
+    except KeyboardInterrupt:  # before the command could take it
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -25,15 +25,23 @@ SUFFIXES = {
     "audio": {".aac", ".aif", ".aiff", ".flac", ".m4a", ".mp3", ".oga", ".ogg", ".opus", ".wav"},
     "video": {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"},
 }
-# Where a path may begin, and a word as terminals write a dropped path: in quotes, or with its spaces escaped.
+# Where a path may begin: as one, or as a name that ends like a media file's. And a word as terminals write a dropped
+# path: in quotes, or with its spaces escaped.
 _PATH = r"(?:/|~/|\./|\.\./|file://|[A-Za-z]:[\\/])"
-_START = re.compile(rf"""(?<!\S)(?=['"]?{_PATH})""")
+_SUFFIX = rf"\.(?:{'|'.join(suffix[1:] for kind in SUFFIXES.values() for suffix in sorted(kind))})"
+_START = re.compile(
+    rf"""(?<!\S)(?=['"]?{_PATH}|(?:\\.|[^\s'"\\])+{_SUFFIX}\b|'[^'\n]+{_SUFFIX}'|"[^"\n]+{_SUFFIX}")""", re.IGNORECASE
+)
 _QUOTED = r"""'([^'\n]*)'|"([^"\n]*)\""""
 _WORD = re.compile(rf"(?:{_QUOTED}|[^\s'\"])+" if os.name == "nt" else rf"(?:{_QUOTED}|\\.|[^\s'\"\\])+")
 _UNQUOTE = re.compile(_QUOTED if os.name == "nt" else rf"{_QUOTED}|\\(.)")
+_LINE = re.compile(r"[^\n]{1,4096}(?:\n|\Z)")
+_BARE = re.compile(r"\S{1,4096}")
 _REMOTE = re.compile(r"(?:https?|data|file):")
 # What speech needs, and what the audio tower is given in the end.
 MICROPHONE_RATE = 16_000
+MAX_NAME_LETTERS = 4096  # of a path, as systems have it
+MAX_NOTES = 3  # about one message: pasted text may be full of paths
 
 
 def part(kind: str, source: str) -> dict[str, Any]:
@@ -52,9 +60,15 @@ def name_and_rest(argument: str) -> tuple[str, str]:
         return (argument if _is_file(Path(argument)) else unquoted(argument)), ""
     word = re.match(r"\S+", argument) if _REMOTE.match(argument) else _WORD.match(argument)
     rest = argument[word.end() :].strip() if word else ""
-    if word is None or not rest or not (_REMOTE.match(argument) or _is_file(Path(unquoted(word[0])))):
-        return unquoted(argument), ""
-    return unquoted(word[0]), rest
+    if word is not None and rest and (_REMOTE.match(argument) or _is_file(Path(unquoted(word[0])))):
+        return unquoted(word[0]), rest
+    # A name with spaces as it is, the longest there is; else what must have been meant as the name.
+    ends = [space.start() for space in re.finditer(r"\s+", argument[:MAX_NAME_LETTERS])]
+    for end in reversed(ends):
+        if _is_file(Path(argument[:end])):
+            return argument[:end], argument[end:].strip()
+    end = next((end for end in ends if kind_of(Path(unquoted(argument[:end])))), len(argument))
+    return unquoted(argument[:end]), argument[end:].strip()
 
 
 def name_of(part: dict[str, Any]) -> str:
@@ -69,6 +83,36 @@ def content(text: str, attached: list[dict[str, Any]]) -> str | list[Any]:
     """A message's content: what was attached, then the text, with the media files it names in their places."""
     parts = [*attached, *_with_dropped_files(text)]
     return text if all(isinstance(entry, str) for entry in parts) else parts
+
+
+def notes(content: str | list[Any], attached: list[dict[str, Any]]) -> list[str]:
+    """What a user should know of a message's content: the files its text brought in, and paths that stayed text."""
+    parts = [content] if isinstance(content, str) else content
+    taken = [f"with {name_of(part)}" for part in parts if isinstance(part, dict) and part not in attached]
+    left = [note for piece in parts if isinstance(piece, str) for note in map(_left_as_text, _starts(piece)) if note]
+    return taken + left[:MAX_NOTES]
+
+
+def _starts(text: str) -> Iterator[str]:
+    """The words at which a path may begin, without quotes and the punctuation behind them."""
+    for start in _START.finditer(text):
+        word = _WORD.match(text, start.start())
+        if word and len(word[0]) <= MAX_NAME_LETTERS:
+            yield unquoted(word[0]).rstrip(".,;:!?)")
+
+
+def _left_as_text(name: str) -> str | None:
+    if _REMOTE.match(name) and not name.startswith("file:"):
+        kind = kind_of(Path(urlsplit(name).path))
+        return f"note: {name} is text; /{kind} {name} fetches it" if kind else None
+    path = _path_of(name)
+    if kind_of(path):
+        return f"note: there is no file {name}, so it is text"
+    if not name.strip("/.~") or not _exists(path):
+        return None
+    return (
+        f"note: {name} is {'a folder' if path.expanduser().is_dir() else 'no picture, sound or video'}, so it is text"
+    )
 
 
 def _with_dropped_files(text: str) -> Iterator[str | dict[str, Any]]:
@@ -87,12 +131,11 @@ def _with_dropped_files(text: str) -> Iterator[str | dict[str, Any]]:
 
 def _dropped_file(text: str, start: int) -> tuple[Path, int] | None:
     """The media file whose path begins here, and where the path ends."""
-    word, line = _WORD.match(text, start), text[start:].split("\n", 1)[0].rstrip()
-    bare = re.split(r"\s", line, maxsplit=1)[0]
-    spellings = [(line, line)]  # not escaped at all
+    word, line, bare = _WORD.match(text, start), _LINE.match(text, start), _BARE.match(text, start)
+    spellings = [(line[0].rstrip(),) * 2] if line else []  # not escaped at all
     if word:
         spellings += [(unquoted(word[0]), word[0])]
-    spellings += [(bare, bare)]
+    spellings += [(bare[0], bare[0])] if bare else []
     for name, spelled in spellings:
         for end in (len(name), len(name.rstrip(".,;:!?)"))):
             path = _path_of(name[:end])
@@ -111,6 +154,13 @@ def _is_file(path: Path) -> bool:
     try:
         return path.expanduser().is_file()
     except (OSError, ValueError, RuntimeError):  # a text that is no name: too long, with a null, of nobody's home
+        return False
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.expanduser().exists()
+    except (OSError, ValueError, RuntimeError):
         return False
 
 

@@ -5,6 +5,7 @@ that warms up or is disturbed treats both alike; the ratios are those of the med
 """
 
 import argparse
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ from g3n_mlx.config import ModelConfig
 from g3n_mlx.config_file import read_json
 from g3n_mlx.hub import default_model, resolve
 from g3n_mlx.measure import ENGINES, Request, Run
+from g3n_mlx.terminal import run_command, size_in_words
 
 OURS, *PEERS = ENGINES
 PROMPT_SEED = 0
@@ -27,14 +29,11 @@ PROMPT_SEED = 0
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the flags, runs, prints; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    try:
-        requests = _requests(arguments)
-        runs = _run_all(requests, arguments.num_trials)
-    except (OSError, ValueError, ChildFailed) as error:
-        print(f"g3n-bench: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return run_command("g3n-bench", lambda: _measure(arguments))
+
+
+def _measure(arguments: argparse.Namespace) -> int:
+    runs = _run_all(_requests(arguments), arguments.num_trials)
     summary = {
         "prompt_tokens": arguments.prompt_tokens,
         "generation_tokens": arguments.generation_tokens,
@@ -46,10 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-class ChildFailed(Exception):
-    """A run's process ended without figures; the message says which engine's, and its last words."""
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="g3n-bench", description="Measures load time, prefill, decode and memory, each run in its own process."
@@ -58,10 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--matformer", metavar="SLICE", help="MatFormer slice to take at load, by name or short form")
     parser.add_argument("--backend", choices=["auto", "mlx", "torch"], default="auto")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: the backend's best")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="of activations; default: the device's best")
     parser.add_argument("--prompt-tokens", type=_positive, default=512, metavar="N")
     parser.add_argument("--generation-tokens", type=_positive, default=128, metavar="N")
     parser.add_argument("--num-trials", type=_positive, default=3, metavar="N")
-    parser.add_argument("--against", choices=PEERS, help="measure this peer too, in turn")
+    parser.add_argument("--against", choices=PEERS, help="measure this peer too, in turn; it keeps its dtype")
     parser.add_argument("--peer-model", metavar="PATH", help="the peer's checkpoint, where it cannot read --model")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     return parser
@@ -77,6 +73,8 @@ def _positive(text: str) -> int:
 def _requests(arguments: argparse.Namespace) -> list[Request]:
     if arguments.peer_model and not arguments.against:
         raise ValueError("--peer-model needs --against")
+    if arguments.against and importlib.util.find_spec(arguments.against.replace("-", "_")) is None:
+        raise ImportError(f"{arguments.against} is not installed: pip install {arguments.against}")
     if arguments.generation_tokens < 2:
         raise ValueError("--generation-tokens is 1, expected at least 2: the first token is counted to the prompt")
     if arguments.model is None:
@@ -98,6 +96,7 @@ def _requests(arguments: argparse.Namespace) -> list[Request]:
         backend=arguments.backend,
         matformer=arguments.matformer,
         device=arguments.device,
+        dtype=arguments.dtype,
     )
     if not arguments.against:
         return [ours]
@@ -125,7 +124,7 @@ def _run(request: Request) -> Run:
     )
     if child.returncode:
         last_words = child.stderr.strip().rpartition("\n")[2] or f"exit code {child.returncode}"
-        raise ChildFailed(f"{request.engine}: {last_words}")
+        raise ChildProcessError(f"{request.engine}: {last_words}")
     return Run(**json.loads(child.stdout))
 
 
@@ -178,15 +177,15 @@ def _table(summary: dict[str, Any]) -> str:
             _row("time to first token", figures["time_to_first_token_s"], "s"),
             _row("prefill", figures["prompt_tps"], "tok/s"),
             _row("decode", figures["generation_tps"], "tok/s"),
-            f"  {'peak memory':<24}{_gigabytes(figures['peak_memory_bytes'])}",
+            f"  {'peak memory':<24}{_size(figures['peak_memory_bytes'])}",
         ]
         if figures["peak_device_bytes"] is not None:
-            lines.append(f"  {'peak device memory':<24}{_gigabytes(figures['peak_device_bytes'])}")
+            lines.append(f"  {'peak device memory':<24}{_size(figures['peak_device_bytes'])}")
         share = figures["weight_bandwidth"] / figures["read_bandwidth"]
         lines += [
-            f"  {'weights read a token':<24}{_gigabytes(figures['weight_bytes_per_token'])}",
-            f"  {'so decode reads':<24}{_gigabytes(figures['weight_bandwidth'])}/s, {share:.1%} of the "
-            f"{_gigabytes(figures['read_bandwidth'])}/s that a plain reduction reads here",
+            f"  {'weights read a token':<24}{_size(figures['weight_bytes_per_token'])}",
+            f"  {'so decode reads':<24}{_size(figures['weight_bandwidth'])}/s, {share:.1%} of the "
+            f"{_size(figures['read_bandwidth'])}/s that a plain reduction reads here",
         ]
         if figures["graph_operations"] is not None:
             lines.append(
@@ -208,8 +207,8 @@ def _row(name: str, spread: dict[str, float], unit: str) -> str:
     return f"  {name:<24}{spread['median']:.3g} {unit}  (min {spread['min']:.3g}, max {spread['max']:.3g})"
 
 
-def _gigabytes(count: float | None) -> str:
-    return "not known on this system" if count is None else f"{count / 1e9:.3g} GB"
+def _size(count: float | None) -> str:
+    return "not known on this system" if count is None else size_in_words(count)
 
 
 if __name__ == "__main__":

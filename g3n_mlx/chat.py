@@ -9,7 +9,6 @@ import argparse
 import io
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,14 +17,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from g3n_mlx import attachments
-from g3n_mlx.terminal import EXPECTED_FAILURES, Interruption, message_lines, one_line, printable, say, typed_messages
+from g3n_mlx.terminal import (
+    EXPECTED_FAILURES,
+    INTERRUPTED,
+    Interruption,
+    is_out_of_memory,
+    message_lines,
+    one_line,
+    printable,
+    run_command,
+    say,
+    typed_messages,
+)
 
 if TYPE_CHECKING:
     from g3n_mlx.model import Gemma3n, Usage
     from g3n_mlx.prompt import Prompt
 
-INTERRUPTED = 130  # exit codes of a shell: 128 + SIGINT, 128 + SIGPIPE
-PIPE_CLOSED = 141
 SETTINGS: dict[str, type[int] | type[float]] = {
     "temperature": float,
     "top_p": float,
@@ -47,17 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A model's words must not fail on a terminal's letters; in a pipe they are UTF-8 everywhere.
         sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")
-    try:
-        return _run(arguments)
-    except BrokenPipeError:
-        # The reader has gone. What is still buffered has nowhere to go, and Python would complain about it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return PIPE_CLOSED
-    except EXPECTED_FAILURES as error:
-        say(f"g3n-chat: {one_line(error)}")
-        return 1
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    return run_command("g3n-chat", lambda: _run(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -198,7 +196,8 @@ class Session:
         for message in messages:
             # "/usr/bin is what?" is a question: a command's name is one word of letters.
             name, _, rest = message.strip().partition(" ")
-            if name in ("/exit", "/quit"):
+            name = "/exit" if name == "/quit" else name
+            if name == "/exit" and not rest.strip():
                 return
             try:
                 if name[:1] == "/" and name[1:].isalpha():
@@ -209,13 +208,18 @@ class Session:
                 raise
             except KeyboardInterrupt:
                 say("[stopped]")
-            except EXPECTED_FAILURES as error:
+            except (*EXPECTED_FAILURES, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                    raise
                 self.failures += 1
                 say(f"error: {one_line(error)}")
 
     def ask(self, text: str) -> Answer:
-        """Asks about what was attached and what the text names; see `_ask`."""
-        return self._ask(attachments.content(text, self._attached))
+        """Asks about what was attached and what the text names, which is said; see `_ask`."""
+        content = attachments.content(text, self._attached)
+        for line in attachments.notes(content, self._attached):
+            say(line)
+        return self._ask(content)
 
     def attach(self, part: dict[str, Any], *, quiet: bool = False) -> None:
         """Takes a media part into the next question, once it is seen to be usable; shows what it is unless quiet."""
@@ -295,7 +299,10 @@ class Session:
     def _obey(self, name: str, argument: str) -> None:
         if name not in self._commands:
             raise ValueError(f"there is no command /{name}; /help lists them")
-        self._commands[name][2](argument)
+        takes, _, do = self._commands[name]
+        if argument and not takes:
+            raise ValueError(f"/{name} takes nothing behind it, and got {argument!r:.40}")
+        do(argument)
 
     def _help(self, _: str) -> None:
         for name, (argument, text, _do) in self._commands.items():
@@ -315,8 +322,11 @@ class Session:
         self.attach(attachments.clipboard_image())
 
     def _mic(self, _: str) -> None:
-        say("recording; Enter ends it, Ctrl-C gives it up")
-        self.attach(attachments.recording(sys.stdin.readline))
+        def until_enter() -> None:
+            say("recording; Enter ends it, Ctrl-C gives it up")
+            sys.stdin.readline()
+
+        self.attach(attachments.recording(until_enter))
 
     def _system(self, text: str) -> None:
         if text:
@@ -324,8 +334,9 @@ class Session:
         say(f"system prompt: {self.system or 'none'}")
 
     def _clear(self, _: str) -> None:
+        pending = ", ".join(map(attachments.name_of, self._attached))
         self.messages, self._unanswered, self._attached, self._opened = [], None, [], attachments.OpenedMedia()
-        say("the conversation is empty")
+        say(f"the conversation is empty{f'; not asked about and forgotten too: {pending}' if pending else ''}")
 
     def _undo(self, _: str) -> None:
         if self._attached and self._unanswered is None:
@@ -358,12 +369,16 @@ class Session:
         path = _path(name, "save")
         if path.exists() and _conversation(path) is None:
             raise ValueError(f"{path} exists and is no saved conversation; choose another name")
+        if not path.absolute().parent.is_dir():
+            raise FileNotFoundError(f"{path} can't be written: there is no folder {path.absolute().parent}")
         document = {"model": self.model.name, "messages": [*self._system_message(), *self.messages]}
         # Written beside it first: a full disk must not cost the conversation saved before.
         partial = path.with_name(f".{path.name}.partial")
         try:
             partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             partial.replace(path)
+        except OSError as error:  # without the name that nobody knows
+            raise OSError(f"{path} can't be written: {error.strerror or error}") from None
         finally:
             partial.unlink(missing_ok=True)
         say(f"saved {len(self.messages)} messages to {path}")

@@ -24,13 +24,14 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from g3n_mlx.terminal import EXPECTED_FAILURES, one_line, say
+from g3n_mlx.terminal import one_line, run_command, say
 
 if TYPE_CHECKING:
     from g3n_mlx.model import Gemma3n
 
 SAMPLE = "sample.jsonl"
 DEFAULT_WINDOW_TOKENS = 2048
+FEW_TOKENS = 1000  # of a text: below, the perplexity is uncertain by some tenths of itself
 BITS = (2, 3, 4, 5, 6, 8)
 ALL_SLICES = "all"
 BACKENDS = {"auto": ("auto",), "mlx": ("mlx",), "torch": ("torch",), "both": ("mlx", "torch")}
@@ -53,22 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parses the flags, runs every variant, prints the table; returns the exit code."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        _check(arguments)
-        variants = _variants(arguments)
-        summary = _on_text(arguments, variants) if arguments.text else _on_examples(arguments, variants)
-        names = _names(summary["variants"])
-        print(_title(summary), "", *(_markdown if arguments.markdown else _aligned)(summary, names), sep="\n")
-        if arguments.json:
-            arguments.json.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        if arguments.plot:
-            _plot(arguments.plot, summary, names)
-    except EXPECTED_FAILURES as error:
-        say(f"g3n-eval: {one_line(error)}")
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_command("g3n-eval", lambda: _run(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,6 +85,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _run(arguments: argparse.Namespace) -> int:
+    _check(arguments)
+    variants = _variants(arguments)
+    summary = _on_text(arguments, variants) if arguments.text else _on_examples(arguments, variants)
+    names = _names(summary["variants"])
+    print(_title(summary), "", *(_markdown if arguments.markdown else _aligned)(summary, names), sep="\n")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if arguments.plot:
+        _plot(arguments.plot, summary, names)
+    return 0
+
+
 def _check(arguments: argparse.Namespace) -> None:
     """Whatever can be seen to be wrong before hours of work."""
     of_text = ("against", "window_tokens", "stride_tokens")
@@ -114,6 +113,8 @@ def _check(arguments: argparse.Namespace) -> None:
     for path in (arguments.json, arguments.plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise FileNotFoundError(f"{path} can't be written: there is no folder {path.absolute().parent}")
+        if path is not None and path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder, expected the name of a file to write")
     if arguments.plot:
         if arguments.plot.suffix.lower() != ".png":
             raise ValueError(f"--plot is {arguments.plot}, expected a name that ends in .png")
@@ -216,7 +217,8 @@ def _on_examples(arguments: argparse.Namespace, variants: list[Variant]) -> dict
 
     path = arguments.examples or resolve(variants[0].model) / SAMPLE
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: give --examples FILE or --text FILE")
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {found}: give --examples FILE or --text FILE")
     examples = read_examples(path, arguments.limit)
     counts = Counter(example.skill for example in examples)
     metrics = {example.skill: example.metric for example in examples}
@@ -256,6 +258,8 @@ def _on_text(arguments: argparse.Namespace, variants: list[Variant]) -> dict[str
         raise ValueError(f"--stride-tokens is {stride}, expected 1 to {size - 1}, what a window holds behind <bos>")
     spans = list(windows(len(ids), size - 1, stride))
     num_bytes = len(text.encode())
+    if len(ids) < FEW_TOKENS:
+        say(f"note: {len(ids)} tokens are few, and chance decides; figures mean something from some {FEW_TOKENS} on")
 
     def entry(variant: Variant) -> dict[str, Any]:
         model = reference if variant == variants[0] else _load(variant, arguments)

@@ -12,6 +12,7 @@ SUGGESTED_MODEL = "google/gemma-3n-E2B-it"
 DEMO = "demo"
 # Never pickles. The last four are for conversions, which hand them on.
 _WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "LICENSE*", "NOTICE*"]
+_DESCRIPTION_FILES = ["config.json", "matformer.csv"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -25,14 +26,17 @@ def demo_folder() -> Path:
     return Path(__file__).parent / "demo"
 
 
-def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
+def resolve(path_or_id: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
     """The local folder of a model, given as a folder or as a hub id like google/gemma-3n-E2B-it.
 
     "demo" is the embedded demo model, unless there is a folder of that name.
     A hub id is downloaded (resumable, with a progress bar on stderr) unless it is in the hub cache already;
     HF_HUB_OFFLINE, HF_HOME and the like are respected. revision: a branch, tag or commit; of a hub id only.
+    weights: False downloads the config and the table of slices alone.
     Raises FileNotFoundError, PermissionError (gated), ConnectionError or ValueError.
     """
+    if not isinstance(path_or_id, str | Path) or not str(path_or_id).strip():
+        raise ValueError(f"the model is {path_or_id!r}, expected a folder or a hub id as in {SUGGESTED_MODEL}")
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():
         if revision is not None:
@@ -48,7 +52,7 @@ def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
             f"no model folder at {str(path_or_id)!r}, and it is no hub id either; give an existing folder, "
             f"or owner/name as in {SUGGESTED_MODEL}"
         )
-    return _download(hub_id, revision)
+    return _download(hub_id, revision, _WANTED_FILES if weights else _DESCRIPTION_FILES)
 
 
 def default_model() -> tuple[Path, str]:
@@ -67,14 +71,14 @@ def default_model() -> tuple[Path, str]:
     )
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def _download(hub_id: str, revision: str | None, files: list[str]) -> Path:
     # Imported here: the hub client takes a third of a second to import, and a local folder does not need it.
     import huggingface_hub
     from huggingface_hub import errors
 
     version = "" if revision is None else f" at revision {revision!r}"
     try:
-        folder = huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=_WANTED_FILES)
+        folder = huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=files)
     except errors.LocalEntryNotFoundError as error:
         # A refusal (gated, unknown) can reach us as the cause of "not in the cache" as well.
         if isinstance(error.__cause__, errors.HfHubHTTPError):

@@ -36,6 +36,9 @@ def load(
     dtype: of the activations, "bfloat16" or "float32". device: "cpu", "cuda", "cuda:N"; None is the backend's best.
     Raises ImportError without a backend, FileNotFoundError, ValueError and the hub's errors, each in one sentence.
     """
+    for what, value in (("backend", backend), ("matformer", matformer), ("dtype", dtype), ("device", device)):
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{what} is {value!r}, expected a string")
     backend = chosen_backend(backend)
     devices = importlib.import_module(f"g3n_mlx.backends.{backend}.device")
     place = devices.device_of(device)
@@ -62,6 +65,7 @@ def load(
         slice_name=None if plan is None else plan.slice_name,
         backend=backend,
         device=device_name(place),
+        dtype=str(activations).rpartition(".")[2],  # "torch.bfloat16", "mlx.core.bfloat16"
         generation_config=read_json(generation) if generation.exists() else {},
     )
 

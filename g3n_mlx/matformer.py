@@ -79,13 +79,19 @@ def read_slices(path: Path | None = None) -> list[Slice]:
     """
     path = PUBLISHED if path is None else path
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: expected a CSV table of MatFormer slices")
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, skipinitialspace=True)
-        header = tuple(title.strip() for title in next(rows, []))
-        if header != _COLUMNS:
-            raise ValueError(f"{path}: the columns are {', '.join(header)!r}, expected {', '.join(_COLUMNS)!r}")
-        slices = [_parse_row(row, f"{path}, line {rows.line_num}") for row in rows if any(map(str.strip, row))]
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {found}: expected a CSV table of MatFormer slices")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file, skipinitialspace=True)
+            header = tuple(title.strip() for title in next(rows, []))
+            if header != _COLUMNS:
+                raise ValueError(
+                    f"{path}: the columns are {', '.join(header)!r:.200}, expected {', '.join(_COLUMNS)!r}"
+                )
+            slices = [_parse_row(row, f"{path}, line {rows.line_num}") for row in rows if any(map(str.strip, row))]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no CSV table of MatFormer slices: {error}") from None
     seen: dict[str, str] = {}
     for entry in slices:
         for name in {entry.name.casefold(), entry.short_name.casefold()}:
@@ -111,14 +117,21 @@ def slices_for(folder: Path, table: Path | None = None) -> list[Slice]:
     return own + [e for e in published if not {e.name.casefold(), e.short_name.casefold()} & taken]
 
 
-def find_slice(name: str, slices: Sequence[Slice]) -> Slice:
-    """The slice of a full or short name, in any case; the error lists all names and the nearest."""
+def find_slice(name: str, slices: Sequence[Slice], config: TextConfig | None = None) -> Slice:
+    """The slice of a full or short name, in any case; the error lists all names and the nearest.
+
+    config: then it lists those alone that can be taken from such a checkpoint, if any can.
+    """
+    if not isinstance(name, str):
+        raise ValueError(f"the slice is {name!r}, expected a name")
     wanted = name.strip().casefold()
     names = {known.casefold(): entry for entry in slices for known in (entry.name, entry.short_name)}
     if wanted in names:
         return names[wanted]
+    offered = [entry for entry in slices if config is not None and _fits(config, entry)] or list(slices)
+    names = {known.casefold(): entry for entry in offered for known in (entry.name, entry.short_name)}
     near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.0)
-    listing = ", ".join(f"{entry.short_name} = {entry.name!r}" for entry in slices)
+    listing = ", ".join(f"{entry.short_name} = {entry.name!r}" for entry in offered)
     raise ValueError(f"no slice is called {name!r}; did you mean {names[near[0]].short_name!r}? There are: {listing}")
 
 
@@ -158,6 +171,14 @@ def plan_slice(config: TextConfig, chosen: Slice) -> SlicePlan:
                 f"{config.intermediate_size[layer]} there"
             )
     return SlicePlan(chosen.name, kept, chosen.ffn_hidden_dims)
+
+
+def _fits(config: TextConfig, chosen: Slice) -> bool:
+    try:
+        plan_slice(config, chosen)
+    except ValueError:
+        return False
+    return True
 
 
 def slice_config(raw_config: dict[str, Any], plan: SlicePlan) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from g3n_mlx.config import ModelConfig
 from g3n_mlx.config_file import read_json
 from g3n_mlx.memory import peak_process_bytes
 from g3n_mlx.shards import DTYPES
+from g3n_mlx.terminal import EXPECTED_FAILURES, is_out_of_memory, one_line
 
 ENGINES = ("g3n_mlx", "mlx-lm", "transformers")
 WARM_UP_PROMPT, WARM_UP_TOKENS = 16, 4  # enough to compile what decode compiles
@@ -48,6 +49,7 @@ class Request:
     backend: str = "auto"  # ours alone
     matformer: str | None = None  # ours alone
     device: str | None = None
+    dtype: str | None = None  # ours alone, of the activations
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ class Run:
     read_bandwidth: float  # bytes a second that a plain reduction reaches on the same device
     graph_operations: int | None = None  # nodes in one decode step's MLX graph
     graph_kernels: int | None = None  # of them, those that are not mere views
-    description: str = ""  # engine, backend, device
+    description: str = ""  # engine, backend, dtype, device
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,13 @@ def _stored_bytes(checkpoint: Checkpoint, name: str) -> int:
 def _load_ours(request: Request) -> Loaded:
     from g3n_mlx.load import load
 
-    model = load(request.model, backend=request.backend, matformer=request.matformer, device=request.device)
+    model = load(
+        request.model,
+        backend=request.backend,
+        matformer=request.matformer,
+        device=request.device,
+        dtype=request.dtype,
+    )
 
     def generate(prompt: list[int], count: int, on_token: Callable[[], None]) -> None:
         model.reset()
@@ -154,7 +162,7 @@ def _load_ours(request: Request) -> Loaded:
         return text.logits(text(text.ahead(text.embed(mx.array(token)), cache.offset), token, cache, "last"))
 
     return Loaded(
-        description=f"g3n_mlx, {model.backend}, {model.device}",
+        description=f"g3n_mlx, {model.backend}, {model.dtype}, {model.device}",
         generate=generate,
         weight_bytes_per_token=weight_bytes_per_token(model.checkpoint),
         framework=model.backend,
@@ -305,8 +313,10 @@ def main() -> int:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # the peers print
             run = measure(request)
-    except (ImportError, OSError, ValueError) as error:
-        print(str(error).replace("\n", " "), file=sys.stderr)
+    except (*EXPECTED_FAILURES, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        print(one_line(error), file=sys.stderr)
         return 1
     print(json.dumps(asdict(run)))
     return 0

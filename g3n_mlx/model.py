@@ -95,6 +95,7 @@ class Gemma3n:
         slice_name: str | None,
         backend: str,
         device: str,
+        dtype: str,
         generation_config: Mapping[str, Any],
     ) -> None:
         self.checkpoint = checkpoint
@@ -102,6 +103,7 @@ class Gemma3n:
         self.name = name
         self.backend = backend
         self.device = device
+        self.dtype = dtype  # of the activations
         self.slice_name = slice_name
         self.sampling_defaults = SamplingParams.published_defaults(generation_config)
         eos = generation_config.get("eos_token_id")

@@ -45,8 +45,13 @@ class SamplingParams:
             listed = isinstance(getattr(self, name), Iterable | None)
             _require(listed, name, getattr(self, name), "a list")
         object.__setattr__(self, "stop", tuple(self.stop or ()))
-        object.__setattr__(self, "stop_token_ids", tuple(int(i) for i in self.stop_token_ids or ()))
-        bias = {int(i): float(b) for i, b in (self.logit_bias or {}).items()}
+        ids = tuple(self.stop_token_ids or ())
+        _require(all(_is_int(i) for i in ids), "stop_token_ids", ids, "token ids")
+        object.__setattr__(self, "stop_token_ids", tuple(int(i) for i in ids))
+        try:
+            bias = {int(i): float(b) for i, b in (self.logit_bias or {}).items()}
+        except (AttributeError, TypeError, ValueError):
+            raise ValueError(f"logit_bias is {self.logit_bias!r}, expected a dict of numbers by token id") from None
         object.__setattr__(self, "logit_bias", MappingProxyType(bias))
         if self.top_k == -1:  # vLLM's spelling of "all"
             object.__setattr__(self, "top_k", 0)

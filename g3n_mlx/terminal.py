@@ -1,8 +1,13 @@
-"""The terminal's side of a chat: messages typed or piped in, Ctrl-C while an answer comes, text made safe to show."""
+"""What the commands share: failures as one line, Ctrl-C, SIGTERM and closed pipes, text made safe to show; and the
+terminal's side of a chat: messages typed or piped in.
+"""
 
+import os
+import re
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,6 +18,60 @@ if TYPE_CHECKING:
 
 # What a user, a file or a network can cause; anything else is a bug, and its traceback is wanted.
 EXPECTED_FAILURES = (OSError, ValueError, ImportError, MemoryError)
+INTERRUPTED, PIPE_CLOSED, TERMINATED = 130, 141, 143  # exit codes of a shell: 128 + SIGINT, SIGPIPE, SIGTERM
+# What PyTorch and MLX say in a RuntimeError, on CPUs, CUDA and Metal.
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|unable to allocate|attempting to allocate"
+    r"|insufficient memory|bad_alloc",
+    re.IGNORECASE,
+)
+
+
+class Terminated(SystemExit):
+    """SIGTERM as an exception, so that what is half written is removed as after Ctrl-C."""
+
+
+def run_command(name: str, work: Callable[[], int], stopped: str = "") -> int:
+    """Does a command's work; returns its exit code. What a user can cause is one line on stderr, `name: ...`.
+
+    stopped: what is said after Ctrl-C or SIGTERM.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _on_sigterm) if in_main_thread else None
+    try:
+        code = work()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader has gone. What is still buffered has nowhere to go, and Python would complain about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except EXPECTED_FAILURES as error:
+        say(f"{name}: {one_line(error)}")
+        return 1
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        say(f"{name}: {one_line(error)}")
+        return 1
+    except (KeyboardInterrupt, Terminated) as error:
+        if stopped:
+            say(stopped)
+        return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _on_sigterm(_number: int, _frame: "FrameType | None") -> None:
+    raise Terminated(TERMINATED)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, numpy, PyTorch or MLX could not have the memory it asked for."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+    )
 
 
 class Interruption:
@@ -111,7 +170,24 @@ def is_control(letter: str) -> bool:
 
 def one_line(error: BaseException) -> str:
     """An error's message, folded to one line; its type's name when it has none."""
+    if is_out_of_memory(error):
+        words = " ".join(str(error).partition("\n")[0].split())
+        return (
+            f"out of memory{f' ({words:.160})' if words else ''}: a smaller slice (matformer), fewer bits (q_bits) or "
+            "a shorter prompt needs less"
+        )
+    if isinstance(error, OSError) and error.strerror and str(error).startswith(("[Errno ", "[WinError ")):
+        words = error.strerror[:1].lower() + error.strerror[1:]
+        return words if error.filename is None else f"{error.filename}: {words}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def size_in_words(num_bytes: float) -> str:
+    """A size as users read it: in GB, below a tenth of one in MB, below a tenth of that in KB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= size / 10:
+            return f"{num_bytes / size:.{2 if num_bytes < 10 * size else 1}f} {unit}"
+    return f"{num_bytes / 1e3:.1f} KB"
 
 
 def say(line: str) -> None:

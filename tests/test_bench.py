@@ -16,11 +16,14 @@ def bench(capsys, *flags):
     return code, printed.out, printed.err
 
 
+FLOAT32 = ("--dtype", "float32")
 SMALL = ("--prompt-tokens", 20, "--generation-tokens", 5, "--num-trials", 2)
 
 
 def test_figures(backend, tiny_folder, capsys):
-    code, out, err = bench(capsys, "--model", tiny_folder, "--backend", backend, "--device", "cpu", "--json", *SMALL)
+    code, out, err = bench(
+        capsys, "--model", tiny_folder, "--backend", backend, "--device", "cpu", *FLOAT32, "--json", *SMALL
+    )
     assert code == 0, err
     figures = json.loads(out)["engines"]["g3n_mlx"]
     for name in ("load_s", "time_to_first_token_s", "prompt_tps", "generation_tps"):
@@ -31,7 +34,8 @@ def test_figures(backend, tiny_folder, capsys):
     assert figures["weight_bandwidth"] == pytest.approx(
         figures["generation_tps"]["median"] * figures["weight_bytes_per_token"]
     )
-    assert backend in figures["engine"]
+    assert f"g3n_mlx, {backend}, " in figures["engine"]
+    assert "float32" in figures["engine"]
     assert figures["peak_memory_bytes"] is None or 20e6 < figures["peak_memory_bytes"] < 2e9
     assert figures["read_bandwidth"] > 1e8
     if backend == "mlx":
@@ -105,6 +109,12 @@ def test_failures_are_one_line(flags, message, tiny_folder, capsys):
     assert len(complaint) == 1
     assert complaint[0].startswith("g3n-bench: ")
     assert message in complaint[0]
+
+
+def test_an_absent_peer_is_said_before_anything_runs(tiny_folder, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, out, err = bench(capsys, "--model", tiny_folder, "--against", "mlx-lm")
+    assert (code, out, err) == (1, "", "g3n-bench: mlx-lm is not installed: pip install mlx-lm\n")
 
 
 @pytest.mark.parametrize("flags", [("--num-trials", "0"), ("--prompt-tokens", "x"), ("--against", "llama.cpp")])

@@ -20,6 +20,7 @@ from g3n_mlx.config_file import read_json
 from g3n_mlx.fetch import FetchPolicy
 from g3n_mlx.media import MediaOpener
 from g3n_mlx.prompt import Prompt, prepare
+from g3n_mlx.terminal import PIPE_CLOSED
 from g3n_mlx.tokenizer import Tokenizer
 
 if os.name == "posix":
@@ -369,7 +370,7 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path, tiny_folder):
     )
     child.stdout.close()
     _, errors = child.communicate(timeout=300)
-    assert (child.returncode, errors) == (chat.PIPE_CLOSED, b"")
+    assert (child.returncode, errors) == (PIPE_CLOSED, b"")
 
 
 class Typist:

@@ -479,3 +479,21 @@ def test_held_out_examples_can_be_asked(inline, repository, tiny_folder, tmp_pat
     assert inline == (not (output / "media").exists())
     _, found = figures(capsys, tmp_path, "--model", tiny_folder, "--examples", path, "--limit", 1)
     assert [skill["count"] for skill in found["skills"]] == [1] * 4
+
+
+def test_a_small_text_is_said_to_mean_little(tiny_folder, tmp_path, capsys):
+    path = tmp_path / "small.txt"
+    path.write_text("a few words")
+    assert main(["--model", str(tiny_folder), "--text", str(path)]) == 0
+    assert " tokens are few, and chance decides" in capsys.readouterr().err
+
+
+def test_paths_that_can_not_be_read_or_written_are_named(tiny_folder, tmp_path, capsys):
+    model = ["--model", str(tiny_folder)]
+    for flags, words in (
+        (["--text", str(tmp_path / "no.txt")], f"{tmp_path / 'no.txt'}: no such file or directory"),
+        (["--examples", str(tmp_path)], f"{tmp_path} is a folder: give --examples FILE or --text FILE"),
+        (["--json", str(tmp_path)], f"{tmp_path} is a folder, expected the name of a file to write"),
+    ):
+        assert main([*model, *flags]) == 1
+        assert capsys.readouterr().err == f"g3n-eval: {words}\n"

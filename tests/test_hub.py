@@ -74,12 +74,14 @@ def endpoint() -> Iterator[str]:
     server.shutdown()
 
 
-def resolve_in_child(home: Path, hub_id: str, revision: str | None = None, **environment: str) -> str:
+def resolve_in_child(
+    home: Path, hub_id: str, revision: str | None = None, weights: bool = True, **environment: str
+) -> str:
     """What resolve() returns or raises in a fresh process: the hub client reads its environment when imported."""
     code = f"""
 from g3n_mlx import hub
 try:
-    print(hub.resolve({hub_id!r}, {revision!r}))
+    print(hub.resolve({hub_id!r}, {revision!r}, weights={weights}))
 except (OSError, ValueError) as error:
     print(type(error).__name__ + ": " + str(error))
 """
@@ -115,6 +117,13 @@ def test_what_is_neither_folder_nor_hub_id(tmp_path):
     (tmp_path / "model.gguf").touch()
     with pytest.raises(NotADirectoryError, match=r"model\.gguf is a file; give the folder"):
         hub.resolve(tmp_path / "model.gguf")
+
+
+def test_the_config_alone_can_be_asked_for(endpoint, tmp_path):
+    folder = Path(resolve_in_child(tmp_path, "owner/model", weights=False, HF_ENDPOINT=endpoint))
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert resolve_in_child(tmp_path, "owner/model", HF_ENDPOINT=endpoint) == str(folder)  # then the rest
+    assert (folder / "model.safetensors").is_file()
 
 
 def test_download_takes_the_needed_files_alone_and_once(endpoint, tmp_path):

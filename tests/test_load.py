@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -329,3 +330,17 @@ def test_defaults_on_metal(monkeypatch):
     monkeypatch.setattr(mx, "default_device", lambda: gpu)
     assert device.device_of(None) == gpu
     assert device.dtype_of(None, gpu, True) == device.dtype_of(None, gpu, False) == mx.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"path_or_id": 5}, "the model is 5, expected a folder or a hub id"),
+        ({"path_or_id": ""}, "the model is '', expected a folder or a hub id"),
+        ({"device": 3}, "device is 3, expected a string"),
+        ({"matformer": 2}, "matformer is 2, expected a string"),
+    ],
+)
+def test_arguments_of_a_wrong_kind_are_named(options, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load(**{"path_or_id": "demo", **options})

@@ -196,3 +196,13 @@ def test_a_bias_of_minus_infinity_forbids(scores, data):
     uniform = data.draw(st.floats(0, 0.9999999))
     token, _ = draw(penalize(scores, params, [], []), params, uniform)
     assert token != forbidden
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"logit_bias": [1]}, {"logit_bias": {"x": 1}}, {"logit_bias": {1: "x"}}, {"stop_token_ids": ["a"]},
+     {"ignore_eos": "false"}, {"stop_token_ids": [1.5]}],
+)  # fmt: skip
+def test_options_of_a_wrong_kind_are_named(option):
+    with pytest.raises(ValueError, match=f"^{next(iter(option))} is .*, expected "):
+        SamplingParams(**option)

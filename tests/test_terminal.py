@@ -1,0 +1,119 @@
+"""What the commands share: failures in one line, sizes, and ends by signals, at any time."""
+
+import os
+import signal
+import tomllib
+
+import pytest
+
+from g3n_mlx import __main__ as commands
+from g3n_mlx.terminal import PIPE_CLOSED, TERMINATED, one_line, run_command, size_in_words
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "words"),
+    [
+        (0, "0.0 KB"),
+        (99_000, "99.0 KB"),
+        (100_000, "0.10 MB"),
+        (1_770_000, "1.77 MB"),
+        (99_000_000, "99.0 MB"),
+        (100_000_000, "0.10 GB"),
+        (3_530_000_000, "3.53 GB"),
+        (13_700_000_000, "13.7 GB"),
+    ],
+)
+def test_sizes(num_bytes, words):
+    assert size_in_words(num_bytes) == words
+
+
+def test_errors_of_the_system_come_without_their_numbers(tmp_path):
+    with pytest.raises(OSError, match="Errno") as caught:
+        (tmp_path / "absent").read_text()
+    assert one_line(caught.value) == f"{tmp_path / 'absent'}: no such file or directory"
+    assert one_line(OSError(28, "No space left on device")) == "no space left on device"
+    assert one_line(OSError("own words")) == "own words"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        MemoryError("Unable to allocate 3 GiB"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you\nat"
+        ),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory (00000008)"),
+        RuntimeError("[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum"),
+    ],
+)
+def test_out_of_memory_says_what_to_do(error, capsys):
+    def fail() -> int:
+        raise error
+
+    assert run_command("g3n-x", fail) == 1
+    written = capsys.readouterr().err
+    assert written.startswith("g3n-x: out of memory")
+    assert "needs less" in written
+    assert written.count("\n") == 1
+
+
+def test_what_torch_says_when_memory_runs_out():
+    torch = pytest.importorskip("torch")
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert one_line(caught.value).startswith("out of memory (")
+
+
+def test_a_bug_keeps_its_traceback():
+    def fail() -> int:
+        raise RuntimeError("no such kernel")
+
+    with pytest.raises(RuntimeError):
+        run_command("g3n-x", fail)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows ends a process without asking it")
+def test_sigterm_lets_what_is_under_way_clean_up(capsys):
+    cleaned = []
+    before = signal.getsignal(signal.SIGTERM)
+
+    def work() -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        finally:
+            cleaned.append(True)
+        return 0
+
+    assert run_command("g3n-x", work, stopped="stopped") == TERMINATED
+    assert cleaned
+    assert capsys.readouterr().err == "stopped\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ctrl_c_while_a_command_is_imported(monkeypatch, repository):
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "import_module", interrupted)
+    scripts = tomllib.loads((repository / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
+    assert len(scripts) == len(commands.COMMANDS)
+    for place in scripts.values():
+        module, _, function = place.partition(":")
+        assert module == "g3n_mlx.__main__"
+        assert getattr(commands, function)() == commands.INTERRUPTED
+    assert commands.main(["chat"]) == commands.INTERRUPTED
+
+
+def test_every_script_starts_its_command(monkeypatch, capsys):
+    for name, start in (("chat", commands.chat), ("eval", commands.evaluate), ("bench", commands.bench)):
+        monkeypatch.setattr("sys.argv", [f"g3n-{name}", "--help"])
+        with pytest.raises(SystemExit):
+            start()
+        assert capsys.readouterr().out.startswith(f"usage: g3n-{name} ")
+
+
+def test_codes_are_those_of_a_shell():
+    assert (PIPE_CLOSED, TERMINATED) == (128 + 13, 128 + 15)
