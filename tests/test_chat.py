@@ -386,21 +386,31 @@ class Typist:
             "PROMPT_TOOLKIT_NO_CPR": "1",
         }
         self.child = pexpect.spawn(
-            sys.executable, ["-m", "g3n_mlx.chat", *arguments], env=environment, encoding="utf-8", timeout=120,
+            sys.executable, ["-m", "g3n_mlx.chat", *arguments], env=environment, encoding="utf-8", timeout=300,
             dimensions=(40, 200),
         )  # fmt: skip
 
     def __enter__(self) -> "Typist":
-        self.child.expect("/help lists the commands, Ctrl-D ends")
-        self.child.expect(r"\x1b\[\?2004h")  # bracketed paste is on: the prompt is ready
+        self.reads("/help lists the commands, Ctrl-D ends")
         return self
 
     def __exit__(self, *_: object) -> None:
         self.child.close(force=True)
 
-    def type(self, text: str, then: str) -> None:
+    def reads(self, *words: str) -> None:
+        """Waits for what the program writes, and until its prompt takes keys."""
+        for expected in (*words, r"\x1b\[\?2004h"):  # bracketed paste is on: the prompt is ready
+            self.child.expect(expected)
+
+    def type(self, text: str, *then: str) -> None:
         self.child.send(text)
-        self.child.expect(then)
+        self.reads(*then)
+
+    def end(self, text: str) -> None:
+        self.child.send(text)
+        self.child.expect(pexpect.EOF)
+        self.child.close()
+        assert self.child.exitstatus == 0
 
 
 @terminal
@@ -415,15 +425,12 @@ def test_terminal_session(tmp_path, tiny_folder):
         typist.type("/nonsense\r", "error: there is no command /nonsense")
         typist.type(f"/save {saved}\r", "saved 8 messages")
         typist.type("discarded\x03", "Ctrl-D or /exit ends")  # Ctrl-C at the prompt
-        typist.child.send("\x04")
-        typist.child.expect(pexpect.EOF)
-        typist.child.close()
-        assert typist.child.exitstatus == 0
+        typist.end("\x04")
     questions = [m["content"] for m in json.loads(saved.read_text())["messages"] if m["role"] == "user"]
     assert questions == ["first\nline two", "third\nline four", "pasted\nlines\n", "wroxng"]
     with Typist(tmp_path, "--model", str(tiny_folder), "--max-tokens", "4") as typist:
         typist.type("\x1b[A\x1b[A\x1b[A\x1b[A\r", "cut off|error")  # history of the last session, four entries back
-        typist.type("/exit\r", pexpect.EOF)
+        typist.end("/exit\r")
     (history,) = tmp_path.rglob("chat_history")
     assert history.stat().st_mode & 0o077 == 0
 
@@ -433,12 +440,11 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path, tiny_folder):
     with Typist(tmp_path, "--model", str(tiny_folder), "--seed", "1") as typist:
         # Without an end of sequence the tiny model would go on to its context limit.
         typist.child.send("Tell me everything.\r")
-        typist.child.expect("everything")
-        typist.child.expect(r"\S")
-        typist.child.send("\x03")
-        typist.child.expect(r"\[stopped")
+        typist.child.expect(r"\x1b\[\?2004l")  # the prompt is over: Ctrl-C is a signal, and no key
+        typist.child.expect("[A-Za-z]{2}")  # and the answer comes
+        typist.type("\x03", r"\[stopped")
         typist.type("/undo\r", "forgotten; 0 questions are left")
-        typist.type("/exit\r", pexpect.EOF)
+        typist.end("/exit\r")
 
 
 def test_table_of_commands(capsys):
