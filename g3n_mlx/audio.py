@@ -340,13 +340,15 @@ def _samples_of(array: np.ndarray) -> np.ndarray:
         raise ValueError(f"a sound's array has the shape {array.shape}, expected [samples, channels]: transpose it")
     if array.dtype == np.uint8:  # WAV's 8 bits are the only unsigned ones
         return (array.astype(np.float32) - 128) / 128
-    if array.dtype == np.int16 or array.dtype == np.int32:
+    if array.dtype.kind == "i" and array.dtype.itemsize in (2, 4):
         return (array / -float(np.iinfo(array.dtype).min)).astype(np.float32)
     if not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"a sound's array is {array.dtype}, expected floats from -1 to 1, int16, int32 or uint8")
-    if not np.isfinite(array).all():
+    with np.errstate(over="ignore"):  # what float32 can't hold becomes infinity
+        samples = array.astype(np.float32)
+    if not np.isfinite(samples).all():
         raise ValueError("a sound's array has values that are not finite numbers (NaN or infinity)")
-    return array.astype(np.float32)
+    return samples
 
 
 def _max_clip_samples(config: AudioConfig, frame_length: int, hop_length: int) -> int:

@@ -70,6 +70,8 @@ def fetch(source: str | Path, policy: FetchPolicy) -> bytes:
     """The bytes that a path or URI names; raises ValueError when there are none, or the policy refuses them."""
     if isinstance(source, Path):
         return _read_file(source, policy)
+    if not source:
+        raise ValueError("the path is empty")
     scheme = _SCHEME.match(source)
     match scheme[1].lower() if scheme else None:
         case "data":

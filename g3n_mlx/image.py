@@ -217,10 +217,12 @@ def _deep_grey_to_rgb(values: np.ndarray) -> np.ndarray:
     Pillow would clip them at 255, and the picture would be white.
     """
     if values.dtype.kind == "f":
-        scale = 255.0 if np.nanmax(values) <= 1 else 1.0
+        if not np.isfinite(values).all():
+            raise ValueError("it has pixels that are not finite numbers (NaN or infinity)")
+        scale = 255.0 if values.max() <= 1 else 1.0
     else:
         scale = 255 / 65535
-    grey = np.rint(np.clip(np.nan_to_num(values) * scale, 0, 255)).astype(np.uint8)
+    grey = np.rint(np.clip(values * scale, 0, 255)).astype(np.uint8)
     return np.repeat(grey[:, :, None], 3, axis=2)
 
 

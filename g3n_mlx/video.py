@@ -37,11 +37,11 @@ class Video:
     def __init__(self, source: str | Path | bytes, fps: float = 1.0, max_frames: int = MAX_FRAMES) -> None:
         if not isinstance(source, str | Path | bytes):
             raise ValueError(f"a video is of type {type(source).__name__}, expected a path, bytes or a URL")
-        if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= 1000:
+        if isinstance(fps, bool) or not isinstance(fps, int | float | np.integer | np.floating) or not 0 < fps <= 1000:
             raise ValueError(f"a video's fps is {fps!r}, expected pictures a second, more than 0")
-        if isinstance(max_frames, bool) or not isinstance(max_frames, int) or max_frames < 1:
+        if isinstance(max_frames, bool) or not isinstance(max_frames, int | np.integer) or max_frames < 1:
             raise ValueError(f"a video's max_frames is {max_frames!r}, expected an integer of at least 1")
-        self.fps, self.max_frames = fps, max_frames
+        self.fps, self.max_frames = float(fps), int(max_frames)
         self._source = source
 
     def __repr__(self) -> str:

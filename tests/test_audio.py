@@ -220,6 +220,8 @@ def test_arrays():
     for dtype, scale in ((np.int16, 2**15), (np.int32, 2**31)):
         whole = np.rint(mono.astype(np.float64) * scale).astype(dtype)
         np.testing.assert_allclose(waveform(whole, RATE), mono, atol=2 / 2**15)
+    swapped = np.rint(mono * 2**15).astype(">i2")  # as numpy reads what a machine of the other kind wrote
+    np.testing.assert_allclose(waveform(swapped, RATE), mono, atol=2 / 2**15)
     eight = np.rint(mono * 127 + 128).astype(np.uint8)
     np.testing.assert_allclose(waveform(eight, RATE), mono, atol=0.01)
 
@@ -312,6 +314,7 @@ def test_files_that_are_empty_or_not_finite():
         (np.zeros((2, 100), np.float32), "the shape (2, 100), expected [samples, channels]: transpose it"),
         (np.array([0.0, np.nan]), "not finite numbers"),
         (np.array([0.0, -np.inf]), "not finite numbers"),
+        (np.array([0.0, 1e300]), "not finite numbers"),
         (np.zeros(9, np.int64), "int64, expected floats"),
         (np.zeros(9, np.complex64), "complex64"),
     ],

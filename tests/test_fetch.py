@@ -279,6 +279,7 @@ def test_paths_that_are_no_file(tmp_path):
     assert refused(tmp_path / "missing").endswith("does not exist")
     assert refused(tmp_path).endswith("is not a regular file")
     assert "null character" in refused("a\0b.png")
+    assert refused("") == "the path is empty"
     assert "can't be read" in refused("a" * 5000)
     assert "names the host 'server'" in refused("file://server/a.png")
     if Path("/dev/zero").exists():

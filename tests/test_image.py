@@ -255,6 +255,15 @@ def test_sixteen_bits():
     assert np.abs(rgb(encoded(floats, "TIFF")).astype(int) - expected).max() <= 1
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_pixels_that_are_no_numbers(value, recwarn):
+    floats = np.full((4, 6), 0.5, np.float32)
+    floats[1, 2] = value
+    for source in (pil.fromarray(floats), encoded(pil.fromarray(floats), "TIFF")):
+        assert refused(source) == "the picture is damaged: it has pixels that are not finite numbers (NaN or infinity)"
+    assert not recwarn.list
+
+
 def test_sixteen_bits_of_colour():
     """A PNG written by hand, since Pillow can't write one."""
     wide = drawn(5, 7).astype(">u2") * 257

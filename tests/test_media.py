@@ -229,7 +229,7 @@ def test_what_an_object_is_made_of_is_seen():
     assert len(repr(Image(data_uri))) < 100
     assert repr(Audio("a.wav")) == "Audio('a.wav')"
     assert repr(Audio(np.zeros(9, np.int16), 16_000)) == "Audio(float32 [9], 16000 Hz)"
-    assert repr(Video("a.mp4", fps=2)) == "Video('a.mp4', fps=2, max_frames=60)"
+    assert repr(Video("a.mp4", fps=2)) == "Video('a.mp4', fps=2.0, max_frames=60)"
 
 
 def test_damaged_files_are_named(refused):

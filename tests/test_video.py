@@ -204,6 +204,11 @@ def test_numbers_that_make_no_sense(options, expected):
         Video("a.mp4", **options)
 
 
+def test_numbers_of_numpy():
+    video = Video("a.mp4", fps=np.float32(2), max_frames=np.int64(3))
+    assert repr(video) == "Video('a.mp4', fps=2.0, max_frames=3)"
+
+
 def test_sources_that_are_no_video():
     for source in (None, 7, np.zeros((2, 4, 4, 3), np.uint8)):
         with pytest.raises(ValueError, match=f"a video is of type {type(source).__name__}, expected a path"):
