@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.config import TextConfig
 from g3n_mlx.config_file import read_json
 from g3n_mlx.convert import DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS, convert
 from g3n_mlx.convert.quantize import FLOATS
 from g3n_mlx.convert.sizes import SizedSlice, largest_fitting, size_slices, table
 from g3n_mlx.hub import resolve
 from g3n_mlx.layouts import nested_config
-from g3n_mlx.matformer import OWN_TABLE, PUBLISHED, read_slices
+from g3n_mlx.matformer import OWN_TABLE, PUBLISHED, fits, read_slices
 from g3n_mlx.quantization import BITS, GROUP_SIZES
 from g3n_mlx.terminal import run_command, size_in_words
 
@@ -88,12 +89,21 @@ def _sized(flags: argparse.Namespace) -> list[SizedSlice]:
             checkpoint.close()
             raw_text, stored = checkpoint.raw_config["text_config"], checkpoint.quantizations
         own_table = folder / OWN_TABLE if (folder / OWN_TABLE).is_file() else None
+    slices = read_slices(flags.matformer_config or own_table)
+    if not (flags.matformer_config or own_table):
+        base = TextConfig.from_dict(raw_text)
+        slices = [entry for entry in slices if fits(base, entry)]
+        if not slices:
+            raise ValueError(
+                f"none of the published slices fits {flags.hf_path}, which has {base.num_hidden_layers} layers: they "
+                "are E4B's; --matformer-config takes a table of your own"
+            )
     quantize = flags.quantize or flags.q_bits is not None or flags.list_slices
     if flags.fits is not None and not quantize and not stored:
         print("sizes are those of the unquantized model; -q makes it smaller", file=sys.stderr)
     return size_slices(
         raw_text,
-        read_slices(flags.matformer_config or own_table),
+        slices,
         (flags.q_bits or _DEFAULT_BITS) if quantize else None,
         flags.q_group_size or DEFAULT_GROUP_SIZE,
         flags.ple_bits or DEFAULT_PLE_BITS,

@@ -128,7 +128,7 @@ def find_slice(name: str, slices: Sequence[Slice], config: TextConfig | None = N
     names = {known.casefold(): entry for entry in slices for known in (entry.name, entry.short_name)}
     if wanted in names:
         return names[wanted]
-    offered = [entry for entry in slices if config is not None and _fits(config, entry)] or list(slices)
+    offered = [entry for entry in slices if config is not None and fits(config, entry)] or list(slices)
     names = {known.casefold(): entry for entry in offered for known in (entry.name, entry.short_name)}
     near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.0)
     listing = ", ".join(f"{entry.short_name} = {entry.name!r}" for entry in offered)
@@ -173,7 +173,8 @@ def plan_slice(config: TextConfig, chosen: Slice) -> SlicePlan:
     return SlicePlan(chosen.name, kept, chosen.ffn_hidden_dims)
 
 
-def _fits(config: TextConfig, chosen: Slice) -> bool:
+def fits(config: TextConfig, chosen: Slice) -> bool:
+    """Whether a slice can be taken from a checkpoint of this config; `plan_slice` says why not."""
     try:
         plan_slice(config, chosen)
     except ValueError:

@@ -504,6 +504,11 @@ def test_an_unknown_slice_is_answered_with_those_that_fit(tiny_folder: Path, tmp
         convert(source, tmp_path / "out", matformer="zzz", progress=False)
 
 
+def test_listing_the_slices_of_a_model_that_has_none(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list-slices", "--hf-path", str(tiny_folder)]) == 1
+    assert f"none of the published slices fits {tiny_folder}, which has 10 layers" in capsys.readouterr().err
+
+
 def test_places_that_can_not_be_written_to(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(PermissionError, match=r"file can't be written to \(it is no folder\): choose another place"):
