@@ -97,7 +97,8 @@ def test_bad_files_are_named_and_the_chat_goes_on(session, echo, folder, capsys)
     assert errors[3].startswith("error: sign.png: ")
     assert errors[4] == "error: /image needs a file name or URL"
     assert errors[5].startswith("error: cut.png: the picture is damaged")
-    assert errors[6].startswith("error: cut.png: the picture is damaged")
+    assert errors[6] == "with cut.png"
+    assert errors[7].startswith("error: cut.png: the picture is damaged")
     assert len(errors) == 7
     assert captured.out == "HELLO\n"
     assert asked(echo) == ["hello"]
