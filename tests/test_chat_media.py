@@ -99,7 +99,7 @@ def test_bad_files_are_named_and_the_chat_goes_on(session, echo, folder, capsys)
     assert errors[5].startswith("error: cut.png: the picture is damaged")
     assert errors[6] == "with cut.png"
     assert errors[7].startswith("error: cut.png: the picture is damaged")
-    assert len(errors) == 7
+    assert len(errors) == 8
     assert captured.out == "HELLO\n"
     assert asked(echo) == ["hello"]
 
