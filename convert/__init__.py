@@ -97,6 +97,11 @@ def cached_conversion(
         try:
             logger.info("quantizing %s once, into %s", folder, target)
             _write(checkpoint, target, q_bits, q_group_size, ple_bits, None, progress, wait_for_others=True)
+        except PermissionError as error:  # "choose another place" is of no use to who chose none
+            place = str(error).partition(": choose")[0]
+            raise PermissionError(
+                f"{place}: that is your cache; convert into another folder (g3n-convert -q -o FOLDER), and load that"
+            ) from None
         except FileExistsError:
             if not target.is_dir():
                 raise

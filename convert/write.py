@@ -107,7 +107,8 @@ def appearing_folder(folder: Path, wait_for_others: bool) -> Generator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock_file.touch()  # the lock would take a place that can't be written to for another process's
     except OSError as error:
-        reason = (error.strerror or str(error)).lower() if folder.parent.is_dir() else "it is no folder"
+        in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = "it is no folder" if in_the_way else (error.strerror or str(error)).lower()
         raise PermissionError(
             f"{folder.parent} can't be written to ({reason}): choose another place for the output folder"
         ) from None

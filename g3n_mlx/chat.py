@@ -27,6 +27,7 @@ from g3n_mlx.terminal import (
     printable,
     run_command,
     say,
+    size_in_words,
     typed_messages,
 )
 
@@ -405,7 +406,7 @@ class Session:
             f"{usage.prompt_tokens} prompt tokens ({usage.cached_tokens} of them cached), "
             f"{usage.completion_tokens} in the answer; first token after {usage.time_to_first_token_s:.2f} s, "
             f"prefill {usage.avg_prompt_tok_per_sec:.1f} tok/s, decode {usage.avg_compl_tok_per_sec:.1f} tok/s, "
-            f"peak memory {usage.peak_memory_bytes / 2**30:.2f} GiB"
+            f"peak memory {size_in_words(usage.peak_memory_bytes)}"
         )
 
     def _set(self, argument: str) -> None:

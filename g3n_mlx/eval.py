@@ -12,6 +12,7 @@ docs/eval.md has commands to begin with.
 import argparse
 import json
 import logging
+import os
 import shutil
 import sys
 import time
@@ -115,6 +116,8 @@ def _check(arguments: argparse.Namespace) -> None:
             raise FileNotFoundError(f"{path} can't be written: there is no folder {path.absolute().parent}")
         if path is not None and path.is_dir():
             raise IsADirectoryError(f"{path} is a folder, expected the name of a file to write")
+        if path is not None and not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+            raise PermissionError(f"{path} can't be written: permission denied")
     if arguments.plot:
         if arguments.plot.suffix.lower() != ".png":
             raise ValueError(f"--plot is {arguments.plot}, expected a name that ends in .png")

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import SplitResult, quote, unquote_to_bytes, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass, url2pathname
 
+from g3n_mlx.terminal import one_line
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -185,7 +187,7 @@ def _request(url: str, policy: FetchPolicy, deadline: float) -> bytes | str:
     except (OSError, http.client.HTTPException) as error:
         if expired.is_set() or isinstance(error, TimeoutError):
             raise ValueError(f"{_short(url)} took longer than {policy.timeout_s:g} s") from None
-        raise ValueError(f"{_short(url)} can't be fetched: {error or type(error).__name__}") from None
+        raise ValueError(f"{_short(url)} can't be fetched: {one_line(error)}") from None
 
 
 def _split(url: str) -> SplitResult:

@@ -225,7 +225,7 @@ def test_stats(session, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("no figures")
     assert "prompt tokens (0 of them cached), 3 in the answer; first token after 0.25 s" in lines[1]
-    assert "peak memory 1.00 GiB" in lines[1]
+    assert "peak memory 1.07 GB" in lines[1]
 
 
 def test_a_failed_answer_keeps_the_conversation_and_can_be_retried(session, echo, capsys):

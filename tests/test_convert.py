@@ -516,6 +516,16 @@ def test_places_that_can_not_be_written_to(tiny_folder: Path, tmp_path: Path) ->
     if Path("/proc/self").is_dir():  # where even the superuser makes no files
         with pytest.raises(PermissionError, match="/proc can't be written to"):
             convert(tiny_folder, "/proc/out", progress=False)
+        with pytest.raises(PermissionError, match=r"/proc/a can't be written to \(no such file or directory\): choose"):
+            convert(tiny_folder, "/proc/a/out", progress=False)
+
+
+def test_a_cache_folder_that_can_not_be_written_to(tiny_folder: Path, cache: Path) -> None:
+    cache.touch()
+    with pytest.raises(
+        PermissionError, match=r"conversions can't be written to \(it is no folder\): that is your cache"
+    ):
+        cached_conversion(tiny_folder, q_bits=4, progress=False)
 
 
 def test_a_dense_model_is_listed_by_its_config_alone(

@@ -497,3 +497,9 @@ def test_paths_that_can_not_be_read_or_written_are_named(tiny_folder, tmp_path, 
     ):
         assert main([*model, *flags]) == 1
         assert capsys.readouterr().err == f"g3n-eval: {words}\n"
+
+
+def test_a_place_that_can_not_be_written_to_is_said_before_the_work(tiny_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    assert main(["--model", str(tiny_folder), "--json", str(tmp_path / "a.json")]) == 1
+    assert capsys.readouterr().err == f"g3n-eval: {tmp_path / 'a.json'} can't be written: permission denied\n"

@@ -162,7 +162,7 @@ def test_a_server_that_is_not_there():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    assert "can't be fetched" in refused(f"http://127.0.0.1:{port}/a.png")
+    assert refused(f"http://127.0.0.1:{port}/a.png").endswith("/a.png' can't be fetched: connection refused")
     assert "can't be fetched" in refused("http://no-such-host.invalid/a.png")
 
 
