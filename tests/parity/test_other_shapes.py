@@ -1,6 +1,7 @@
 """Checkpoints of quite other shapes than the tiny one: both backends against transformers, and against each other."""
 
-import sys
+import importlib
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,12 +89,13 @@ def networks(folder: Path, frameworks: dict[str, Any]) -> dict[str, Any]:
 def transformers() -> Any:
     """The reference implementation."""
     pytest.importorskip("torch")
-    with pytest.MonkeyPatch.context() as patch:
-        # Wanted for pictures only; one that was built for another torch would stop the import.
-        patch.setitem(sys.modules, "torchvision", None)
-        module = pytest.importorskip("transformers")
-        assert module.Gemma3nForCausalLM  # imported here, not at its first use
-        return module
+    # A torchvision that was built for another torch would stop the import; hidden, transformers would remember for
+    # the rest of the process that there is no timm either.
+    if importlib.util.find_spec("torchvision"):
+        importlib.import_module("golden.reference_builder.torchvision_stubs").declare_missing_operators()
+    module = pytest.importorskip("transformers")
+    assert module.Gemma3nForCausalLM  # imported here, not at its first use
+    return module
 
 
 @pytest.fixture(scope="module")
