@@ -254,7 +254,7 @@ from g3n_mlx.convert import convert, quantize
 copy = quantize._copy
 def slow(*arguments):
     if any(Path(sys.argv[2]).parent.glob(".out.partial/*.safetensors")):
-        time.sleep(600)
+        time.sleep(1)
     return copy(*arguments)
 quantize._copy = slow
 convert(sys.argv[1], sys.argv[2], q_bits=4, progress=False)
