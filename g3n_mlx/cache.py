@@ -21,6 +21,7 @@ MAX_SNAPSHOTS = 6
 class _Mark:
     length: int  # ids before the snapshot
     snapshot: Snapshot
+    back: int  # ids before it that it leads to: 1, or 0 when the cache itself had just been taken back by one
 
 
 class Conversation:
@@ -34,6 +35,7 @@ class Conversation:
         self.cache = cache
         self.token_ids: list[int] = []
         self._marks: list[_Mark] = []  # ascending by length
+        self._back = 1  # of a mark taken now
 
     def resume(self, token_ids: Sequence[int]) -> int:
         """Takes the cache back to the longest state that begins these ids; returns how many of them it holds.
@@ -48,6 +50,7 @@ class Conversation:
                 return 0
             length = min(mark.length, shared)
             self.cache.restore(mark.snapshot, mark.length - length)
+            self._back = mark.back - (mark.length - length)
             del self.token_ids[length:]
         return len(self.token_ids)
 
@@ -68,12 +71,13 @@ class Conversation:
         length = min(mark.length, shared)
         other = Conversation(self.cache.fork(mark.snapshot, mark.length - length))
         other.token_ids = self.token_ids[:length]
+        other._back = mark.back - (mark.length - length)
         other._marks = [known for known in self._marks if known.length <= shared]
         return other
 
     def _nearest(self, shared: int) -> _Mark | None:
-        """The last mark that leads to no more than so many ids, one of them may lie between."""
-        return next((mark for mark in reversed(self._marks) if 0 < mark.length <= shared + 1), None)
+        """The last mark that leads to no more than so many ids."""
+        return next((mark for mark in reversed(self._marks) if 0 < mark.length <= shared + mark.back), None)
 
     @property
     def nbytes(self) -> int:
@@ -92,6 +96,8 @@ class Conversation:
     def append(self, token_ids: Sequence[int]) -> None:
         """Notes that the cache has taken these ids in."""
         self.token_ids.extend(token_ids)
+        if token_ids:
+            self._back = 1
         assert self.cache.offset == len(self.token_ids), (self.cache.offset, len(self.token_ids))
 
     def mark(self) -> None:
@@ -99,7 +105,7 @@ class Conversation:
         length = len(self.token_ids)
         if self._marks and self._marks[-1].length == length:
             return
-        self._marks.append(_Mark(length, self.cache.snapshot()))
+        self._marks.append(_Mark(length, self.cache.snapshot(), self._back))
         if len(self._marks) > MAX_SNAPSHOTS:
             del self._marks[1]
 

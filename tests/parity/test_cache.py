@@ -145,6 +145,25 @@ def test_back_at_a_snapshot_is_as_if_nothing_had_come_after_it(network, before, 
     np.testing.assert_array_equal(again, decoded(network, fresh, network.prefill(last, fresh, sampler), sampler, 6))
 
 
+def test_what_was_taken_back_leads_no_further_back(network):
+    """Its windows have no row to spare until another token has run."""
+    ids = ids_of(100, 1).tolist()
+    whole = Conversation(network.make_cache())
+    network.prefill(np.array(ids), whole.cache, None)
+    whole.append(ids)
+    whole.mark()
+    fork = whole.fork(ids)
+    assert fork.token_ids == ids[:-1]
+    fork.mark()
+    assert fork.reusable(ids[:-1]) == 0
+    assert fork.fork(ids[:-1]) is None
+    assert fork.resume(ids) == len(ids) - 1
+    network.prefill(np.array(ids[-1:]), fork.cache, None)
+    fork.append(ids[-1:])
+    fork.mark()
+    assert fork.fork(ids).token_ids == ids[:-1]
+
+
 @pytest.mark.parametrize("before", [1, 2, 15, 16, 17, 60, 300])
 def test_the_way_also_leads_to_the_token_before_a_snapshot(network, before):
     first, other, last = ids_of(before, 1), ids_of(300, 2), ids_of(23, 3)
