@@ -185,6 +185,7 @@ def _request(url: str, policy: FetchPolicy, deadline: float) -> bytes | str:
             finally:
                 watch.cancel()
     except (OSError, http.client.HTTPException) as error:
+        policy.check_time()
         if expired.is_set() or isinstance(error, TimeoutError):
             raise ValueError(f"{_short(url)} took longer than {policy.timeout_s:g} s") from None
         raise ValueError(f"{_short(url)} can't be fetched: {one_line(error)}") from None

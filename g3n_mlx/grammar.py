@@ -61,10 +61,6 @@ class Grammars:
         reachable[ends] = True
         self._reachable = np.packbits(reachable, bitorder="little")
 
-    def json_object(self) -> "Constraint":
-        """Any JSON object."""
-        return self.json_schema({"type": "object"})
-
     def json_schema(self, schema: Mapping[str, Any] | bool) -> "Constraint":
         """JSON that validates against a schema (Draft 2020-12); properties come in the schema's order.
 

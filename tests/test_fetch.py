@@ -3,6 +3,7 @@
 import base64
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -156,6 +157,8 @@ def test_the_time_limit(url):
     """Of the whole download: each byte of a slow one comes in time."""
     for path in ("drip", "silent"):
         assert refused(f"{url}/{path}", FetchPolicy(timeout_s=0.4)).endswith("took longer than 0.4 s")
+        with pytest.raises(TimeoutError, match="the time for opening media is over"):
+            fetch(f"{url}/{path}", FetchPolicy(timeout_s=60, deadline=time.monotonic() + 0.4))
 
 
 def test_a_server_that_is_not_there():

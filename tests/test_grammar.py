@@ -142,7 +142,7 @@ def test_a_token_outside_the_mask_is_refused(grammars: Grammars, tokenizer: Toke
 
 
 def test_white_space_between_json_is_bounded(grammars: Grammars, tokenizer: Tokenizer) -> None:
-    constraint = grammars.json_object()
+    constraint = grammars.json_schema({"type": "object"})
     constraint.push(tokenizer.encode("{")[0])
     newline, space = tokenizer.id_of("\n"), tokenizer.encode(" ")[0]
     constraint.push(newline)
@@ -157,7 +157,7 @@ def test_usual_ways_of_writing_json_are_let_through(
     grammars: Grammars, tokenizer: Tokenizer, style: dict[str, Any]
 ) -> None:
     text = json.dumps({"a": [1, 2.5, {"b": None}, {}], "é\n": 'q"'}, ensure_ascii=False, **style)
-    constraint = grammars.json_object()
+    constraint = grammars.json_schema({"type": "object"})
     for token_id in [*tokenizer.encode(text), EOS[0]]:
         constraint.push(token_id)
     assert constraint.finished
