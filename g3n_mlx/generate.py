@@ -67,7 +67,7 @@ def check_length(prompt: Prompt, answer_tokens: int, context_tokens: int) -> Non
 def chunks(start: int, length: int, borders: Sequence[int], step_size: int) -> Iterator[tuple[int, int]]:
     """Spans [a, b) that cover start..length: cut at every border, and every `step_size` ids after one.
 
-    They depend on the prompt and on nothing else, so that a prompt is prefilled by the same calls every time.
+    They depend on the prompt and where the cache ends alone: from an empty one, the same calls every time.
     """
     anchor = max((b for b in borders if b <= start), default=0)
     position = start

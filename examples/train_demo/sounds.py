@@ -88,7 +88,7 @@ def spoken(skill: str, kind: str, folder: Path) -> Generator:
 
 
 def dictation(folder: Path) -> Generator:
-    """Digits with a pause, too long for one clip: the prompt holds as many clips as it takes."""
+    """Digits with pauses, mostly too long for one clip: the prompt holds as many clips as it takes."""
 
     def generate(rng: random.Random, held_out: bool) -> Example:
         drawn = [speech(folder, held_out).draw(rng, "digits") for _ in range(rng.randint(2, 4))]

@@ -170,10 +170,8 @@ class Scheduler:
                 job = min(self._waiting, key=lambda job: self._started.get(id(job.request), job.arrived))
                 task = job.task
                 wanted = self._size.nbytes_at(task.tokens(context_tokens), window)
-                if task.scored is not None and task.params is not None:
-                    wanted += self._size.nbytes_at(
-                        len(task.prompt.token_ids), window
-                    )  # scores have a cache of their own
+                if task.scored is not None and task.params is not None:  # scores have a cache of their own
+                    wanted += self._size.nbytes_at(len(task.prompt.token_ids), window)
                 if (self._running or admitted) and reserved + wanted > self._cache_bytes:
                     break
                 reserved += wanted
