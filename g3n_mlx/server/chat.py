@@ -145,7 +145,8 @@ class _Work:
         self._body, self._turn, self._served, self._answers = body, turn, served, answers
         self._id, self._created = new_id("chatcmpl"), now()
         self._usage = UsageCount(turn, len(answers[0].prompt.token_ids), len(answers))
-        self._parsers = [offered and offered.parser() for _ in answers]
+        is_json = _schema(body) is not None
+        self._parsers = [offered and offered.parser(content_is_json=is_json) for _ in answers]
 
     async def pieces(self) -> AsyncIterator[ChatChoice]:
         """The answers as they come: their role, then text and calls, at last the reason why they end."""

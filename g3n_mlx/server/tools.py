@@ -29,6 +29,11 @@ _FURTHER_PROPERTIES = {
     *("allOf", "anyOf", "oneOf", "if", "$ref"),
 }
 
+# Behind these keywords stands data, where nothing is a reference ...
+_DATA = {"const", "enum", "default", "examples"}
+# ... and behind these an object whose keys are names, not keywords.
+_SCHEMAS_BY_NAME = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
+
 
 @dataclass(frozen=True, slots=True)
 class Function:
@@ -134,9 +139,9 @@ class Tools:
                     raise GrammarError(f"the parameters of {function.name}: {error}") from None
             raise
 
-    def parser(self) -> "CallParser":
-        """Finds the calls in an answer."""
-        return CallParser({function.name for function in self.functions})
+    def parser(self, *, content_is_json: bool = False) -> "CallParser":
+        """Finds the calls in an answer. content_is_json: an answer that calls nothing is JSON, which stays whole."""
+        return CallParser({function.name for function in self.functions}, content_is_json=content_is_json)
 
     def _lark(self, grammars: Grammars, content: Mapping[str, Any] | bool | None) -> str:
         """An answer of the convention: calls alone where one is required, else any text, which may end in calls.
@@ -172,14 +177,32 @@ class Tools:
 
 
 def _moved(schema: Any, place: str) -> Any:
-    """A copy of a schema that stands at a place inside another one, its references to itself led there."""
-    if isinstance(schema, Mapping):
-        copy = {key: _moved(value, place) for key, value in schema.items()}
-        reference = copy.get("$ref")
-        if isinstance(reference, str) and reference.startswith("#"):
-            copy["$ref"] = place + reference[1:]
-        return copy
-    return [_moved(value, place) for value in schema] if isinstance(schema, list | tuple) else schema
+    """A copy of a schema that stands at a place inside another one, its pointers into itself led there.
+
+    A schema with an `$id` of its own is left as it is: its pointers begin at itself wherever it stands.
+    """
+    if isinstance(schema, list | tuple):
+        return [_moved(value, place) for value in schema]
+    if not isinstance(schema, Mapping) or _has_id(schema):
+        return schema
+    return {key: _moved_value(key, value, place) for key, value in schema.items()}
+
+
+def _moved_value(key: str, value: Any, place: str) -> Any:
+    """What stands behind a keyword of a schema that is moved."""
+    if key == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/")):
+        return place + value[1:]
+    if key in _DATA:
+        return value
+    if key in _SCHEMAS_BY_NAME and isinstance(value, Mapping):
+        return {name: _moved(named, place) for name, named in value.items()}
+    return _moved(value, place)
+
+
+def _has_id(schema: Mapping[str, Any]) -> bool:
+    """Whether pointers begin anew in a schema; of older drafts, an `$id` that is but a fragment is an anchor."""
+    identity = schema.get("$id")
+    return isinstance(identity, str) and not identity.startswith("#")
 
 
 def calls_text(calls: Sequence[tuple[str, str]]) -> str:
@@ -232,9 +255,13 @@ class CallParser:
     However the text is cut into pieces, the deltas add up to the same.
     """
 
-    def __init__(self, names: Collection[str]) -> None:
-        """names: of the functions; an object that names another one is text."""
+    def __init__(self, names: Collection[str], *, content_is_json: bool = False) -> None:
+        """names: of the functions; an object that names another one is text.
+
+        content_is_json: calls stand at the beginning of the answer and behind another call only, not inside JSON.
+        """
         self.num_calls = 0
+        self._content_is_json = content_is_json
         self._names = names
         self._held = ""  # what can't be told yet
         self._line_begins = True  # where the held text stands
@@ -261,7 +288,8 @@ class CallParser:
     def _text(self, deltas: list[Delta]) -> bool:
         """Passes text on, up to where a call begins or may begin."""
         begins = [0] if self._line_begins else []
-        begins += [newline.end() for newline in re.finditer("\n", self._held)]
+        if not self._content_is_json:
+            begins += [newline.end() for newline in re.finditer("\n", self._held)]
         for begin in begins:
             if self._may_call(begin):
                 self._pass_on(begin, deltas)
@@ -325,7 +353,7 @@ class CallParser:
         text, self._held = self._held[:end], self._held[end:]
         if text:
             deltas.append({"content": text})
-            self._line_begins = text.endswith("\n")
+            self._line_begins = text.endswith("\n") and not self._content_is_json
 
 
 class _ObjectEnd:

@@ -77,9 +77,9 @@ def walk(constraint, tokenizer, seed, begin=""):
     pytest.fail("the answer does not end")
 
 
-def parsed(tools, *pieces):
+def parsed(tools, *pieces, **options):
     """The text and the calls of an answer that comes in pieces."""
-    parser = tools.parser()
+    parser = tools.parser(**options)
     deltas = [delta for piece in pieces for delta in parser.push(piece)] + parser.finish()
     text, calls = "", []
     for delta in deltas:
@@ -245,6 +245,45 @@ def test_beside_a_schema_an_answer_is_json_of_it_or_calls(grammars, tokenizer, t
     assert (refused_at(constraint, tokenizer, text) is None) == let_through
 
 
+def integer_at(reference, **others):
+    """An object whose `a` is an integer, by a reference."""
+    return {"properties": {"a": {"$ref": reference}}, "$defs": {"x": {"type": "integer"}}, "required": ["a"], **others}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "right", "wrong"),
+    [
+        (integer_at("#/$defs/x"), '{"a": 3}', '{"a": "b"}'),
+        (integer_at("#foo", **{"$defs": {"x": {"$anchor": "foo", "type": "integer"}}}), '{"a": 3}', '{"a": "b"}'),
+        (integer_at("#/$defs/x", **{"$id": "https://example.com/s"}), '{"a": 3}', '{"a": "b"}'),
+        (
+            {"properties": {"in": integer_at("#/$defs/x", **{"$id": "https://example.com/s"})}, "required": ["in"]},
+            '{"in": {"a": 3}}',
+            '{"in": {"a": "b"}}',
+        ),
+        (
+            {"properties": {"a": {"const": {"$ref": "#/x"}}}, "required": ["a"]},
+            '{"a": {"$ref": "#/x"}}',
+            '{"a": {"$ref": "#/properties',
+        ),
+        ({"properties": {"a": {"enum": [{"$ref": "#"}]}}, "required": ["a"]}, '{"a": {"$ref": "#"}}', '{"a": 3}'),
+        # Names of properties that are keywords elsewhere.
+        (
+            integer_at("", properties={"const": {"$ref": "#/$defs/x"}}, required=["const"]),
+            '{"const": 3}',
+            '{"const": "b"}',
+        ),
+        (integer_at("", properties={"$id": {"$ref": "#/$defs/x"}}, required=["$id"]), '{"$id": 3}', '{"$id": "b"}'),
+    ],
+)
+def test_references_of_parameters_hold_beside_a_schema_too(grammars, tokenizer, parameters, right, wrong):
+    tools = offered({"f": parameters})
+    for content in (None, {**SHAPE, "additionalProperties": False}):
+        for arguments, let_through in ((right, True), (wrong, False)):
+            call = f'{{"name": "f", "parameters": {arguments}}}'
+            assert (refused_at(tools.constraint(grammars, content), tokenizer, call) is None) == let_through
+
+
 @pytest.mark.parametrize("options", [{"choice": REQUIRED}, {"named": "get-time"}])
 def test_a_schema_changes_nothing_about_a_call_that_is_required(grammars, tokenizer, options):
     for text, let_through in ((TIME, True), ('{"n": 3}', False)):
@@ -269,6 +308,34 @@ def test_tools_and_a_response_format_by_the_client(client, seed):
         check([(c.function.name, c.function.arguments) for c in answer.message.tool_calls], FUNCTIONS)
     else:
         jsonschema.validate(json.loads(answer.message.content), SHAPE)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_json_with_lines_like_calls_stays_whole_by_the_client(client, tokenizer, is_streamed):
+    step = {"type": "object", "properties": {"name": {"const": "get-time"}, "parameters": {"const": {}}}}
+    step |= {"required": ["name", "parameters"], "additionalProperties": False}
+    steps = {"type": "array", "prefixItems": [step], "items": False, "minItems": 1}
+    schema = {"type": "object", "properties": {"steps": steps}, "required": ["steps"], "additionalProperties": False}
+    (newline,) = tokenizer.encode("\n")
+    answer = client.chat.completions.create(
+        model="default",
+        messages=[{"role": "user", "content": "Which steps?"}],
+        tools=wired({"get-time": None}),
+        response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
+        logit_bias={str(newline): 100},  # each item begins a line
+        temperature=0,
+        max_tokens=300,
+        stream=is_streamed,
+    )
+    if is_streamed:
+        deltas = [chunk.choices[0].delta for chunk in answer]
+        assert not any(delta.tool_calls for delta in deltas)
+        content = "".join(delta.content or "" for delta in deltas)
+    else:
+        assert answer.choices[0].message.tool_calls is None
+        content = answer.choices[0].message.content
+    assert "[\n" in content
+    jsonschema.validate(json.loads(content), schema)
 
 
 def test_strict_functions_are_kept_or_refused(grammars):
@@ -326,8 +393,30 @@ def test_calls_and_text(answer, text, calls):
     assert parsed(tools, *answer) == (text, calls)
 
 
+BERN_CALL = ("get_weather", '{"town": "Bern", "days": 3}')
+JSON_PARSED = [
+    (f'{{"steps": [\n{TIME}]}}', f'{{"steps": [\n{TIME}]}}', []),
+    (f'{{"steps": [\n\n  {TIME},\n{IN_BERN}\n]\n}}', f'{{"steps": [\n\n  {TIME},\n{IN_BERN}\n]\n}}', []),
+    (f"[{TIME}]", f"[{TIME}]", []),
+    (f"[\n{TIME}", f"[\n{TIME}", []),  # cut by max_tokens
+    (f"\n{TIME}", f"\n{TIME}", []),
+    (f'{{"name":\n{TIME}}}', f'{{"name":\n{TIME}}}', []),
+    (TIME, "", [("get-time", "{}")]),
+    (f"{TIME}\n{IN_BERN}", "", [("get-time", "{}"), BERN_CALL]),
+    ('{"n": 3}', '{"n": 3}', []),
+]
+
+
+@pytest.mark.parametrize(("answer", "text", "calls"), JSON_PARSED)
+def test_json_stays_whole(answer, text, calls):
+    tools = Tools([WEATHER, CLOCK])
+    assert parsed(tools, answer, content_is_json=True) == (text, calls)
+    assert parsed(tools, *answer, content_is_json=True) == (text, calls)
+
+
 @settings(max_examples=200)
 @given(
+    is_json=st.booleans(),
     parts=st.lists(
         st.sampled_from(
             [IN_BERN, TIME, "\n", "```json\n", "\n```", "text", '{"name"', '{"name": "get-', " ", '"}', "```"]
@@ -336,11 +425,11 @@ def test_calls_and_text(answer, text, calls):
     ),
     data=st.data(),
 )
-def test_the_pieces_of_an_answer_make_no_difference(parts, data):
+def test_the_pieces_of_an_answer_make_no_difference(is_json, parts, data):
     answer, tools = "".join(parts), Tools([WEATHER, CLOCK])
     cuts = sorted(data.draw(st.lists(st.integers(0, len(answer)), max_size=8)))
     pieces = [answer[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(answer)], strict=True)]
-    assert parsed(tools, *pieces) == parsed(tools, answer)
+    assert parsed(tools, *pieces, content_is_json=is_json) == parsed(tools, answer, content_is_json=is_json)
 
 
 def test_text_that_can_be_no_call_is_not_held_back():
