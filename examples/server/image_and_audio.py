@@ -1,4 +1,4 @@
-"""A sound and a picture in one message: python examples/server/image_and_audio.py [URL of the server]."""
+"""A picture and a sound in one message: python examples/server/image_and_audio.py [URL of the server]."""
 
 import base64
 import sys
@@ -16,8 +16,8 @@ def encoded(name: str) -> str:
 
 
 content = [
-    {"type": "input_audio", "input_audio": {"data": encoded("red_circle.ogg"), "format": "ogg"}},
     {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{encoded('circle.jpg')}"}},
+    {"type": "input_audio", "input_audio": {"data": encoded("red_circle.ogg"), "format": "ogg"}},
     {"type": "text", "text": "Does the voice name what the picture shows?"},
 ]
 answer = client.chat.completions.create(
