@@ -39,7 +39,7 @@ def demo() -> Path:
 @pytest.fixture(scope="session")
 def model(demo: Path) -> Any:
     """The served model once more, to compare answers with."""
-    return load(demo, backend="torch")
+    return load(demo, backend="torch", dtype="float32")
 
 
 @pytest.fixture

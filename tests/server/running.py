@@ -76,7 +76,9 @@ def started(folder: Path, **options: Any) -> Server:
     names = given({"name": "tiny", "slice_name": None})
     metrics = Metrics()
     backend = options.pop("backend", "torch")
-    scheduler = Scheduler(lambda: load(folder, backend=backend), parallel=parallel, metrics=metrics, **scheduling)
+    # In float32 an answer is the same whether its prompt was cached or not: what differs, no draw sees.
+    loader = functools.partial(load, folder, backend=backend, dtype="float32")
+    scheduler = Scheduler(loader, parallel=parallel, metrics=metrics, **scheduling)
     policy = FetchPolicy(**{**STRICT, **options})
     engine = Engine(scheduler.start(), scheduler, Limits(parallel=parallel, policy=policy, **limits), metrics)
     app = create_app(engine, ModelTable(**names), GatePolicy(**gate))
