@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from g3n_mlx.terminal import INTERRUPTED
+
 COMMANDS = {
     "chat": ("g3n_mlx.chat", "talk to a model, or ask it once"),
     "convert": ("g3n_mlx.convert.__main__", "slice and quantize a checkpoint"),
@@ -14,7 +16,6 @@ COMMANDS = {
     "eval": ("g3n_mlx.eval", "measure quality on examples or a text"),
     "server": ("g3n_mlx.server.__main__", "serve a model over OpenAI's API"),
 }
-INTERRUPTED = 130  # a shell's code for Ctrl-C
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from g3n_mlx import attachments
 from g3n_mlx.terminal import (
-    EXPECTED_FAILURES,
     INTERRUPTED,
     Interruption,
-    is_out_of_memory,
+    is_expected,
     message_lines,
     one_line,
     printable,
@@ -209,8 +208,8 @@ class Session:
                 raise
             except KeyboardInterrupt:
                 say("[stopped]")
-            except (*EXPECTED_FAILURES, RuntimeError) as error:
-                if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            except Exception as error:
+                if not is_expected(error):
                     raise
                 self.failures += 1
                 say(f"error: {one_line(error)}")

@@ -26,7 +26,7 @@ from g3n_mlx.config import ModelConfig
 from g3n_mlx.config_file import read_json
 from g3n_mlx.memory import peak_process_bytes
 from g3n_mlx.shards import DTYPES
-from g3n_mlx.terminal import EXPECTED_FAILURES, is_out_of_memory, one_line
+from g3n_mlx.terminal import is_expected, one_line
 
 ENGINES = ("g3n_mlx", "mlx-lm", "transformers")
 WARM_UP_PROMPT, WARM_UP_TOKENS = 16, 4  # enough to compile what decode compiles
@@ -313,8 +313,8 @@ def main() -> int:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # the peers print
             run = measure(request)
-    except (*EXPECTED_FAILURES, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+    except Exception as error:
+        if not is_expected(error):
             raise
         print(one_line(error), file=sys.stderr)
         return 1

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.key_binding import KeyPressEvent
 
-# What a user, a file or a network can cause; anything else is a bug, and its traceback is wanted.
-EXPECTED_FAILURES = (OSError, ValueError, ImportError, MemoryError)
 INTERRUPTED, PIPE_CLOSED, TERMINATED = 130, 141, 143  # exit codes of a shell: 128 + SIGINT, SIGPIPE, SIGTERM
 # What PyTorch and MLX say in a RuntimeError, on CPUs, CUDA and Metal.
 _OUT_OF_MEMORY = re.compile(
@@ -46,11 +44,8 @@ def run_command(name: str, work: Callable[[], int], stopped: str = "") -> int:
         # The reader has gone. What is still buffered has nowhere to go, and Python would complain about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
-    except EXPECTED_FAILURES as error:
-        say(f"{name}: {one_line(error)}")
-        return 1
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        if not is_expected(error):
             raise
         say(f"{name}: {one_line(error)}")
         return 1
@@ -65,6 +60,11 @@ def run_command(name: str, work: Callable[[], int], stopped: str = "") -> int:
 
 def _on_sigterm(_number: int, _frame: "FrameType | None") -> None:
     raise Terminated(TERMINATED)
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether a user, a file, a network or too little memory caused it; all else is a bug whose traceback is wanted."""
+    return isinstance(error, OSError | ValueError | ImportError) or is_out_of_memory(error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

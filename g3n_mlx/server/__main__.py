@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from g3n_mlx.terminal import EXPECTED_FAILURES, one_line
+from g3n_mlx.terminal import INTERRUPTED, is_expected, one_line
 
 if TYPE_CHECKING:
     from g3n_mlx.model import Gemma3n
@@ -29,11 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--media-root {str(arguments.media_root)!r} is no folder")
     try:
         _serve(arguments)
-    except EXPECTED_FAILURES as error:
+    except Exception as error:
+        if not is_expected(error):
+            raise
         log.error("%s", one_line(error))
         return 1
     except KeyboardInterrupt:  # while the model was read
-        return 130
+        return INTERRUPTED
     return 0
 
 
