@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ DEFAULT_GROUP_SIZE = 64
 
 # A cached conversion is made anew when what a conversion writes changes.
 _CACHE_VERSION = 1
+_OUTSIDE_THE_CACHE = "that is your cache; convert into another folder (g3n-convert -q -o FOLDER), and load that"
 
 
 def convert(
@@ -68,7 +70,8 @@ def convert(
         logger.warning("%s has no tokenizer.json: put one into %s, or nobody can chat with it", folder, output)
     try:
         check_free_name(output)
-        _write(checkpoint, output, q_bits, q_group_size, ple_bits, dtype, progress, wait_for_others=False)
+        place = appearing_folder(output, wait_for_others=False)
+        _write(checkpoint, output, place, q_bits, q_group_size, ple_bits, dtype, progress)
     finally:
         checkpoint.close()
     return output
@@ -96,12 +99,8 @@ def cached_conversion(
         checkpoint = Checkpoint.open(folder, plan)
         try:
             logger.info("quantizing %s once, into %s", folder, target)
-            _write(checkpoint, target, q_bits, q_group_size, ple_bits, None, progress, wait_for_others=True)
-        except PermissionError as error:  # "choose another place" is of no use to who chose none
-            place = str(error).partition(": choose")[0]
-            raise PermissionError(
-                f"{place}: that is your cache; convert into another folder (g3n-convert -q -o FOLDER), and load that"
-            ) from None
+            place = appearing_folder(target, wait_for_others=True, otherwise=_OUTSIDE_THE_CACHE)
+            _write(checkpoint, target, place, q_bits, q_group_size, ple_bits, None, progress)
         except FileExistsError:
             if not target.is_dir():
                 raise
@@ -134,12 +133,12 @@ def fingerprint(folder: Path) -> str:
 def _write(
     checkpoint: Checkpoint,
     output: Path,
+    place: AbstractContextManager[Path],
     q_bits: int | None,
     q_group_size: int,
     ple_bits: int | None,
     dtype: str | None,
     progress: bool,
-    wait_for_others: bool,
 ) -> None:
     if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(FLOATS)}")
@@ -159,7 +158,7 @@ def _write(
         chosen = choose_quantizations(shapes, q_bits, q_group_size, ple_bits or DEFAULT_PLE_BITS)
         stored = FLOATS[dtype or "bfloat16"]
     jobs = plan_jobs(checkpoint, {} if present else chosen, stored)
-    with appearing_folder(output, wait_for_others) as partial:
+    with place as partial:
         check_space(output, jobs)
         write_shards(partial, jobs, progress)
         copy_sidecars(checkpoint.folder, partial, whole=checkpoint.slice_name is None)

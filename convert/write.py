@@ -94,11 +94,14 @@ def check_space(folder: Path, jobs: Iterable[Job]) -> int:
 
 
 @contextmanager
-def appearing_folder(folder: Path, wait_for_others: bool) -> Generator[Path]:
+def appearing_folder(
+    folder: Path, wait_for_others: bool, otherwise: str = "choose another place for the output folder"
+) -> Generator[Path]:
     """A folder to fill, which gets its name when the block ends well and is removed when it does not.
 
     What a killed run left behind is removed first. Raises FileExistsError when the name is taken, or when another
-    process is filling it and wait_for_others is false.
+    process is filling it and wait_for_others is false. PermissionError when there is no writing at its place; its
+    message ends with `otherwise`, what the user can do.
     """
     folder = folder.absolute()
     partial = folder.parent / f".{folder.name}.partial"
@@ -109,9 +112,7 @@ def appearing_folder(folder: Path, wait_for_others: bool) -> Generator[Path]:
     except OSError as error:
         in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
         reason = "it is no folder" if in_the_way else (error.strerror or str(error)).lower()
-        raise PermissionError(
-            f"{folder.parent} can't be written to ({reason}): choose another place for the output folder"
-        ) from None
+        raise PermissionError(f"{folder.parent} can't be written to ({reason}): {otherwise}") from None
     lock = FileLock(lock_file, timeout=-1 if wait_for_others else 0)
     try:
         lock.acquire()
