@@ -20,6 +20,7 @@ FILES = {
     "tokenizer.json": b"{}",
     "model.safetensors": b"weights",
     "pytorch_model.bin": b"a pickle",
+    "matformer.csv": b"a table of slices",
     "README.md": b"words",
 }
 # What the hub answers for repositories it does not give away: status and X-Error-Code.
@@ -121,14 +122,19 @@ def test_what_is_neither_folder_nor_hub_id(tmp_path):
 
 def test_the_config_alone_can_be_asked_for(endpoint, tmp_path):
     folder = Path(resolve_in_child(tmp_path, "owner/model", weights=False, HF_ENDPOINT=endpoint))
-    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "matformer.csv"]
     assert resolve_in_child(tmp_path, "owner/model", HF_ENDPOINT=endpoint) == str(folder)  # then the rest
     assert (folder / "model.safetensors").is_file()
 
 
 def test_download_takes_the_needed_files_alone_and_once(endpoint, tmp_path):
     folder = Path(resolve_in_child(tmp_path, "owner/model", HF_ENDPOINT=endpoint))
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "matformer.csv",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
     assert (folder / "model.safetensors").read_bytes() == FILES["model.safetensors"]
     assert resolve_in_child(tmp_path, "owner/model", HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="1") == str(folder)
     assert resolve_in_child(tmp_path, "owner/model", COMMIT, HF_ENDPOINT=endpoint) == str(folder)
