@@ -44,14 +44,13 @@ class Conversation:
         """
         shared = _shared_prefix(self.token_ids, token_ids[:-1])
         if shared < len(self.token_ids):
-            mark = self._nearest(shared)
+            mark, back = self._nearest(shared)
             self._marks = [known for known in self._marks if known.length <= shared]
             if mark is None:
                 return 0
-            length = min(mark.length, shared)
-            self.cache.restore(mark.snapshot, mark.length - length)
-            self._back = mark.back - (mark.length - length)
-            del self.token_ids[length:]
+            self.cache.restore(mark.snapshot, back)
+            self._back = mark.back - back
+            del self.token_ids[mark.length - back :]
         return len(self.token_ids)
 
     def reusable(self, token_ids: Sequence[int]) -> int:
@@ -59,25 +58,28 @@ class Conversation:
         shared = _shared_prefix(self.token_ids, token_ids[:-1])
         if shared == len(self.token_ids):
             return shared
-        mark = self._nearest(shared)
-        return 0 if mark is None else min(mark.length, shared)
+        mark, back = self._nearest(shared)
+        return 0 if mark is None else mark.length - back
 
     def fork(self, token_ids: Sequence[int]) -> "Conversation | None":
         """A conversation of its own at the longest snapshot that begins these ids; None when none does."""
         shared = _shared_prefix(self.token_ids, token_ids[:-1])
-        mark = self._nearest(shared)
+        mark, back = self._nearest(shared)
         if mark is None:
             return None
-        length = min(mark.length, shared)
-        other = Conversation(self.cache.fork(mark.snapshot, mark.length - length))
-        other.token_ids = self.token_ids[:length]
-        other._back = mark.back - (mark.length - length)
+        other = Conversation(self.cache.fork(mark.snapshot, back))
+        other.token_ids = self.token_ids[: mark.length - back]
+        other._back = mark.back - back
         other._marks = [known for known in self._marks if known.length <= shared]
         return other
 
-    def _nearest(self, shared: int) -> _Mark | None:
-        """The last mark that leads to no more than so many ids."""
-        return next((mark for mark in reversed(self._marks) if 0 < mark.length <= shared + mark.back), None)
+    def _nearest(self, shared: int) -> tuple[_Mark | None, int]:
+        """The last mark that leads to no more than so many ids, and how many ids back from it, 0 or 1."""
+        for mark in reversed(self._marks):
+            back = max(0, mark.length - shared)
+            if mark.length and back <= mark.back:
+                return mark, back
+        return None, 0
 
     @property
     def nbytes(self) -> int:

@@ -10,8 +10,8 @@ from g3n_mlx.config_file import read_json
 
 SUGGESTED_MODEL = "google/gemma-3n-E2B-it"
 DEMO = "demo"
-# Never pickles. The last four are for conversions, which hand them on.
 _DESCRIPTION_FILES = ["config.json", "matformer.csv"]
+# Never pickles. The last four are for conversions, which hand them on.
 _WANTED_FILES = [*_DESCRIPTION_FILES, "*.json", "*.safetensors", "*.jinja", "tokenizer.model", "LICENSE*", "NOTICE*"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
