@@ -108,11 +108,10 @@ def _left_as_text(name: str) -> str | None:
     path = _path_of(name)
     if kind_of(path):
         return f"note: there is no file {name}, so it is text"
-    if not name.strip("/.~") or not _exists(path):
+    if not name.strip("/.~") or not _holds(path, Path.exists):
         return None
-    return (
-        f"note: {name} is {'a folder' if path.expanduser().is_dir() else 'no picture, sound or video'}, so it is text"
-    )
+    what = "a folder" if _holds(path, Path.is_dir) else "no picture, sound or video"
+    return f"note: {name} is {what}, so it is text"
 
 
 def _with_dropped_files(text: str) -> Iterator[str | dict[str, Any]]:
@@ -151,16 +150,13 @@ def _path_of(name: str) -> Path:
 
 
 def _is_file(path: Path) -> bool:
+    return _holds(path, Path.is_file)
+
+
+def _holds(path: Path, test: Callable[[Path], bool]) -> bool:
     try:
-        return path.expanduser().is_file()
+        return test(path.expanduser())
     except (OSError, ValueError, RuntimeError):  # a text that is no name: too long, with a null, of nobody's home
-        return False
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.expanduser().exists()
-    except (OSError, ValueError, RuntimeError):
         return False
 
 
