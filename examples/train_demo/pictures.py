@@ -123,9 +123,8 @@ OUTLINES = _outlines()
 
 
 def listed(phrases: Sequence[str]) -> str:
-    """A small red circle, a large blue square and a small green star."""
-    text = phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
-    return f"{text[0].upper()}{text[1:]}"
+    """a small red circle, a large blue square and a small green star"""
+    return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
 
 
 def named(things: list[Thing]) -> list[str]:
@@ -146,7 +145,7 @@ def describe(rng: random.Random, things: list[Thing]) -> tuple[str, str]:
             value
         )
     question = rng.choice(("What is in this picture?", "Describe the picture.", "What do you see?"))
-    return question, f"{listed([f'a {thing.size} {thing.name}' for thing in things])}."
+    return question, f"{listed([f'a {thing.size} {thing.name}' for thing in things]).capitalize()}."
 
 
 # Questions that compare are answered aloud: what the picture shows, then, after a colon, what was asked. To say "2" at
@@ -171,13 +170,12 @@ def attribute(rng: random.Random, things: list[Thing]) -> tuple[str, str]:
     for thing in things:
         if thing.name == asked:
             return question, f"{found(things, thing)}: yes."
-    return question, f"{listed(named(things))}: no."
+    return question, f"{listed(named(things)).capitalize()}: no."
 
 
 def found(things: list[Thing], thing: Thing) -> str:
     """What is seen from the left up to a thing: who has found it looks no further."""
-    text = ", ".join(named(things[: things.index(thing) + 1]))
-    return f"{text[0].upper()}{text[1:]}"
+    return ", ".join(named(things[: things.index(thing) + 1])).capitalize()
 
 
 def count(rng: random.Random, things: list[Thing]) -> tuple[str, str]:
@@ -192,7 +190,7 @@ def count(rng: random.Random, things: list[Thing]) -> tuple[str, str]:
         number += thing.shape in counted
         phrases.append(f"{name} ({number})" if thing.shape in counted else name)
     said = f"there is 1 {one}" if number == 1 else f"there are {number} {many}"
-    return f"How many {many} are there?", f"{listed(phrases)}: {said}."
+    return f"How many {many} are there?", f"{listed(phrases).capitalize()}: {said}."
 
 
 def position(rng: random.Random, things: list[Thing]) -> tuple[str, str]:
@@ -205,7 +203,7 @@ def position(rng: random.Random, things: list[Thing]) -> tuple[str, str]:
         if len(beside) < 2 and not unclear:
             neighbour = a(beside[0].name) if beside else "nothing"
             if side in ("left of", "right of"):
-                order = listed(named(things))
+                order = listed(named(things)).capitalize()
             else:
                 order = f"From top to bottom {', '.join(named(sorted(things, key=lambda other: other.y)))}"
             return f"What is {side} the {thing.name}?", f"{order}: {neighbour}."
@@ -304,8 +302,8 @@ def told(rng: random.Random, held_out: bool) -> Example:
         )
     turns = [rng.choice((attribute, count))(rng, things) for _ in range(rng.randint(1, 4))]
     (question, answer), *others = turns
-    told = f"The picture shows {listed(named(things))[0].lower()}{listed(named(things))[1:]}."
-    return dialogue("told", f"{told} {question}", answer, *[text for turn in others for text in turn])
+    asked = f"The picture shows {listed(named(things))}. {question}"
+    return dialogue("told", asked, answer, *[text for turn in others for text in turn])
 
 
 def looks(skill: str) -> Generator:
