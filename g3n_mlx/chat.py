@@ -20,6 +20,7 @@ from g3n_mlx import attachments
 from g3n_mlx.terminal import (
     INTERRUPTED,
     Interruption,
+    check_folder_of,
     is_expected,
     message_lines,
     one_line,
@@ -369,8 +370,7 @@ class Session:
         path = _path(name, "save")
         if path.exists() and _conversation(path) is None:
             raise ValueError(f"{path} exists and is no saved conversation; choose another name")
-        if not path.absolute().parent.is_dir():
-            raise FileNotFoundError(f"{path} can't be written: there is no folder {path.absolute().parent}")
+        check_folder_of(path)
         document = {"model": self.model.name, "messages": [*self._system_message(), *self.messages]}
         # Written beside it first: a full disk must not cost the conversation saved before.
         partial = path.with_name(f".{path.name}.partial")

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from g3n_mlx.terminal import one_line, run_command, say
+from g3n_mlx.terminal import check_folder_of, one_line, run_command, say
 
 if TYPE_CHECKING:
     from g3n_mlx.model import Gemma3n
@@ -112,11 +112,12 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.matformer_config and not arguments.matformer:
         raise ValueError("--matformer-config needs --matformer: name the slices to take from it")
     for path in (arguments.json, arguments.plot):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise FileNotFoundError(f"{path} can't be written: there is no folder {path.absolute().parent}")
-        if path is not None and path.is_dir():
+        if path is None:
+            continue
+        check_folder_of(path)
+        if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder, expected the name of a file to write")
-        if path is not None and not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
             raise PermissionError(f"{path} can't be written: permission denied")
     if arguments.plot:
         if arguments.plot.suffix.lower() != ".png":

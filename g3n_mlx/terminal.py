@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -180,6 +181,12 @@ def one_line(error: BaseException) -> str:
         words = error.strerror[:1].lower() + error.strerror[1:]
         return words if error.filename is None else f"{error.filename}: {words}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def check_folder_of(path: Path) -> None:
+    """Raises FileNotFoundError when a file to write has no folder to be written into."""
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path} can't be written: there is no folder {path.absolute().parent}")
 
 
 def size_in_words(num_bytes: float) -> str:
