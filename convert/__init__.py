@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from g3n_mlx.checkpoint import Checkpoint
-from g3n_mlx.config import ModelConfig
-from g3n_mlx.config_file import read_json
+from g3n_mlx.config.fields import read_json
+from g3n_mlx.config.manifest import TEXT, dead_manifest
+from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.convert.quantize import FLOATS, choose_quantizations, plan_jobs
 from g3n_mlx.convert.write import (
     appearing_folder,
@@ -25,7 +26,6 @@ from g3n_mlx.convert.write import (
 )
 from g3n_mlx.hub import cache_folder, resolve
 from g3n_mlx.layouts import nested_config, open_layout
-from g3n_mlx.manifest import TEXT, dead_manifest
 from g3n_mlx.matformer import SlicePlan, find_slice, plan_slice, slices_for
 from g3n_mlx.quantization import Quantization
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from g3n_mlx.checkpoint import Checkpoint
-from g3n_mlx.config import TextConfig
-from g3n_mlx.config_file import read_json
+from g3n_mlx.config.fields import read_json
+from g3n_mlx.config.text import TextConfig
 from g3n_mlx.convert import DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS, convert
 from g3n_mlx.convert.quantize import FLOATS
 from g3n_mlx.convert.sizes import SizedSlice, largest_fitting, size_slices, table

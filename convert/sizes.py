@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from g3n_mlx.config import SLIDING, TextConfig
+from g3n_mlx.config.manifest import PLE_TABLE, dead_manifest, effective_parameters, text_manifest
+from g3n_mlx.config.text import SLIDING, TextConfig
 from g3n_mlx.convert.quantize import Output, choose_quantizations, quantized_outputs
-from g3n_mlx.manifest import PLE_TABLE, dead_manifest, effective_parameters, text_manifest
 from g3n_mlx.matformer import Slice, plan_slice, slice_config
 from g3n_mlx.quantization import Quantization
 from g3n_mlx.terminal import size_in_words

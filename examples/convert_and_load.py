@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from g3n_mlx import load
-from g3n_mlx.config_file import read_json
+from g3n_mlx.config.fields import read_json
 from g3n_mlx.convert import convert
 from g3n_mlx.hub import demo_folder
 

@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 
 from g3n_mlx import load
-from g3n_mlx.config import ModelConfig
-from g3n_mlx.config_file import read_json
+from g3n_mlx.config.fields import read_json
+from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.hub import demo_folder
 
 

@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from g3n_mlx.audio_config import AudioConfig
-from g3n_mlx.config_file import Fields
+from g3n_mlx.config.audio import AudioConfig
+from g3n_mlx.config.fields import Fields
 from g3n_mlx.containers import check_whole, import_av, open_container
 from g3n_mlx.fetch import FetchPolicy, fetch, source_text
 

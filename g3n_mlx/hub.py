@@ -6,7 +6,7 @@ from pathlib import Path
 
 import platformdirs
 
-from g3n_mlx.config_file import read_json
+from g3n_mlx.config.fields import read_json
 
 SUGGESTED_MODEL = "google/gemma-3n-E2B-it"
 DEMO = "demo"

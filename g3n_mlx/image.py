@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from g3n_mlx.config_file import Fields
+from g3n_mlx.config.fields import Fields
 from g3n_mlx.fetch import FetchPolicy, fetch, source_text
 
 if TYPE_CHECKING:

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from g3n_mlx.audio_config import audio_manifest
-from g3n_mlx.config import FULL, SLIDING, ModelConfig
-from g3n_mlx.config_file import read_json
-from g3n_mlx.manifest import TEXT, dead_manifest, embedder_manifest, text_manifest
+from g3n_mlx.config.audio import audio_manifest
+from g3n_mlx.config.fields import read_json
+from g3n_mlx.config.manifest import TEXT, dead_manifest, embedder_manifest, text_manifest
+from g3n_mlx.config.model import ModelConfig
+from g3n_mlx.config.text import FULL, SLIDING
+from g3n_mlx.config.vision import vision_manifest
 from g3n_mlx.quantization import BITS, GROUP_SIZES, Quantization
 from g3n_mlx.shards import Shard, StoredTensor, open_shards
-from g3n_mlx.vision_config import vision_manifest
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from g3n_mlx import hub
 from g3n_mlx.checkpoint import Checkpoint
-from g3n_mlx.config_file import read_json
+from g3n_mlx.config.fields import read_json
 from g3n_mlx.convert import cached_conversion, plan_for
 from g3n_mlx.model import Gemma3n
 from g3n_mlx.tokenizer import Tokenizer

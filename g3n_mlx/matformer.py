@@ -15,8 +15,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from g3n_mlx.config import TextConfig
-from g3n_mlx.manifest import PLE_TABLE, TEXT
+from g3n_mlx.config.manifest import PLE_TABLE, TEXT
+from g3n_mlx.config.text import TextConfig
 
 PUBLISHED = Path(__file__).parent / "matformer_configs" / "gemma3n.csv"
 # The slices of a checkpoint that was made for them lie beside it.

@@ -12,7 +12,7 @@ from g3n_mlx.audio import Audio
 from g3n_mlx.cache import Conversation
 from g3n_mlx.chat_template import Media
 from g3n_mlx.checkpoint import Checkpoint
-from g3n_mlx.config import ModelConfig
+from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.fetch import FetchPolicy
 from g3n_mlx.generate import Constraint, Timings, check_length, chunks, generate_tokens, soft_tokens
 from g3n_mlx.image import Image, ImageFeatures

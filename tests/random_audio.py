@@ -7,9 +7,9 @@ import numpy as np
 from checkpoint_files import write_folder
 from random_checkpoint import BASE, random_tensors
 
-from g3n_mlx.audio_config import AudioConfig, audio_manifest
-from g3n_mlx.config import FULL, TextConfig
-from g3n_mlx.manifest import embedder_manifest, text_manifest
+from g3n_mlx.config.audio import AudioConfig, audio_manifest
+from g3n_mlx.config.manifest import embedder_manifest, text_manifest
+from g3n_mlx.config.text import FULL, TextConfig
 
 TEXT: dict[str, Any] = BASE | {
     "num_hidden_layers": 1,

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from checkpoint_files import write_folder
 
-from g3n_mlx.config import FULL, SLIDING, TextConfig
-from g3n_mlx.manifest import dead_manifest, text_manifest
+from g3n_mlx.config.manifest import dead_manifest, text_manifest
+from g3n_mlx.config.text import FULL, SLIDING, TextConfig
 
 
 def pattern(layers: int, every: int) -> list[str]:

@@ -10,9 +10,9 @@ from random_audio import AUDIO
 from random_checkpoint import BASE, pattern, random_tensors
 from random_vision import er, mqa, uir, vision_tensors
 
-from g3n_mlx.audio_config import audio_manifest
-from g3n_mlx.config import ModelConfig
-from g3n_mlx.manifest import dead_manifest, embedder_manifest, text_manifest
+from g3n_mlx.config.audio import audio_manifest
+from g3n_mlx.config.manifest import dead_manifest, embedder_manifest, text_manifest
+from g3n_mlx.config.model import ModelConfig
 
 IMAGE, AUDIO_CLIP = "image", "audio"
 

@@ -7,8 +7,8 @@ import ml_dtypes
 import numpy as np
 from checkpoint_files import read_config, read_folder, write_folder
 
-from g3n_mlx.manifest import embedder_manifest
-from g3n_mlx.vision_config import VisionConfig, vision_manifest
+from g3n_mlx.config.manifest import embedder_manifest
+from g3n_mlx.config.vision import VisionConfig, vision_manifest
 
 
 def write_random_vision(

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from media_files import AV, LEFT_HZ, RIGHT_HZ, SNDFILE, sound_file, tones, video_file
 
 from g3n_mlx.audio import MAX_CLIP_SAMPLES, Audio, AudioProcessing, split_clips
-from g3n_mlx.config import ModelConfig
-from g3n_mlx.config_file import read_json
+from g3n_mlx.config.fields import read_json
+from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.fetch import FetchPolicy
 
 ANY = FetchPolicy()

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from g3n_mlx.bench import main
-from g3n_mlx.config import ModelConfig
-from g3n_mlx.config_file import read_json
+from g3n_mlx.config.fields import read_json
+from g3n_mlx.config.model import ModelConfig
 
 
 def bench(capsys, *flags):

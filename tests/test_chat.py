@@ -15,8 +15,8 @@ import pytest
 
 from g3n_mlx import __main__ as commands
 from g3n_mlx import chat
-from g3n_mlx.config import ModelConfig
-from g3n_mlx.config_file import read_json
+from g3n_mlx.config.fields import read_json
+from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.fetch import FetchPolicy
 from g3n_mlx.media import MediaOpener
 from g3n_mlx.prompt import Prompt, prepare

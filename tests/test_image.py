@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image as pil
 
-from g3n_mlx.config_file import read_json
+from g3n_mlx.config.fields import read_json
 from g3n_mlx.fetch import FetchPolicy
 from g3n_mlx.image import Image, ImageProcessing
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from g3n_mlx.checkpoint import Checkpoint
-from g3n_mlx.config import TextConfig
-from g3n_mlx.config_file import read_json
-from g3n_mlx.manifest import dead_manifest, effective_parameters, text_manifest
+from g3n_mlx.config.fields import read_json
+from g3n_mlx.config.manifest import dead_manifest, effective_parameters, text_manifest
+from g3n_mlx.config.text import TextConfig
 from g3n_mlx.matformer import PUBLISHED, Slice, cut, find_slice, plan_slice, read_slices, slice_config
 
 E4B = {key: value for key, value in read_json(PUBLISHED.with_name("gemma3n-e4b.json")).items() if key != "_source"}

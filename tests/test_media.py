@@ -15,8 +15,8 @@ from test_image import drawn, encoded
 
 from g3n_mlx import Audio, Image, Video
 from g3n_mlx.audio import AudioFeatures
-from g3n_mlx.config import ModelConfig
-from g3n_mlx.config_file import read_json
+from g3n_mlx.config.fields import read_json
+from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.fetch import FetchPolicy
 from g3n_mlx.image import ImageFeatures
 from g3n_mlx.media import MediaOpener

@@ -20,7 +20,7 @@ from g3n_mlx.backends.torch.text import LanguageModel, Rope
 from g3n_mlx.backends.torch.vision import VisionTower
 from g3n_mlx.backends.torch.weights import Weights
 from g3n_mlx.checkpoint import Checkpoint
-from g3n_mlx.config import SLIDING
+from g3n_mlx.config.text import SLIDING
 from g3n_mlx.convert.quantize import is_quantized_module
 
 GROUP = 64

@@ -13,7 +13,7 @@ from skill import Example
 
 from g3n_mlx.audio import AudioFeatures
 from g3n_mlx.chat_template import Media, render
-from g3n_mlx.config import ModelConfig
+from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.fetch import FetchPolicy
 from g3n_mlx.image import ImageFeatures
 from g3n_mlx.media import MediaOpener

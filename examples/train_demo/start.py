@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from vocabulary import write_json, write_tokenizer
 
-from g3n_mlx.audio_config import audio_manifest
-from g3n_mlx.config import ModelConfig
-from g3n_mlx.manifest import dead_manifest, embedder_manifest, text_manifest
-from g3n_mlx.vision_config import vision_manifest
+from g3n_mlx.config.audio import audio_manifest
+from g3n_mlx.config.manifest import dead_manifest, embedder_manifest, text_manifest
+from g3n_mlx.config.model import ModelConfig
+from g3n_mlx.config.vision import vision_manifest
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "g3n_mlx" / "demo" / "chat_template.jinja"
 

@@ -18,11 +18,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from g3n_mlx.config import TextConfig
-from g3n_mlx.config_file import read_json
+from g3n_mlx.config.fields import read_json
+from g3n_mlx.config.manifest import PLE_TABLE, TEXT, TOKEN_TABLE, dead_manifest, text_manifest
+from g3n_mlx.config.text import TextConfig
 from g3n_mlx.convert.quantize import Job, Output
 from g3n_mlx.convert.write import appearing_folder, check_space, copy_sidecars, write_json, write_shards
-from g3n_mlx.manifest import PLE_TABLE, TEXT, TOKEN_TABLE, dead_manifest, text_manifest
 from g3n_mlx.matformer import PUBLISHED, find_slice, plan_slice, read_slices, slice_config
 
 MAX_SHARD_BYTES = 4_000_000_000

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from g3n_mlx.config import FULL, SLIDING
+from g3n_mlx.config.text import FULL, SLIDING
 
 pytestmark = [
     pytest.mark.slow,

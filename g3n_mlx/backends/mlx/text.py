@@ -18,7 +18,7 @@ from mlx import nn
 from g3n_mlx.backends.mlx.cache import Cache
 from g3n_mlx.backends.mlx.quant import linear
 from g3n_mlx.backends.mlx.weights import Weights, from_numpy
-from g3n_mlx.config import SLIDING, TextConfig
+from g3n_mlx.config.text import SLIDING, TextConfig
 
 Wanted = Literal["all", "last", "none"]
 Rope = dict[str, tuple[mx.array, mx.array]]  # first position and periods, for each kind of attention

@@ -14,7 +14,7 @@ from mlx import nn
 
 from g3n_mlx.backends.mlx.text import RMSNorm
 from g3n_mlx.backends.mlx.weights import Weights, evaluated
-from g3n_mlx.vision_config import (
+from g3n_mlx.config.vision import (
     BlockConfig,
     EdgeResidualConfig,
     MobileAttentionConfig,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from g3n_mlx.config import SLIDING, TextConfig
+from g3n_mlx.config.text import SLIDING, TextConfig
 
 # Rows a cache grows by, and the room a sliding one keeps behind its window: one allocation or one move of the
 # window every 256 tokens, as in mlx-lm's KVCache.

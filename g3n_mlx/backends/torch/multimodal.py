@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from g3n_mlx.audio_config import AudioConfig
 from g3n_mlx.backends.torch.audio import AudioTower
 from g3n_mlx.backends.torch.cache import Cache
 from g3n_mlx.backends.torch.quant import linear
@@ -21,9 +20,10 @@ from g3n_mlx.backends.torch.text import Ahead, LanguageModel, RMSNorm
 from g3n_mlx.backends.torch.vision import VisionTower
 from g3n_mlx.backends.torch.weights import Weights, from_numpy
 from g3n_mlx.checkpoint import Checkpoint
-from g3n_mlx.config import ModelConfig
+from g3n_mlx.config.audio import AudioConfig
+from g3n_mlx.config.model import ModelConfig
+from g3n_mlx.config.vision import VisionConfig
 from g3n_mlx.sampling import SamplingParams
-from g3n_mlx.vision_config import VisionConfig
 
 
 class MultimodalEmbedder(nn.Module):

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from g3n_mlx.backends.torch.cache import Cache
 from g3n_mlx.backends.torch.quant import gives_rows, linear, padded
 from g3n_mlx.backends.torch.weights import Weights, from_numpy
-from g3n_mlx.config import SLIDING, TextConfig
+from g3n_mlx.config.text import SLIDING, TextConfig
 
 Wanted = Literal["all", "last", "none"]
 Rope = dict[str, tuple[Tensor, Tensor]]  # cos and sin of the positions, for each kind of attention

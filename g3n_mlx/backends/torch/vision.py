@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from g3n_mlx.backends.torch.text import RMSNorm
 from g3n_mlx.backends.torch.weights import Weights
-from g3n_mlx.vision_config import (
+from g3n_mlx.config.vision import (
     BlockConfig,
     EdgeResidualConfig,
     MobileAttentionConfig,

@@ -7,7 +7,7 @@ import pytest
 from checkpoint_files import read_config, read_folder
 from random_vision import er, mqa, uir
 
-from g3n_mlx.vision_config import (
+from g3n_mlx.config.vision import (
     EdgeResidualConfig,
     MobileAttentionConfig,
     UniversalInvertedResidualConfig,

@@ -6,9 +6,9 @@ Source: the published checkpoints; transformers, modeling_gemma3n.py.
 
 from math import prod
 
-from g3n_mlx.audio_config import AudioConfig
-from g3n_mlx.config import TextConfig
-from g3n_mlx.vision_config import VisionConfig
+from g3n_mlx.config.audio import AudioConfig
+from g3n_mlx.config.text import TextConfig
+from g3n_mlx.config.vision import VisionConfig
 
 TEXT = "language_model."
 PLE_TABLE = "language_model.embed_tokens_per_layer"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from g3n_mlx.config_file import Fields
+from g3n_mlx.config.fields import Fields
 
 # Of every norm but the light convolution's two; the reference has no key for it.
 FIXED_NORM_EPS = 1e-6

@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from g3n_mlx.config import FULL, SLIDING, ModelConfig, TextConfig
-from g3n_mlx.config_file import read_json
+from g3n_mlx.config.fields import read_json
+from g3n_mlx.config.model import ModelConfig
+from g3n_mlx.config.text import FULL, SLIDING, TextConfig
 
 
 @pytest.fixture

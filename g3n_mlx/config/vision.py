@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from g3n_mlx.config_file import Fields
+from g3n_mlx.config.fields import Fields
 
 Shape = tuple[int, ...]
 BlockArgs = Sequence[Sequence[dict[str, Any]]]
