@@ -11,7 +11,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.checkpoint.folder import Checkpoint
+from g3n_mlx.checkpoint.hub import cache_folder, resolve
+from g3n_mlx.checkpoint.layouts import nested_config, open_layout
+from g3n_mlx.checkpoint.quantization import Quantization
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.manifest import TEXT, dead_manifest
 from g3n_mlx.config.model import ModelConfig
@@ -24,10 +27,7 @@ from g3n_mlx.convert.write import (
     write_json,
     write_shards,
 )
-from g3n_mlx.hub import cache_folder, resolve
-from g3n_mlx.layouts import nested_config, open_layout
 from g3n_mlx.matformer import SlicePlan, find_slice, plan_slice, slices_for
-from g3n_mlx.quantization import Quantization
 
 logger = logging.getLogger(__name__)
 

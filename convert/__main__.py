@@ -7,16 +7,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.checkpoint.folder import Checkpoint
+from g3n_mlx.checkpoint.hub import resolve
+from g3n_mlx.checkpoint.layouts import nested_config
+from g3n_mlx.checkpoint.quantization import BITS, GROUP_SIZES
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.text import TextConfig
 from g3n_mlx.convert import DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS, convert
 from g3n_mlx.convert.quantize import FLOATS
 from g3n_mlx.convert.sizes import SizedSlice, largest_fitting, size_slices, table
-from g3n_mlx.hub import resolve
-from g3n_mlx.layouts import nested_config
 from g3n_mlx.matformer import OWN_TABLE, PUBLISHED, fits, read_slices
-from g3n_mlx.quantization import BITS, GROUP_SIZES
 from g3n_mlx.terminal import run_command, size_in_words
 
 _DEFAULT_BITS = 4

@@ -9,10 +9,10 @@ from math import prod
 import ml_dtypes
 import numpy as np
 
-from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.checkpoint.folder import Checkpoint
+from g3n_mlx.checkpoint.quantization import Quantization, quantize, to_float32
+from g3n_mlx.checkpoint.shards import DTYPES
 from g3n_mlx.config.manifest import PLE_TABLE, TEXT, TOKEN_TABLE, dead_manifest
-from g3n_mlx.quantization import Quantization, quantize, to_float32
-from g3n_mlx.shards import DTYPES
 
 logger = logging.getLogger(__name__)
 

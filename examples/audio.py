@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from g3n_mlx import Audio, load
-from g3n_mlx.hub import default_model
+from g3n_mlx.checkpoint.hub import default_model
 
 MEDIA = Path(__file__).resolve().parent / "media"
 OURS = (

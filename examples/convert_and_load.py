@@ -8,9 +8,9 @@ import tempfile
 from pathlib import Path
 
 from g3n_mlx import load
+from g3n_mlx.checkpoint.hub import demo_folder
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.convert import convert
-from g3n_mlx.hub import demo_folder
 
 
 def main(model_path: str | None = None, output: str | None = None) -> None:

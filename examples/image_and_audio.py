@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from g3n_mlx import load
-from g3n_mlx.hub import default_model
+from g3n_mlx.checkpoint.hub import default_model
 
 MEDIA = Path(__file__).resolve().parent / "media"
 QUESTION = "Does the voice name what the picture shows?"

@@ -9,9 +9,9 @@ import tempfile
 from pathlib import Path
 
 from g3n_mlx import load
+from g3n_mlx.checkpoint.hub import demo_folder
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
-from g3n_mlx.hub import demo_folder
 
 
 def half_width_table(folder: Path) -> Path:

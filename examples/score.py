@@ -5,7 +5,7 @@ import sys
 import numpy as np
 
 from g3n_mlx import load
-from g3n_mlx.hub import default_model
+from g3n_mlx.checkpoint.hub import default_model
 
 SENTENCES = ("The cat sat on the mat.", "The mat sat on the cat.", "Cat the on mat sat the.")
 

@@ -3,7 +3,7 @@
 import sys
 
 from g3n_mlx import load
-from g3n_mlx.hub import default_model
+from g3n_mlx.checkpoint.hub import default_model
 
 
 def main(model_path: str | None = None) -> None:

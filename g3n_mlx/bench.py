@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from g3n_mlx.checkpoint.hub import default_model, resolve
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
-from g3n_mlx.hub import default_model, resolve
 from g3n_mlx.measure import ENGINES, Request, Run
 from g3n_mlx.terminal import run_command, size_in_words
 

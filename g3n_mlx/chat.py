@@ -102,7 +102,7 @@ def _run(arguments: argparse.Namespace) -> int:
     SamplingParams(**settings)
     prompt = _one_shot_prompt(arguments.prompt)
     if arguments.model is None:
-        from g3n_mlx.hub import default_model
+        from g3n_mlx.checkpoint.hub import default_model
 
         arguments.model, line = default_model()
         say(line)

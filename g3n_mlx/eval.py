@@ -130,7 +130,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _variants(arguments: argparse.Namespace) -> list[Variant]:
     """All combinations, the first of everything first, with the reference before them; their slices exist."""
-    from g3n_mlx.hub import default_model, resolve
+    from g3n_mlx.checkpoint.hub import default_model, resolve
     from g3n_mlx.load import chosen_backend
 
     if not arguments.model:
@@ -178,7 +178,7 @@ def _slices(folders: dict[str, Path], wanted: Sequence[str], table: Path | None)
 
 def _bits(folders: dict[str, Path], wanted: Sequence[int]) -> dict[str, list[int | None]]:
     """As stored, then the wanted bits of each model; what is quantized already has no others."""
-    from g3n_mlx.checkpoint import Checkpoint
+    from g3n_mlx.checkpoint.folder import Checkpoint
 
     bits: dict[str, list[int | None]] = {}
     for model, folder in folders.items():
@@ -216,7 +216,7 @@ def _entry(variant: Variant, model: "Gemma3n") -> dict[str, Any]:
 
 
 def _on_examples(arguments: argparse.Namespace, variants: list[Variant]) -> dict[str, Any]:
-    from g3n_mlx.hub import resolve
+    from g3n_mlx.checkpoint.hub import resolve
     from g3n_mlx.quality import answer, grade, read_examples
 
     path = arguments.examples or resolve(variants[0].model) / SAMPLE

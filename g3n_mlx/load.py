@@ -6,8 +6,8 @@ import platform
 import sys
 from pathlib import Path
 
-from g3n_mlx import hub
-from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.checkpoint import hub
+from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.convert import cached_conversion, plan_for
 from g3n_mlx.model import Gemma3n

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.checkpoint.folder import Checkpoint
+from g3n_mlx.checkpoint.shards import DTYPES
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.memory import peak_process_bytes
-from g3n_mlx.shards import DTYPES
 from g3n_mlx.terminal import is_expected, one_line
 
 ENGINES = ("g3n_mlx", "mlx-lm", "transformers")

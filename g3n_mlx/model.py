@@ -11,7 +11,7 @@ import numpy as np
 from g3n_mlx.audio import Audio
 from g3n_mlx.cache import Conversation
 from g3n_mlx.chat_template import Media
-from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.fetch import FetchPolicy
 from g3n_mlx.generate import Constraint, Timings, check_length, chunks, generate_tokens, soft_tokens

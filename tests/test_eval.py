@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from g3n_mlx import load
+from g3n_mlx.checkpoint.hub import demo_folder
 from g3n_mlx.convert import convert
 from g3n_mlx.eval import main
-from g3n_mlx.hub import demo_folder
 from g3n_mlx.quality import errors, read_examples, says, windows, word_errors
 
 TEXT = "The cat sat on the mat.\nDie Katze saß auf der Matte, 猫はマットに座った。\n"

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from g3n_mlx import Audio, Image, Video
+from g3n_mlx.checkpoint.hub import demo_folder
 from g3n_mlx.fetch import FetchPolicy
-from g3n_mlx.hub import demo_folder
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))

@@ -13,7 +13,8 @@ import checkpoint_files as files
 import numpy as np
 import pytest
 
-from g3n_mlx import hub, load
+from g3n_mlx import load
+from g3n_mlx.checkpoint import hub
 from g3n_mlx.convert import convert
 from g3n_mlx.load import chosen_backend, device_name
 

@@ -19,7 +19,7 @@ from g3n_mlx.backends.torch.multimodal import MultimodalEmbedder
 from g3n_mlx.backends.torch.text import LanguageModel, Rope
 from g3n_mlx.backends.torch.vision import VisionTower
 from g3n_mlx.backends.torch.weights import Weights
-from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.text import SLIDING
 from g3n_mlx.convert.quantize import is_quantized_module
 

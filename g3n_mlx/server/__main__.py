@@ -188,7 +188,7 @@ def _bound(host: str, port: int) -> socket.socket:
 
 
 def _load(arguments: argparse.Namespace) -> "Gemma3n":
-    from g3n_mlx.hub import default_model
+    from g3n_mlx.checkpoint.hub import default_model
     from g3n_mlx.load import load
 
     source = arguments.model

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.audio import AudioConfig, audio_manifest
 
 # As published with google/gemma-3n-E4B; `sscp_conv_eps` is its first spelling.

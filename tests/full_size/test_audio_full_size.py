@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.checkpoint.folder import Checkpoint
 
 FRAMES = 2997  # of 30 seconds
 SOUND = 2900  # the rest is padding

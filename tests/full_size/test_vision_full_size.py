@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from random_vision import tower_tensors, write_random_vision
 
-from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.memory import peak_process_bytes
 
 TESTS = Path(__file__).resolve().parent.parent

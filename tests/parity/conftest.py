@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.checkpoint.folder import Checkpoint
 
 
 @dataclass(frozen=True)

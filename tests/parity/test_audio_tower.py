@@ -12,7 +12,7 @@ import pytest
 from checkpoint_files import read_config, read_folder
 from random_audio import write_audio
 
-from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.checkpoint.folder import Checkpoint
 
 TOLERANCE = 1e-4  # of the largest value
 CLIPS = ("clip0", "clip1")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from random_vision import er, uir, write_random_vision
 
 from g3n_mlx import Audio, Image, load
-from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.memory import return_freed_memory
 
 RATE = 16_000

@@ -11,7 +11,7 @@ import pytest
 from checkpoint_files import read_config
 from random_checkpoint import BASE, pattern, write_random
 
-from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.text import FULL, SLIDING
 from g3n_mlx.sampling import SamplingParams
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_checkpoint import write_random
 
-from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.checkpoint.folder import Checkpoint
+from g3n_mlx.checkpoint.quantization import BITS, dequantize, pack, unpack
 from g3n_mlx.convert import convert
-from g3n_mlx.quantization import BITS, dequantize, pack, unpack
 from g3n_mlx.sampling import SamplingParams
 
 PATH = "language_model.embed_tokens"

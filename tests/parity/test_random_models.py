@@ -13,7 +13,7 @@ import pytest
 from checkpoint_files import read_config
 from random_gemma3n import IMAGE, MediaPrompt, random_prompt, write_gemma3n
 
-from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.generate import chunks, soft_tokens
 from g3n_mlx.prompt import MediaSpan
 

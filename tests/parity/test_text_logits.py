@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.sampling import SamplingParams
 
 TOLERANCE = 1e-4

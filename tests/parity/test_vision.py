@@ -12,7 +12,7 @@ import pytest
 from checkpoint_files import mlx_vlm, read_config, read_folder, write_folder
 from random_vision import er, mqa, tower_tensors, uir, write_random_vision
 
-from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.vision import MobileAttentionConfig, VisionConfig, vision_manifest
 
 TOLERANCE = 1e-4  # of the largest value

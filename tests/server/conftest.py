@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from g3n_mlx import load
-from g3n_mlx.hub import demo_folder
+from g3n_mlx.checkpoint.hub import demo_folder
 
 if TYPE_CHECKING:
     from running import Server

@@ -26,7 +26,7 @@ import httpx
 sys.path.insert(0, str(Path(__file__).parent))
 from running import picture, sound
 
-from g3n_mlx.hub import demo_folder
+from g3n_mlx.checkpoint.hub import demo_folder
 
 MAX_GROWTH = 0.05
 MAX_WARM_UPS = 6

@@ -19,7 +19,7 @@ from g3n_mlx.backends.mlx.sampling import Sampler, Step
 from g3n_mlx.backends.mlx.text import Ahead, LanguageModel, RMSNorm
 from g3n_mlx.backends.mlx.vision import VisionTower
 from g3n_mlx.backends.mlx.weights import Weights, evaluated, from_numpy
-from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.audio import AudioConfig
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.config.vision import VisionConfig

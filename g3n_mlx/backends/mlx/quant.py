@@ -7,7 +7,7 @@ import mlx.core as mx
 from mlx import nn
 
 from g3n_mlx.backends.mlx.weights import Weights, evaluated
-from g3n_mlx.quantization import Quantization
+from g3n_mlx.checkpoint.quantization import Quantization
 
 
 def linear(weights: Weights) -> "Linear | QuantizedLinear":

@@ -3,8 +3,8 @@
 import mlx.core as mx
 import numpy as np
 
-from g3n_mlx.checkpoint import Checkpoint, RowTable
-from g3n_mlx.quantization import Quantization
+from g3n_mlx.checkpoint.folder import Checkpoint, RowTable
+from g3n_mlx.checkpoint.quantization import Quantization
 
 
 class Weights:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from g3n_mlx.backends.torch.weights import Weights
-from g3n_mlx.quantization import Quantization
+from g3n_mlx.checkpoint.quantization import Quantization
 
 # Weights dequantized at a time: 4 MiB in bfloat16, so that a block stays in the second-level caches.
 BLOCK_WEIGHTS = 1 << 21

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from g3n_mlx.checkpoint import Checkpoint, RowTable
-from g3n_mlx.quantization import Quantization
+from g3n_mlx.checkpoint.folder import Checkpoint, RowTable
+from g3n_mlx.checkpoint.quantization import Quantization
 
 
 class Weights:

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from g3n_mlx.checkpoint.layouts import STEM, Layout, embedder_manifests, lacks_stem_bias, open_layout, tower_names
+from g3n_mlx.checkpoint.quantization import Quantization, dequantize, to_float32
+from g3n_mlx.checkpoint.shards import DTYPES, MappedTensor, Shard, StoredTensor
 from g3n_mlx.config.manifest import dead_manifest, text_manifest
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.config.text import TextConfig
-from g3n_mlx.layouts import STEM, Layout, embedder_manifests, lacks_stem_bias, open_layout, tower_names
 from g3n_mlx.matformer import Ranges, SlicePlan, cut, slice_config
-from g3n_mlx.quantization import Quantization, dequantize, to_float32
-from g3n_mlx.shards import DTYPES, MappedTensor, Shard, StoredTensor
 
 # A gap between kept columns is worth skipping from a page upwards: below, the disk brings it anyway.
 _PAGE_BYTES = 4096

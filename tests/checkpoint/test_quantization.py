@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from g3n_mlx.quantization import BITS, GROUP_SIZES, Quantization, dequantize, pack, quantize, to_float32, unpack
+from g3n_mlx.checkpoint.quantization import (
+    BITS,
+    GROUP_SIZES,
+    Quantization,
+    dequantize,
+    pack,
+    quantize,
+    to_float32,
+    unpack,
+)
 
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
 

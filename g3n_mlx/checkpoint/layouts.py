@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from g3n_mlx.checkpoint.quantization import BITS, GROUP_SIZES, Quantization
+from g3n_mlx.checkpoint.shards import Shard, StoredTensor, open_shards
 from g3n_mlx.config.audio import audio_manifest
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.manifest import TEXT, dead_manifest, embedder_manifest, text_manifest
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.config.text import FULL, SLIDING
 from g3n_mlx.config.vision import vision_manifest
-from g3n_mlx.quantization import BITS, GROUP_SIZES, Quantization
-from g3n_mlx.shards import Shard, StoredTensor, open_shards
 
 logger = logging.getLogger(__name__)
 

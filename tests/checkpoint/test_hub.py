@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from g3n_mlx import hub
+from g3n_mlx.checkpoint import hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {

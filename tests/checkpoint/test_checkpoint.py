@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.checkpoint.folder import Checkpoint
+from g3n_mlx.checkpoint.quantization import Quantization, dequantize, quantize, to_float32
 from g3n_mlx.convert import convert
 from g3n_mlx.matformer import Slice, plan_slice
-from g3n_mlx.quantization import Quantization, dequantize, quantize, to_float32
 
 PLE = "language_model.embed_tokens_per_layer"
 

@@ -23,7 +23,7 @@ def cache_folder() -> Path:
 
 def demo_folder() -> Path:
     """The folder of the embedded demo model."""
-    return Path(__file__).parent / "demo"
+    return Path(__file__).parent.parent / "demo"
 
 
 def resolve(path_or_id: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
