@@ -27,7 +27,8 @@ from g3n_mlx.convert.write import (
     write_json,
     write_shards,
 )
-from g3n_mlx.matformer import SlicePlan, find_slice, plan_slice, slices_for
+from g3n_mlx.matformer.plan import SlicePlan, find_slice, plan_slice
+from g3n_mlx.matformer.table import slices_for
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ from g3n_mlx.config.text import TextConfig
 from g3n_mlx.convert import DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS, convert
 from g3n_mlx.convert.quantize import FLOATS
 from g3n_mlx.convert.sizes import SizedSlice, largest_fitting, size_slices, table
-from g3n_mlx.matformer import OWN_TABLE, PUBLISHED, fits, read_slices
+from g3n_mlx.matformer.plan import fits
+from g3n_mlx.matformer.table import OWN_TABLE, PUBLISHED, read_slices
 from g3n_mlx.terminal import run_command, size_in_words
 
 _DEFAULT_BITS = 4

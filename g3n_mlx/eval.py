@@ -154,7 +154,7 @@ def _variants(arguments: argparse.Namespace) -> list[Variant]:
 def _slices(folders: dict[str, Path], wanted: Sequence[str], table: Path | None) -> dict[str, list[str]]:
     """The wanted slices that each model has; raises ValueError for one that none of them has."""
     from g3n_mlx.convert import plan_for
-    from g3n_mlx.matformer import slices_for
+    from g3n_mlx.matformer.table import slices_for
 
     found: dict[str, list[str]] = {model: [] for model in folders}
     for name in wanted:

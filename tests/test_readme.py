@@ -93,7 +93,8 @@ def test_every_sampling_keyword_is_an_option():
 
 
 def test_slice_names_of_the_readme_are_known():
-    from g3n_mlx.matformer import find_slice, read_slices
+    from g3n_mlx.matformer.plan import find_slice
+    from g3n_mlx.matformer.table import read_slices
 
     for words in commands():
         if "--matformer" in words:

@@ -21,7 +21,7 @@ from g3n_mlx.checkpoint.shards import DTYPES, MappedTensor, Shard, StoredTensor
 from g3n_mlx.config.manifest import dead_manifest, text_manifest
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.config.text import TextConfig
-from g3n_mlx.matformer import Ranges, SlicePlan, cut, slice_config
+from g3n_mlx.matformer.plan import Ranges, SlicePlan, cut, slice_config
 
 # A gap between kept columns is worth skipping from a page upwards: below, the disk brings it anyway.
 _PAGE_BYTES = 4096

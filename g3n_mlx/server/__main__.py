@@ -209,7 +209,8 @@ def _load(arguments: argparse.Namespace) -> "Gemma3n":
 
 def _short_name(model: "Gemma3n", table: Path | None) -> str | None:
     """The short name of the slice that was taken at load, as `--matformer` takes it."""
-    from g3n_mlx.matformer import find_slice, slices_for
+    from g3n_mlx.matformer.plan import find_slice
+    from g3n_mlx.matformer.table import slices_for
 
     if model.slice_name is None:
         return None

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.checkpoint.quantization import Quantization, dequantize, quantize, to_float32
 from g3n_mlx.convert import convert
-from g3n_mlx.matformer import Slice, plan_slice
+from g3n_mlx.matformer.plan import plan_slice
+from g3n_mlx.matformer.table import Slice
 
 PLE = "language_model.embed_tokens_per_layer"
 
@@ -319,7 +320,7 @@ def test_slice_of_quantized_is_quantized_slice(tiny_folder: Path, tmp_path: Path
 
 
 def _read(table: Path) -> Slice:
-    from g3n_mlx.matformer import read_slices
+    from g3n_mlx.matformer.table import read_slices
 
     return read_slices(table)[0]
 

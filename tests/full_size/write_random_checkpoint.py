@@ -23,7 +23,8 @@ from g3n_mlx.config.manifest import PLE_TABLE, TEXT, TOKEN_TABLE, dead_manifest,
 from g3n_mlx.config.text import TextConfig
 from g3n_mlx.convert.quantize import Job, Output
 from g3n_mlx.convert.write import appearing_folder, check_space, copy_sidecars, write_json, write_shards
-from g3n_mlx.matformer import PUBLISHED, find_slice, plan_slice, read_slices, slice_config
+from g3n_mlx.matformer.plan import find_slice, plan_slice, slice_config
+from g3n_mlx.matformer.table import PUBLISHED, read_slices
 
 MAX_SHARD_BYTES = 4_000_000_000
 # A prime, so that rows of no width repeat.

@@ -13,7 +13,8 @@ from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.manifest import dead_manifest, effective_parameters, text_manifest
 from g3n_mlx.config.text import TextConfig
-from g3n_mlx.matformer import PUBLISHED, Slice, cut, find_slice, plan_slice, read_slices, slice_config
+from g3n_mlx.matformer.plan import cut, find_slice, plan_slice, slice_config
+from g3n_mlx.matformer.table import PUBLISHED, Slice, read_slices
 
 E4B = {key: value for key, value in read_json(PUBLISHED.with_name("gemma3n-e4b.json")).items() if key != "_source"}
 HEADER = "name,# Layers,# Effective Params (B),MMLU PT accuracy,FFN Hidden Dims,Layers Skipped\n"
