@@ -9,23 +9,23 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from g3n_mlx.audio import Audio
-    from g3n_mlx.image import Image
     from g3n_mlx.load import load
+    from g3n_mlx.media.audio import Audio
+    from g3n_mlx.media.image import Image
+    from g3n_mlx.media.video import Video
     from g3n_mlx.model import Gemma3n
     from g3n_mlx.sampling import SamplingParams
-    from g3n_mlx.video import Video
 
     __version__: str
 
 __all__ = ["Audio", "Gemma3n", "Image", "SamplingParams", "Video", "__version__", "load"]
 
 _HOMES = {
-    "Audio": "g3n_mlx.audio",
+    "Audio": "g3n_mlx.media.audio",
     "Gemma3n": "g3n_mlx.model",
-    "Image": "g3n_mlx.image",
+    "Image": "g3n_mlx.media.image",
     "SamplingParams": "g3n_mlx.sampling",
-    "Video": "g3n_mlx.video",
+    "Video": "g3n_mlx.media.video",
     "load": "g3n_mlx.load",
 }
 

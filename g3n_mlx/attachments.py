@@ -16,9 +16,9 @@ from urllib.parse import unquote, urlsplit
 if TYPE_CHECKING:
     import numpy as np
 
-    from g3n_mlx.audio import Audio
-    from g3n_mlx.image import Image
-    from g3n_mlx.video import Video
+    from g3n_mlx.media.audio import Audio
+    from g3n_mlx.media.image import Image
+    from g3n_mlx.media.video import Video
 
 SUFFIXES = {
     "image": {".avif", ".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"},
@@ -181,9 +181,9 @@ class OpenedMedia:
 
     def object_of(self, part: dict[str, Any]) -> "Image | Audio | Video":
         """The object of a part of ours, made when it is first asked for; raises ValueError when it can't be."""
-        from g3n_mlx.audio import Audio
-        from g3n_mlx.image import Image
-        from g3n_mlx.video import Video
+        from g3n_mlx.media.audio import Audio
+        from g3n_mlx.media.image import Image
+        from g3n_mlx.media.video import Video
 
         kind, source = part["type"], part[part["type"]]
         if (kind, source) not in self._objects:

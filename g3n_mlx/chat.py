@@ -232,8 +232,8 @@ class Session:
             self._present(part, prompt)
 
     def _present(self, part: dict[str, Any], prompt: "Prompt") -> None:
-        from g3n_mlx.fetch import FetchPolicy
-        from g3n_mlx.image import Image
+        from g3n_mlx.media.fetch import FetchPolicy
+        from g3n_mlx.media.image import Image
 
         kinds = [span.features.kind for span in prompt.media]
         found, size = self._opened.object_of(part), ""

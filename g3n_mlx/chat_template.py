@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from g3n_mlx.audio import Audio
-from g3n_mlx.image import Image
-from g3n_mlx.video import Video
+from g3n_mlx.media.audio import Audio
+from g3n_mlx.media.image import Image
+from g3n_mlx.media.part import Media
+from g3n_mlx.media.video import Video
 
 # Part types of Hugging Face's and OpenAI's messages, and the modality each one brings.
 MEDIA_KINDS = {
@@ -34,15 +35,6 @@ class Control:
     """A control token, by its name in the vocabulary."""
 
     word: str
-
-
-@dataclass(frozen=True, slots=True)
-class Media:
-    """An image, audio or video part, not yet opened."""
-
-    kind: str  # "image", "audio" or "video"
-    part: Mapping[str, Any]
-    where: str  # "messages[0].content[1]", for errors
 
 
 @dataclass(frozen=True, slots=True)

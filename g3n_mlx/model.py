@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from g3n_mlx.audio import Audio
 from g3n_mlx.cache import Conversation
-from g3n_mlx.chat_template import Media
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.model import ModelConfig
-from g3n_mlx.fetch import FetchPolicy
 from g3n_mlx.generate import Constraint, Timings, check_length, chunks, generate_tokens, soft_tokens
-from g3n_mlx.image import Image, ImageFeatures
 from g3n_mlx.interface import Model, SoftTokens, Step
-from g3n_mlx.media import MediaOpener
+from g3n_mlx.media.audio import Audio
+from g3n_mlx.media.fetch import FetchPolicy
+from g3n_mlx.media.image import Image, ImageFeatures
+from g3n_mlx.media.opener import MediaOpener
+from g3n_mlx.media.part import Media
 from g3n_mlx.memory import peak_process_bytes, return_freed_memory
 from g3n_mlx.prompt import Features, Prompt, prepare
 from g3n_mlx.sampling import SamplingParams

@@ -4,11 +4,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from g3n_mlx.audio import AudioFeatures
-from g3n_mlx.chat_template import Border, Control, Media, render
-from g3n_mlx.fetch import FetchPolicy
-from g3n_mlx.image import ImageFeatures
-from g3n_mlx.media import MediaOpener
+from g3n_mlx.chat_template import Border, Control, render
+from g3n_mlx.media.audio import AudioFeatures
+from g3n_mlx.media.fetch import FetchPolicy
+from g3n_mlx.media.image import ImageFeatures
+from g3n_mlx.media.opener import MediaOpener
+from g3n_mlx.media.part import Media
 from g3n_mlx.tokenizer import Tokenizer
 
 # The tokens of a media block: its start, the placeholder of a soft token, its end.

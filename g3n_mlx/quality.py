@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from g3n_mlx.fetch import FetchPolicy
+from g3n_mlx.media.fetch import FetchPolicy
 from g3n_mlx.prompt import Prompt
 
 if TYPE_CHECKING:

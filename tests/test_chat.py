@@ -17,8 +17,8 @@ from g3n_mlx import __main__ as commands
 from g3n_mlx import chat
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
-from g3n_mlx.fetch import FetchPolicy
-from g3n_mlx.media import MediaOpener
+from g3n_mlx.media.fetch import FetchPolicy
+from g3n_mlx.media.opener import MediaOpener
 from g3n_mlx.prompt import Prompt, prepare
 from g3n_mlx.terminal import PIPE_CLOSED
 from g3n_mlx.tokenizer import Tokenizer

@@ -16,7 +16,7 @@ from PIL import ImageGrab
 from test_chat import Typist, echo, program, session, talk, terminal  # noqa: F401 - fixtures among them
 
 from g3n_mlx import Audio, Image, Video, attachments, chat
-from g3n_mlx.fetch import FetchPolicy
+from g3n_mlx.media.fetch import FetchPolicy
 
 MEDIA = Path(__file__).resolve().parent.parent / "examples" / "media"
 

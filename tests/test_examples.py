@@ -12,7 +12,7 @@ import pytest
 
 from g3n_mlx import Audio, Image, Video
 from g3n_mlx.checkpoint.hub import demo_folder
-from g3n_mlx.fetch import FetchPolicy
+from g3n_mlx.media.fetch import FetchPolicy
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))

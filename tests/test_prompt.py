@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from g3n_mlx.chat_template import Border, Control, Media, render
+from g3n_mlx.chat_template import Border, Control, render
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
-from g3n_mlx.fetch import FetchPolicy
-from g3n_mlx.media import MediaOpener
+from g3n_mlx.media.fetch import FetchPolicy
+from g3n_mlx.media.opener import MediaOpener
+from g3n_mlx.media.part import Media
 from g3n_mlx.prompt import Prompt, PromptTooLong, encode, prepare
 from g3n_mlx.tokenizer import CONTROL_WORDS, Tokenizer
 

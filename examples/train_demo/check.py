@@ -20,8 +20,8 @@ from packing import Encoder
 from skills import all_skills
 
 from g3n_mlx import load
-from g3n_mlx.audio import AudioFeatures
-from g3n_mlx.image import ImageFeatures
+from g3n_mlx.media.audio import AudioFeatures
+from g3n_mlx.media.image import ImageFeatures
 from g3n_mlx.prompt import Prompt
 
 STUBS = Path(__file__).resolve().parents[2] / "tests" / "golden" / "reference_builder" / "torchvision_stubs.py"

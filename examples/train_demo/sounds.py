@@ -10,7 +10,7 @@ from PIL import Image
 from skill import Example, Generator, dialogue
 from speech import COMMANDS, MAX_SECONDS, RATE, SpeechCache
 
-from g3n_mlx.audio import Audio
+from g3n_mlx.media.audio import Audio
 
 TRANSCRIBE = ("Transcribe this.", "What does the voice say?", "Write down what you hear.")
 LISTEN = ("What do you hear?", "What is this sound?", "Describe the sound.")

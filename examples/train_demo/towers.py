@@ -27,8 +27,8 @@ from state import load, save, take
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from g3n_mlx.audio import Audio
-from g3n_mlx.chat_template import Media
+from g3n_mlx.media.audio import Audio
+from g3n_mlx.media.part import Media
 
 GRID = 3
 NAMES = {f"{colour} {shape}": place for place, (colour, shape) in enumerate((c, s) for c in COLOURS for s in SHAPES)}

@@ -21,7 +21,7 @@ from skill import Example, Message
 from skills import all_skills
 from speech import RATE
 
-from g3n_mlx.fetch import FetchPolicy
+from g3n_mlx.media.fetch import FetchPolicy
 
 TRANSCRIPTIONS = ("digits", "dictation", "commands", "names")
 

@@ -113,7 +113,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     except ImportError:
         raise ImportError("the server needs more packages: pip install 'g3n-mlx[server]'") from None
 
-    from g3n_mlx.fetch import FetchPolicy
+    from g3n_mlx.media.fetch import FetchPolicy
     from g3n_mlx.server.app import create_app
     from g3n_mlx.server.engine import Engine, Limits
     from g3n_mlx.server.gate import GatePolicy

@@ -16,9 +16,9 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 
-from g3n_mlx.fetch import FetchPolicy
 from g3n_mlx.generate import check_length
 from g3n_mlx.grammar import GrammarError, Grammars
+from g3n_mlx.media.fetch import FetchPolicy
 from g3n_mlx.model import Gemma3n
 from g3n_mlx.prompt import Prompt, PromptTooLong, check_text
 from g3n_mlx.server.errors import CLIENT_GONE, ApiError

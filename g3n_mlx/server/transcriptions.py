@@ -14,7 +14,7 @@ from fastapi import APIRouter, Form, Request, UploadFile
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import Field, FiniteFloat
 
-from g3n_mlx.audio import Audio
+from g3n_mlx.media.audio import Audio
 from g3n_mlx.server.engine import Turn, TurnOf, unless_gone
 from g3n_mlx.server.errors import ApiError
 from g3n_mlx.server.scheduler import Answer

@@ -23,7 +23,7 @@ import uvicorn
 from PIL import Image
 
 from g3n_mlx import load
-from g3n_mlx.fetch import FetchPolicy
+from g3n_mlx.media.fetch import FetchPolicy
 from g3n_mlx.server.app import create_app
 from g3n_mlx.server.engine import Engine, Limits
 from g3n_mlx.server.gate import GatePolicy

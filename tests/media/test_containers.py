@@ -5,7 +5,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from media_files import AV, SNDFILE, sound_file, tones, video_file
 
-from g3n_mlx.containers import check_whole
+from g3n_mlx.media.containers import check_whole
 
 STARTS = [b"RIFF", b"RIFF\0\0\0\0WAVE", b"FORM", b"OggS", b"\x1a\x45\xdf\xa3", b"\0\0\0\x10ftyp", b"ID3", b"\xff\xfb"]
 # FLAC and bare AAC say nothing; their decoders notice.

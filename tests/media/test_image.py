@@ -13,12 +13,12 @@ import pytest
 from PIL import Image as pil
 
 from g3n_mlx.config.fields import read_json
-from g3n_mlx.fetch import FetchPolicy
-from g3n_mlx.image import Image, ImageProcessing
+from g3n_mlx.media.fetch import FetchPolicy
+from g3n_mlx.media.image import Image, ImageProcessing
 
 ANY = FetchPolicy()
 PROCESSING = ImageProcessing(height=192, width=192, resample=2, rescale=1 / 255)
-GOLDEN = Path(__file__).parent / "golden" / "image_processing.npz"
+GOLDEN = Path(__file__).parents[1] / "golden" / "image_processing.npz"
 NAMES = sorted({name.rpartition(".")[0] for name in np.load(GOLDEN).files})
 # How the mean of a picture may differ for its format: lossless, a palette, JPEG's and AVIF's losses.
 FORMATS = {

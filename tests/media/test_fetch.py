@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from g3n_mlx.fetch import FetchPolicy, decode_base64, fetch
+from g3n_mlx.media.fetch import FetchPolicy, decode_base64, fetch
 
 ANY = FetchPolicy(timeout_s=20)
 BODY = bytes(range(256)) * 40
@@ -380,8 +380,8 @@ def test_all_addresses_of_a_host_share_one_time_limit(monkeypatch):
         now[0] += timeout_s
         raise TimeoutError("timed out")
 
-    monkeypatch.setattr("g3n_mlx.fetch.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("g3n_mlx.fetch.socket.create_connection", silent)
+    monkeypatch.setattr("g3n_mlx.media.fetch.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("g3n_mlx.media.fetch.socket.create_connection", silent)
     policy = FetchPolicy(resolver=lambda host, port: [f"8.8.8.{last}" for last in range(200)], timeout_s=5.0)
     with pytest.raises(ValueError, match="took longer than 5 s"):
         fetch("http://many.example/picture.png", policy)

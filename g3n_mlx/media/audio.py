@@ -17,8 +17,8 @@ import numpy as np
 
 from g3n_mlx.config.audio import AudioConfig
 from g3n_mlx.config.fields import Fields
-from g3n_mlx.containers import check_whole, import_av, open_container
-from g3n_mlx.fetch import FetchPolicy, fetch, source_text
+from g3n_mlx.media.containers import check_whole, import_av, open_container
+from g3n_mlx.media.fetch import FetchPolicy, fetch, source_text
 
 # Source: feature_extraction_gemma3n.py, `__call__`: max_length and pad_to_multiple_of have no key in the config.
 MAX_CLIP_SAMPLES = 480_000

@@ -14,12 +14,12 @@ from test_fetch import Answers, no_proxy, server, url  # noqa: F401 - fixtures
 from test_image import drawn, encoded
 
 from g3n_mlx import Audio, Image, Video
-from g3n_mlx.audio import AudioFeatures
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
-from g3n_mlx.fetch import FetchPolicy
-from g3n_mlx.image import ImageFeatures
-from g3n_mlx.media import MediaOpener
+from g3n_mlx.media.audio import AudioFeatures
+from g3n_mlx.media.fetch import FetchPolicy
+from g3n_mlx.media.image import ImageFeatures
+from g3n_mlx.media.opener import MediaOpener
 from g3n_mlx.prompt import Prompt, prepare
 from g3n_mlx.tokenizer import Tokenizer
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from g3n_mlx.audio import sound_track
-from g3n_mlx.containers import check_whole, import_av, open_container
-from g3n_mlx.fetch import FetchPolicy, fetch, source_text
+from g3n_mlx.media.audio import sound_track
+from g3n_mlx.media.containers import check_whole, import_av, open_container
+from g3n_mlx.media.fetch import FetchPolicy, fetch, source_text
 
 _log = logging.getLogger(__name__)
 

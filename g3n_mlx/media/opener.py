@@ -13,13 +13,13 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from g3n_mlx.audio import Audio, AudioFeatures, AudioProcessing, split_clips
-from g3n_mlx.chat_template import Media
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
-from g3n_mlx.fetch import FetchPolicy, decode_base64, fetch
-from g3n_mlx.image import Image, ImageFeatures, ImageProcessing
-from g3n_mlx.video import Video, time_stamp
+from g3n_mlx.media.audio import Audio, AudioFeatures, AudioProcessing, split_clips
+from g3n_mlx.media.fetch import FetchPolicy, decode_base64, fetch
+from g3n_mlx.media.image import Image, ImageFeatures, ImageProcessing
+from g3n_mlx.media.part import Media
+from g3n_mlx.media.video import Video, time_stamp
 
 _log = logging.getLogger(__name__)
 

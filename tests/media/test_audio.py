@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from media_files import AV, LEFT_HZ, RIGHT_HZ, SNDFILE, sound_file, tones, video_file
 
-from g3n_mlx.audio import MAX_CLIP_SAMPLES, Audio, AudioProcessing, split_clips
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
-from g3n_mlx.fetch import FetchPolicy
+from g3n_mlx.media.audio import MAX_CLIP_SAMPLES, Audio, AudioProcessing, split_clips
+from g3n_mlx.media.fetch import FetchPolicy
 
 ANY = FetchPolicy()
 RATE = 16_000

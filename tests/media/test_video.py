@@ -10,8 +10,8 @@ import pytest
 from media_files import shade, sound_file, tones, video_file
 from PIL import Image as pil
 
-from g3n_mlx.fetch import FetchPolicy
-from g3n_mlx.video import Video, time_stamp
+from g3n_mlx.media.fetch import FetchPolicy
+from g3n_mlx.media.video import Video, time_stamp
 
 ANY = FetchPolicy()
 # Container and codec, and whether the container declares how long its pictures last.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from g3n_mlx.config.fields import Fields
-from g3n_mlx.fetch import FetchPolicy, fetch, source_text
+from g3n_mlx.media.fetch import FetchPolicy, fetch, source_text
 
 if TYPE_CHECKING:
     from PIL import Image as pil
