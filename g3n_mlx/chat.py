@@ -33,7 +33,7 @@ from g3n_mlx.terminal import (
 
 if TYPE_CHECKING:
     from g3n_mlx.model import Gemma3n, Usage
-    from g3n_mlx.prompt import Prompt
+    from g3n_mlx.prompt.prompt import Prompt
 
 SETTINGS: dict[str, type[int] | type[float]] = {
     "temperature": float,

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from g3n_mlx.tokenizer import Tokenizer
+from g3n_mlx.prompt.tokenizer import Tokenizer
 
 # At every place where JSON allows white space, at most once.
 WHITE_SPACE = r" |\n {0,40}"

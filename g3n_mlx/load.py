@@ -11,7 +11,7 @@ from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.convert import cached_conversion, plan_for
 from g3n_mlx.model import Gemma3n
-from g3n_mlx.tokenizer import Tokenizer
+from g3n_mlx.prompt.tokenizer import Tokenizer
 
 PACKAGES = {"mlx": "mlx.core", "torch": "torch"}
 INSTALL = {"mlx": "pip install 'g3n-mlx[mlx]'", "torch": "pip install 'g3n-mlx[torch]'"}

@@ -19,9 +19,9 @@ from g3n_mlx.media.image import Image, ImageFeatures
 from g3n_mlx.media.opener import MediaOpener
 from g3n_mlx.media.part import Media
 from g3n_mlx.memory import peak_process_bytes, return_freed_memory
-from g3n_mlx.prompt import Features, Prompt, prepare
+from g3n_mlx.prompt.prompt import Features, Prompt, prepare
+from g3n_mlx.prompt.tokenizer import Tokenizer
 from g3n_mlx.sampling import SamplingParams
-from g3n_mlx.tokenizer import Tokenizer
 
 # Soft tokens kept for the next turns: an image's are 1 MiB at E4B's width, so 256 pictures or clips.
 KEPT_SOFT_TOKENS_BYTES = 256 << 20

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from g3n_mlx.media.fetch import FetchPolicy
-from g3n_mlx.prompt import Prompt
+from g3n_mlx.prompt.prompt import Prompt
 
 if TYPE_CHECKING:
     from g3n_mlx.model import Gemma3n

@@ -19,9 +19,9 @@ from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.media.fetch import FetchPolicy
 from g3n_mlx.media.opener import MediaOpener
-from g3n_mlx.prompt import Prompt, prepare
+from g3n_mlx.prompt.prompt import Prompt, prepare
+from g3n_mlx.prompt.tokenizer import Tokenizer
 from g3n_mlx.terminal import PIPE_CLOSED
-from g3n_mlx.tokenizer import Tokenizer
 
 if os.name == "posix":
     import pexpect

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from g3n_mlx.cache import MAX_SNAPSHOTS, Conversation
 from g3n_mlx.generate import PromptTooLong, Timings, chunks, generate_tokens
-from g3n_mlx.prompt import Prompt
+from g3n_mlx.prompt.prompt import Prompt
 from g3n_mlx.sampling import SamplingParams
 
 VOCABULARY = 50

@@ -12,7 +12,7 @@ from random_schemas import SCHEMAS
 
 from g3n_mlx import Gemma3n, load
 from g3n_mlx.grammar import Constraint, GrammarError, Grammars, Limits
-from g3n_mlx.tokenizer import Tokenizer
+from g3n_mlx.prompt.tokenizer import Tokenizer
 
 pytest.importorskip("llguidance")
 jsonschema = pytest.importorskip("jsonschema")

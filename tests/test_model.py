@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from g3n_mlx import load
 from g3n_mlx.generate import PromptTooLong
 from g3n_mlx.model import StopStrings
-from g3n_mlx.prompt import Prompt
+from g3n_mlx.prompt.prompt import Prompt
 
 USER = [{"role": "user", "content": "Tell me about the sea, and about the wind over it, in a few words."}]
 GREEDY = {"temperature": 0, "ignore_eos": True, "max_tokens": 12}

@@ -22,7 +22,7 @@ from skills import all_skills
 from g3n_mlx import load
 from g3n_mlx.media.audio import AudioFeatures
 from g3n_mlx.media.image import ImageFeatures
-from g3n_mlx.prompt import Prompt
+from g3n_mlx.prompt.prompt import Prompt
 
 STUBS = Path(__file__).resolve().parents[2] / "tests" / "golden" / "reference_builder" / "torchvision_stubs.py"
 

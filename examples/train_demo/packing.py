@@ -11,15 +11,15 @@ import torch
 from network import Rows
 from skill import Example
 
-from g3n_mlx.chat_template import render
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.media.audio import AudioFeatures
 from g3n_mlx.media.fetch import FetchPolicy
 from g3n_mlx.media.image import ImageFeatures
 from g3n_mlx.media.opener import MediaOpener
 from g3n_mlx.media.part import Media
-from g3n_mlx.prompt import Prompt, encode
-from g3n_mlx.tokenizer import Tokenizer
+from g3n_mlx.prompt.prompt import Prompt, encode
+from g3n_mlx.prompt.template import render
+from g3n_mlx.prompt.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 
 from g3n_mlx.model import Chunk, TokenScore
-from g3n_mlx.prompt import Prompt
+from g3n_mlx.prompt.prompt import Prompt
 from g3n_mlx.server.engine import TOO_LONG, Turn, TurnOf, unless_gone
 from g3n_mlx.server.errors import ApiError
 from g3n_mlx.server.scheduler import Answer

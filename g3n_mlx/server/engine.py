@@ -20,7 +20,7 @@ from g3n_mlx.generate import check_length
 from g3n_mlx.grammar import GrammarError, Grammars
 from g3n_mlx.media.fetch import FetchPolicy
 from g3n_mlx.model import Gemma3n
-from g3n_mlx.prompt import Prompt, PromptTooLong, check_text
+from g3n_mlx.prompt.prompt import Prompt, PromptTooLong, check_text
 from g3n_mlx.server.errors import CLIENT_GONE, ApiError
 from g3n_mlx.server.metrics import Metrics
 from g3n_mlx.server.scheduler import DONE, Answer, Ended, Expired, Job, Scheduler

@@ -15,7 +15,7 @@ from typing import Any, Final
 from g3n_mlx.cache import Conversation
 from g3n_mlx.generate import Constraint
 from g3n_mlx.model import Chunk, Gemma3n, TokenScore
-from g3n_mlx.prompt import Prompt
+from g3n_mlx.prompt.prompt import Prompt
 from g3n_mlx.sampling import SamplingParams
 from g3n_mlx.server.metrics import Metrics
 from g3n_mlx.server.prefix_cache import PrefixCache

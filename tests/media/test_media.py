@@ -20,8 +20,8 @@ from g3n_mlx.media.audio import AudioFeatures
 from g3n_mlx.media.fetch import FetchPolicy
 from g3n_mlx.media.image import ImageFeatures
 from g3n_mlx.media.opener import MediaOpener
-from g3n_mlx.prompt import Prompt, prepare
-from g3n_mlx.tokenizer import Tokenizer
+from g3n_mlx.prompt.prompt import Prompt, prepare
+from g3n_mlx.prompt.tokenizer import Tokenizer
 
 ANY = FetchPolicy()
 RATE = 16_000

@@ -45,7 +45,7 @@ def test_a_multiple_choice_task(server, model, demo, tmp_path):
 
 def continuation_logprob(model, context, continuation):
     """By `Gemma3n.score`: the sum over the tokens that the continuation adds."""
-    from g3n_mlx.prompt import Prompt
+    from g3n_mlx.prompt.prompt import Prompt
 
     bos, encode = model.tokenizer.bos_id, model.tokenizer.encode
     ids = (bos, *encode(context + continuation))

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from random_schemas import OBJECTS
 
 from g3n_mlx.grammar import GrammarError, Grammars
+from g3n_mlx.prompt.tokenizer import Tokenizer
 from g3n_mlx.server.messages import conversation
 from g3n_mlx.server.schemas import Message
 from g3n_mlx.server.tools import REQUIRED, Tools, calls_text
-from g3n_mlx.tokenizer import Tokenizer
 
 WEATHER = {
     "name": "get_weather",

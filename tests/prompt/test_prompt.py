@@ -6,19 +6,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from g3n_mlx.chat_template import Border, Control, render
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.media.fetch import FetchPolicy
 from g3n_mlx.media.opener import MediaOpener
 from g3n_mlx.media.part import Media
-from g3n_mlx.prompt import Prompt, PromptTooLong, encode, prepare
-from g3n_mlx.tokenizer import CONTROL_WORDS, Tokenizer
+from g3n_mlx.prompt.prompt import Prompt, PromptTooLong, encode, prepare
+from g3n_mlx.prompt.template import Border, Control, render
+from g3n_mlx.prompt.tokenizer import CONTROL_WORDS, Tokenizer
 
 # control_words_in_text is the third deliberate difference from the reference: see the test below.
 DEVIATIONS = {"system_parts_use_the_first", "unknown_part_is_dropped", "control_words_in_text"}
 PLACEHOLDERS = {"image": "<image_soft_token>", "audio": "<audio_soft_token>"}
-TINY = Path(__file__).resolve().parent.parent / "tests" / "tiny-gemma3n"
+TINY = Path(__file__).resolve().parents[2] / "tests" / "tiny-gemma3n"
 TEXT_ALONE = MediaOpener(TINY, ModelConfig.from_dict(read_json(TINY / "config.json")))
 TEXTS = st.one_of(st.text(max_size=20), st.sampled_from(["\n", "a\n\n", " b", *CONTROL_WORDS]))
 

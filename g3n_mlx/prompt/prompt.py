@@ -4,13 +4,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from g3n_mlx.chat_template import Border, Control, render
 from g3n_mlx.media.audio import AudioFeatures
 from g3n_mlx.media.fetch import FetchPolicy
 from g3n_mlx.media.image import ImageFeatures
 from g3n_mlx.media.opener import MediaOpener
 from g3n_mlx.media.part import Media
-from g3n_mlx.tokenizer import Tokenizer
+from g3n_mlx.prompt.template import Border, Control, render
+from g3n_mlx.prompt.tokenizer import Tokenizer
 
 # The tokens of a media block: its start, the placeholder of a soft token, its end.
 BLOCKS = {

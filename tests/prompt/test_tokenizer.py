@@ -9,7 +9,7 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from g3n_mlx.tokenizer import CONTROL_WORDS, Tokenizer
+from g3n_mlx.prompt.tokenizer import CONTROL_WORDS, Tokenizer
 
 # Where the released configuration has the tokens that Gemma 3n adds to Gemma 3's vocabulary.
 TEXT_VOCABULARY, TOTAL_VOCABULARY = 262_144, 262_400

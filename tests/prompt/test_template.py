@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from g3n_mlx.chat_template import Border, Control, Piece, render
 from g3n_mlx.media.part import Media
+from g3n_mlx.prompt.template import Border, Control, Piece, render
 
 # What the goldens have in a media part's place.
 PLACEHOLDERS = {"image": "<image_soft_token>", "audio": "<audio_soft_token>"}
