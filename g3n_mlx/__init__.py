@@ -9,12 +9,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from g3n_mlx.engine.sampling import SamplingParams
     from g3n_mlx.load import load
     from g3n_mlx.media.audio import Audio
     from g3n_mlx.media.image import Image
     from g3n_mlx.media.video import Video
     from g3n_mlx.model import Gemma3n
-    from g3n_mlx.sampling import SamplingParams
 
     __version__: str
 
@@ -24,7 +24,7 @@ _HOMES = {
     "Audio": "g3n_mlx.media.audio",
     "Gemma3n": "g3n_mlx.model",
     "Image": "g3n_mlx.media.image",
-    "SamplingParams": "g3n_mlx.sampling",
+    "SamplingParams": "g3n_mlx.engine.sampling",
     "Video": "g3n_mlx.media.video",
     "load": "g3n_mlx.load",
 }

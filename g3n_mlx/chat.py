@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> int:
     # Whatever is wrong with the flags or stdin is said before the model takes its time to load.
-    from g3n_mlx.sampling import SamplingParams
+    from g3n_mlx.engine.sampling import SamplingParams
 
     settings = {name: value for name in SETTINGS if (value := getattr(arguments, name, None)) is not None}
     SamplingParams(**settings)
@@ -409,7 +409,7 @@ class Session:
         )
 
     def _set(self, argument: str) -> None:
-        from g3n_mlx.sampling import SamplingParams
+        from g3n_mlx.engine.sampling import SamplingParams
 
         name, _, value = argument.partition(" ")
         name = name.replace("-", "_")

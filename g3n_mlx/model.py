@@ -1,6 +1,5 @@
 """Gemma3n: what `load` returns and users hold. Messages in, text out, over the loop of generate.py."""
 
-from collections import OrderedDict
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
@@ -8,23 +7,24 @@ from typing import Any
 
 import numpy as np
 
-from g3n_mlx.cache import Conversation
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.model import ModelConfig
-from g3n_mlx.generate import Constraint, Timings, check_length, chunks, generate_tokens, soft_tokens
-from g3n_mlx.interface import Model, SoftTokens, Step
+from g3n_mlx.engine.conversation import Conversation
+from g3n_mlx.engine.generate import Constraint, Timings, check_length, chunks, generate_tokens, soft_tokens
+from g3n_mlx.engine.sampling import SamplingParams
+from g3n_mlx.engine.scores import TokenScore, token_scores
+from g3n_mlx.engine.soft_tokens import EmbeddedMedia
+from g3n_mlx.engine.stops import StopStrings
+from g3n_mlx.interface import Model, Step
 from g3n_mlx.media.audio import Audio
 from g3n_mlx.media.fetch import FetchPolicy
-from g3n_mlx.media.image import Image, ImageFeatures
+from g3n_mlx.media.image import Image
 from g3n_mlx.media.opener import MediaOpener
 from g3n_mlx.media.part import Media
 from g3n_mlx.memory import peak_process_bytes, return_freed_memory
-from g3n_mlx.prompt.prompt import Features, Prompt, prepare
+from g3n_mlx.prompt.prompt import Prompt, prepare
 from g3n_mlx.prompt.tokenizer import Tokenizer
-from g3n_mlx.sampling import SamplingParams
 
-# Soft tokens kept for the next turns: an image's are 1 MiB at E4B's width, so 256 pictures or clips.
-KEPT_SOFT_TOKENS_BYTES = 256 << 20
 # Rows of logits at once in `score`: 64 MiB at the released vocabulary, in float32.
 SCORED_ROWS = 64
 LOCAL = FetchPolicy()
@@ -55,15 +55,6 @@ class Chunk:
     top_logprobs: tuple[tuple[int, float], ...] | None = None
     finish_reason: str | None = None  # "stop" or "length", in the last chunk only
     usage: Usage | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TokenScore:
-    """A token of a prompt, and how likely the ones before it made it."""
-
-    token: int
-    logprob: float | None  # None of the first one
-    top_logprobs: tuple[tuple[int, float], ...] | None  # the likeliest ones in its place, best first
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +153,7 @@ class Gemma3n:
         """The answer to messages, to a string as one user message, or to token ids taken as they are.
 
         sampling: fields of SamplingParams; what is not given comes from generation_config.json.
-        constraint: what the answer must look like (g3n_mlx/grammar.py); good for one answer.
+        constraint: what the answer must look like (g3n_mlx/engine/grammar.py); good for one answer.
         Raises ValueError on a bad prompt or option, PromptTooLong when the prompt exceeds the context.
         """
         answer = list(self.stream(prompt, constraint=constraint, **sampling))
@@ -326,76 +317,6 @@ class Gemma3n:
             avg_compl_tok_per_sec=decoded / timings.decode_s if decoded > 0 and timings.decode_s else 0.0,
             peak_memory_bytes=max(peak_process_bytes(), self._model.peak_memory_bytes()),
         )
-
-
-class EmbeddedMedia:
-    """Features to soft tokens, each picture or sound once: those used last are kept, found by their content."""
-
-    def __init__(self, model: Model) -> None:
-        self._model = model
-        self._kept: OrderedDict[bytes, SoftTokens] = OrderedDict()
-
-    def __call__(self, features: Features) -> SoftTokens:
-        """The soft tokens of an image or a clip."""
-        if features.digest in self._kept:
-            self._kept.move_to_end(features.digest)
-            return self._kept[features.digest]
-        if isinstance(features, ImageFeatures):
-            soft = self._model.embed_image(features.values())
-        else:
-            soft = self._model.embed_audio(features.frames, features.mask)
-        self._kept[features.digest] = soft
-        while sum(kept.nbytes for kept in self._kept.values()) > KEPT_SOFT_TOKENS_BYTES and len(self._kept) > 1:
-            self._kept.popitem(last=False)
-        return soft
-
-    def clear(self) -> None:
-        """Forgets all of them."""
-        self._kept.clear()
-
-
-def token_scores(token_ids: np.ndarray, logits: np.ndarray, top: int) -> list[TokenScore]:
-    """The scores of ids [T] under the logits [T, V] before each, with the `top` likeliest ones, ties by id."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    logprobs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    found: list[TokenScore] = []
-    for token_id, row in zip(token_ids, logprobs, strict=True):
-        likeliest = np.argpartition(-row, top - 1)[:top] if top else np.zeros(0, dtype=np.int64)
-        best = sorted(((int(i), float(row[i])) for i in likeliest), key=lambda entry: (-entry[1], entry[0]))
-        found.append(TokenScore(int(token_id), float(row[token_id]), tuple(best)))
-    return found
-
-
-class StopStrings:
-    """Passes text on, up to the first stop string; holds back what may yet become one."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.found = False
-        self._stops = stops
-        self._held = ""
-
-    def push(self, text: str) -> str:
-        """The text that is safe to show after this piece."""
-        self._held += text
-        starts = [start for stop in self._stops if (start := self._held.find(stop)) >= 0]
-        if starts:
-            self.found = True
-            shown, self._held = self._held[: min(starts)], ""
-            return shown
-        longest = max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        safe = len(self._held) - longest
-        shown, self._held = self._held[:safe], self._held[safe:]
-        return shown
-
-    def finish(self) -> str:
-        """What was held back, once nothing more comes."""
-        shown, self._held = self._held, ""
-        return shown
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of the text that begins the stop string."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def _logprobs(step: Step, params: SamplingParams) -> tuple[float | None, tuple[tuple[int, float], ...] | None]:

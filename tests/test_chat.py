@@ -138,7 +138,7 @@ def test_settings(session, echo, capsys):
 
 
 def test_every_setting_is_a_sampling_keyword():
-    from g3n_mlx.sampling import SamplingParams
+    from g3n_mlx.engine.sampling import SamplingParams
 
     SamplingParams(**{name: kind("1") for name, kind in chat.SETTINGS.items()})
 

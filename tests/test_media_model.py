@@ -9,8 +9,8 @@ from media_files import sound_file, tones, video_file
 from test_image import drawn, encoded
 
 from g3n_mlx import Audio, Image, Video, load
-from g3n_mlx.generate import PromptTooLong
-from g3n_mlx.model import EmbeddedMedia
+from g3n_mlx.engine.generate import PromptTooLong
+from g3n_mlx.engine.soft_tokens import EmbeddedMedia
 
 RATE = 16_000
 SHORT = {"temperature": 0, "ignore_eos": True, "max_tokens": 5}

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from g3n_mlx import load
-from g3n_mlx.generate import PromptTooLong
-from g3n_mlx.model import StopStrings
+from g3n_mlx.engine.generate import PromptTooLong
+from g3n_mlx.engine.stops import StopStrings
 from g3n_mlx.prompt.prompt import Prompt
 
 USER = [{"role": "user", "content": "Tell me about the sea, and about the wind over it, in a few words."}]

@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 
-from g3n_mlx.generate import Constraint
+from g3n_mlx.engine.generate import Constraint
 from g3n_mlx.model import Chunk
 from g3n_mlx.server import tools
 from g3n_mlx.server.engine import Turn, TurnOf, unless_gone

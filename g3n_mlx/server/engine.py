@@ -16,8 +16,8 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 
-from g3n_mlx.generate import check_length
-from g3n_mlx.grammar import GrammarError, Grammars
+from g3n_mlx.engine.generate import check_length
+from g3n_mlx.engine.grammar import GrammarError, Grammars
 from g3n_mlx.media.fetch import FetchPolicy
 from g3n_mlx.model import Gemma3n
 from g3n_mlx.prompt.prompt import Prompt, PromptTooLong, check_text

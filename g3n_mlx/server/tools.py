@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from g3n_mlx.grammar import WHITE_SPACE, Constraint, GrammarError, Grammars
+from g3n_mlx.engine.grammar import WHITE_SPACE, Constraint, GrammarError, Grammars
 
 AUTO, REQUIRED = "auto", "required"
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from g3n_mlx.cache import MAX_SNAPSHOTS, Conversation
-from g3n_mlx.sampling import SamplingParams
+from g3n_mlx.engine.conversation import MAX_SNAPSHOTS, Conversation
+from g3n_mlx.engine.sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from g3n_mlx import Audio, Image, load
-from g3n_mlx.model import EmbeddedMedia
+from g3n_mlx.engine.soft_tokens import EmbeddedMedia
 
 RATE = 16_000
 SYSTEM = {"role": "system", "content": [{"type": "text", "text": "You are a helpful assistant."}]}

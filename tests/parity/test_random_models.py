@@ -14,7 +14,7 @@ from checkpoint_files import read_config
 from random_gemma3n import IMAGE, MediaPrompt, random_prompt, write_gemma3n
 
 from g3n_mlx.checkpoint.folder import Checkpoint
-from g3n_mlx.generate import chunks, soft_tokens
+from g3n_mlx.engine.generate import chunks, soft_tokens
 from g3n_mlx.prompt.prompt import MediaSpan
 
 TOLERANCE = 1e-3

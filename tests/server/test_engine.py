@@ -12,7 +12,7 @@ import openai
 import pytest
 from running import started, stopped, video, wait_until
 
-from g3n_mlx.grammar import GrammarError
+from g3n_mlx.engine.grammar import GrammarError
 from g3n_mlx.server import app
 from g3n_mlx.server.scheduler import DONE, Answer, Ended, Expired, Job
 

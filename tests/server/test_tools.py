@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_schemas import OBJECTS
 
-from g3n_mlx.grammar import GrammarError, Grammars
+from g3n_mlx.engine.grammar import GrammarError, Grammars
 from g3n_mlx.prompt.tokenizer import Tokenizer
 from g3n_mlx.server.messages import conversation
 from g3n_mlx.server.schemas import Message

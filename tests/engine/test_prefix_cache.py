@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from g3n_mlx.server.prefix_cache import PrefixCache
+from g3n_mlx.engine.prefix_cache import PrefixCache
 
 
 class Idle:

@@ -7,7 +7,7 @@ the longest snapshot that they share.
 
 from collections.abc import Callable, Iterable, Sequence
 
-from g3n_mlx.cache import Conversation
+from g3n_mlx.engine.conversation import Conversation
 
 
 class PrefixCache:

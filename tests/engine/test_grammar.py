@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from random_schemas import SCHEMAS
 
 from g3n_mlx import Gemma3n, load
-from g3n_mlx.grammar import Constraint, GrammarError, Grammars, Limits
+from g3n_mlx.engine.grammar import Constraint, GrammarError, Grammars, Limits
 from g3n_mlx.prompt.tokenizer import Tokenizer
 
 pytest.importorskip("llguidance")

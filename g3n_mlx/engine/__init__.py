@@ -1,0 +1,1 @@
+"""What runs between a prompt and its tokens; it knows ids, no text."""

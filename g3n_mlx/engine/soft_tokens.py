@@ -1,0 +1,36 @@
+"""Images and clips as soft tokens, each encoded once."""
+
+from collections import OrderedDict
+
+from g3n_mlx.interface import Model, SoftTokens
+from g3n_mlx.media.image import ImageFeatures
+from g3n_mlx.prompt.prompt import Features
+
+# Soft tokens kept for the next turns: an image's are 1 MiB at E4B's width, so 256 pictures or clips.
+KEPT_SOFT_TOKENS_BYTES = 256 << 20
+
+
+class EmbeddedMedia:
+    """Features to soft tokens, each picture or sound once: those used last are kept, found by their content."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._kept: OrderedDict[bytes, SoftTokens] = OrderedDict()
+
+    def __call__(self, features: Features) -> SoftTokens:
+        """The soft tokens of an image or a clip."""
+        if features.digest in self._kept:
+            self._kept.move_to_end(features.digest)
+            return self._kept[features.digest]
+        if isinstance(features, ImageFeatures):
+            soft = self._model.embed_image(features.values())
+        else:
+            soft = self._model.embed_audio(features.frames, features.mask)
+        self._kept[features.digest] = soft
+        while sum(kept.nbytes for kept in self._kept.values()) > KEPT_SOFT_TOKENS_BYTES and len(self._kept) > 1:
+            self._kept.popitem(last=False)
+        return soft
+
+    def clear(self) -> None:
+        """Forgets all of them."""
+        self._kept.clear()
