@@ -56,9 +56,9 @@ def load(
     tokenizer = Tokenizer.from_folder(folder)
     generation = folder / "generation_config.json"
     devices.claim(place)
-    multimodal = importlib.import_module(f"g3n_mlx.backends.{backend}.multimodal")
+    model_file = importlib.import_module(f"g3n_mlx.backends.{backend}.model")
     return Gemma3n(
-        multimodal.Gemma3nModel(checkpoint, activations, place),
+        model_file.Gemma3nModel(checkpoint, activations, place),
         checkpoint,
         tokenizer,
         name=name,

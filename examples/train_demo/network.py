@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from g3n_mlx.backends.torch.audio import AudioTower
-from g3n_mlx.backends.torch.multimodal import MultimodalEmbedder
+from g3n_mlx.backends.torch.model import MultimodalEmbedder
 from g3n_mlx.backends.torch.text import LanguageModel, Rope
 from g3n_mlx.backends.torch.vision import VisionTower
 from g3n_mlx.backends.torch.weights import Weights

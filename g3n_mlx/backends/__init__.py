@@ -20,10 +20,10 @@ Names that one of them alone has:
 - MLX evaluates lazily: `weights.py:evaluated`; it has no log-softmax, and its CPU device adds in sequence, in float32:
   `sampling.py:log_softmax`, `sampling.py:cumulated`.
 - MLX has no resize by output size: `vision.py:interpolated`.
-- torch's CPU kernels for bfloat16 are compiled for every count of rows: `quant.py:padded`.
-- torch's packed int4 form: `quant.py:PackedLinear`, `quant.py:blockwise_product`, `quant.py:has_amx`,
-  `quant.py:dense_product_dtype`, `quant.py:dense_product_rows`, `quant.py:packs`, `quant.py:empty_packed`,
-  `quant.py:packed_codes`, `quant.py:packing_block_rows`, `quant.py:nibble_rows`, `quant.py:nibble_index`,
-  `quant.py:gives_rows`, `quant.py:unpacked`, `quant.py:_as_slice`, `quant.py:_nibbles`,
-  `quant.py:QuantizedLinear.dequantized`, `quant.py:QuantizedLinear.rows`.
+- torch's CPU kernels for bfloat16 are compiled for every count of rows: `layers.py:padded`.
+- torch's packed int4 form: `layers.py:PackedLinear`, `layers.py:blockwise_product`, `layers.py:has_amx`,
+  `layers.py:dense_product_dtype`, `layers.py:dense_product_rows`, `layers.py:packs`, `layers.py:empty_packed`,
+  `layers.py:packed_codes`, `layers.py:packing_block_rows`, `layers.py:nibble_rows`, `layers.py:nibble_index`,
+  `layers.py:gives_rows`, `layers.py:unpacked`, `layers.py:_as_slice`, `layers.py:_nibbles`,
+  `layers.py:QuantizedLinear.dequantized`, `layers.py:QuantizedLinear.rows`.
 """

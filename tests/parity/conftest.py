@@ -29,7 +29,7 @@ class Framework:
         device = self.module("device")
         place = device.device_of("cpu")
         device.claim(place)
-        return self.module("multimodal").Gemma3nModel(checkpoint, device.dtype_of(dtype, place, False), place)
+        return self.module("model").Gemma3nModel(checkpoint, device.dtype_of(dtype, place, False), place)
 
 
 def framework_named(name: str) -> Framework:

@@ -105,7 +105,7 @@ def test_nothing_between_the_modules_of_bfloat16_towers_is_float32(framework, ti
 
         monkeypatch.setattr(kind, call, watched)
 
-    for name in ("vision", "audio", "quant", "multimodal"):
+    for name in ("vision", "audio", "layers", "model"):
         module = framework.module(name)
         for kind in vars(module).values():
             if inspect.isclass(kind) and kind.__module__ == module.__name__ and call in vars(kind):

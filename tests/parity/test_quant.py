@@ -69,13 +69,13 @@ def dequantized(checkpoint):
 @pytest.mark.parametrize("shape", WEIGHTS, ids=str)
 def test_products_and_rows_in_float32(framework, quantized, shape):
     checkpoint = quantized(shape)
-    layer = framework.module("quant").linear(weights_of(framework, checkpoint, "float32"))
+    layer = framework.module("layers").linear(weights_of(framework, checkpoint, "float32"))
     weight = dequantized(checkpoint)
     generator = np.random.default_rng(0)
     for rows in (1, 2, 50, 130):
         x = generator.standard_normal((rows, weight.shape[1])).astype(np.float32)
         np.testing.assert_allclose(framework.numpy(layer(framework.array(x))), x @ weight.T, rtol=0, atol=1e-4)
-    if framework.name == "torch" and not framework.module("quant").gives_rows(layer):
+    if framework.name == "torch" and not framework.module("layers").gives_rows(layer):
         return
     ids = generator.integers(0, weight.shape[0], 9)
     np.testing.assert_allclose(framework.numpy(layer.embed(framework.array(ids))), weight[ids], rtol=0, atol=1e-6)
@@ -95,7 +95,7 @@ def test_products_and_rows_in_bfloat16(torch_framework, quantized, shape):
     import torch
 
     checkpoint = quantized(shape)
-    quant = torch_framework.module("quant")
+    quant = torch_framework.module("layers")
     layer = quant.linear(weights_of(torch_framework, checkpoint, "bfloat16"))
     weight = dequantized(checkpoint)
     generator = np.random.default_rng(0)
@@ -116,7 +116,7 @@ def test_products_and_rows_in_bfloat16(torch_framework, quantized, shape):
 def test_which_layer_and_what_it_holds(framework, quantized, shape):
     """Codes once, packed or as stored, and scales and biases once; nothing else of any size."""
     rows, columns, bits, group_size = shape
-    quant = framework.module("quant")
+    quant = framework.module("layers")
     weights = weights_of(framework, quantized(shape), "float32")
     layer = quant.linear(weights)
     packs = framework.name == "torch" and bits == 4 and rows % 16 == 0
@@ -129,7 +129,7 @@ def test_which_layer_and_what_it_holds(framework, quantized, shape):
 
 def test_a_table_with_a_packed_tail_gives_its_rows_from_the_file(torch_framework, quantized):
     """Only whole blocks can be taken apart by row; the model then gathers from the file."""
-    quant = torch_framework.module("quant")
+    quant = torch_framework.module("layers")
     layer = quant.linear(weights_of(torch_framework, quantized((80, 256, 4, 64)), "float32"))
     assert isinstance(layer, quant.PackedLinear)
     assert not quant.gives_rows(layer)
@@ -147,7 +147,7 @@ def test_unpacked_is_numpys_unpack(torch_framework, bits, rows, groups, seed):
 
     codes = np.random.default_rng(seed).integers(0, 2**bits, (rows, 32 * groups)).astype(np.uint8)
     words = pack(codes, bits)
-    ours = torch_framework.module("quant").unpacked(torch.from_numpy(words.view(np.int32)), bits).numpy()
+    ours = torch_framework.module("layers").unpacked(torch.from_numpy(words.view(np.int32)), bits).numpy()
     np.testing.assert_array_equal(ours, unpack(words, bits))
     np.testing.assert_array_equal(ours, codes)
 
@@ -251,7 +251,7 @@ def test_bfloat16_products_on_the_cpu_meet_few_counts_of_rows(torch_framework):
     """PyTorch keeps a kernel for every count: over all lengths of a part of a prompt there are some thirty."""
     import torch
 
-    quant = torch_framework.module("quant")
+    quant = torch_framework.module("layers")
     found = {rows: quant.padded(torch.ones(rows, 4, dtype=torch.bfloat16)).shape[0] for rows in range(1, 513)}
     assert all(rows <= padded <= max(rows * 1.25, rows) for rows, padded in found.items())
     assert len(set(found.values())) == 32
@@ -262,7 +262,7 @@ def test_bfloat16_products_on_the_cpu_meet_few_counts_of_rows(torch_framework):
 def test_rows_of_padding_leave_no_trace(torch_framework, rows):
     import torch
 
-    quant, text = torch_framework.module("quant"), torch_framework.module("text")
+    quant, text = torch_framework.module("layers"), torch_framework.module("text")
     generator = torch.Generator().manual_seed(rows)
 
     def values(*shape):

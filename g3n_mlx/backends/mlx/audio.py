@@ -8,7 +8,7 @@ Letters of attention: W queries of a chunk, U chunks, C keys of a chunk's contex
 import mlx.core as mx
 from mlx import nn
 
-from g3n_mlx.backends.mlx.quant import Linear, QuantizedLinear, linear
+from g3n_mlx.backends.mlx.layers import Linear, QuantizedLinear, linear
 from g3n_mlx.backends.mlx.text import RMSNorm
 from g3n_mlx.backends.mlx.weights import Weights, evaluated, from_numpy
 from g3n_mlx.config.audio import FIXED_NORM_EPS, SSCP_FREQUENCY_PADDING, AudioConfig

@@ -16,7 +16,7 @@ import numpy as np
 from mlx import nn
 
 from g3n_mlx.backends.mlx.cache import Cache
-from g3n_mlx.backends.mlx.quant import linear
+from g3n_mlx.backends.mlx.layers import linear
 from g3n_mlx.backends.mlx.weights import Weights, from_numpy
 from g3n_mlx.config.text import SLIDING, TextConfig
 

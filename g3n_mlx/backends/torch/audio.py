@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from g3n_mlx.backends.torch.quant import Linear, PackedLinear, QuantizedLinear, linear
+from g3n_mlx.backends.torch.layers import Linear, PackedLinear, QuantizedLinear, linear
 from g3n_mlx.backends.torch.text import RMSNorm
 from g3n_mlx.backends.torch.weights import Weights, from_numpy
 from g3n_mlx.config.audio import FIXED_NORM_EPS, SSCP_FREQUENCY_PADDING, AudioConfig

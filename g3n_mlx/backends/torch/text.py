@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from g3n_mlx.backends.torch.cache import Cache
-from g3n_mlx.backends.torch.quant import gives_rows, linear, padded
+from g3n_mlx.backends.torch.layers import gives_rows, linear, padded
 from g3n_mlx.backends.torch.weights import Weights, from_numpy
 from g3n_mlx.config.text import SLIDING, TextConfig
 

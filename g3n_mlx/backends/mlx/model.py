@@ -14,7 +14,7 @@ from mlx import nn
 
 from g3n_mlx.backends.mlx.audio import AudioTower
 from g3n_mlx.backends.mlx.cache import Cache
-from g3n_mlx.backends.mlx.quant import linear
+from g3n_mlx.backends.mlx.layers import linear
 from g3n_mlx.backends.mlx.sampling import Sampler, Step
 from g3n_mlx.backends.mlx.text import Ahead, LanguageModel, RMSNorm
 from g3n_mlx.backends.mlx.vision import VisionTower

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from g3n_mlx.backends.torch.audio import AudioTower
 from g3n_mlx.backends.torch.cache import Cache
-from g3n_mlx.backends.torch.quant import linear
+from g3n_mlx.backends.torch.layers import linear
 from g3n_mlx.backends.torch.sampling import Sampler, Step
 from g3n_mlx.backends.torch.text import Ahead, LanguageModel, RMSNorm
 from g3n_mlx.backends.torch.vision import VisionTower

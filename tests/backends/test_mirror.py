@@ -14,7 +14,7 @@ import pytest
 
 from g3n_mlx import backends
 
-BACKENDS = Path(__file__).resolve().parent.parent / "g3n_mlx" / "backends"
+BACKENDS = Path(__file__).resolve().parents[2] / "g3n_mlx" / "backends"
 ALLOWED = set(re.findall(r"`(\w+\.py):([\w.]+)`", backends.__doc__ or ""))
 SAME_NAME = {"forward": "__call__"}  # a torch module's forward is an MLX module's __call__
 
