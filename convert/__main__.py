@@ -11,14 +11,15 @@ from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.checkpoint.hub import resolve
 from g3n_mlx.checkpoint.layouts import nested_config
 from g3n_mlx.checkpoint.quantization import BITS, GROUP_SIZES
+from g3n_mlx.commands import run_command
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.text import TextConfig
 from g3n_mlx.convert import DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS, convert
 from g3n_mlx.convert.quantize import FLOATS
 from g3n_mlx.convert.sizes import SizedSlice, largest_fitting, size_slices, table
+from g3n_mlx.failures import size_in_words
 from g3n_mlx.matformer.plan import fits
 from g3n_mlx.matformer.table import OWN_TABLE, PUBLISHED, read_slices
-from g3n_mlx.terminal import run_command, size_in_words
 
 _DEFAULT_BITS = 4
 _UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}

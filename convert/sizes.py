@@ -9,9 +9,9 @@ from g3n_mlx.checkpoint.quantization import Quantization
 from g3n_mlx.config.manifest import PLE_TABLE, dead_manifest, effective_parameters, text_manifest
 from g3n_mlx.config.text import SLIDING, TextConfig
 from g3n_mlx.convert.quantize import Output, choose_quantizations, quantized_outputs
+from g3n_mlx.failures import size_in_words
 from g3n_mlx.matformer.plan import plan_slice, slice_config
 from g3n_mlx.matformer.table import Slice
-from g3n_mlx.terminal import size_in_words
 
 # What a run takes besides weights: the KV caches of a conversation of this length, in bfloat16, ...
 _CONTEXT_TOKENS = 4096

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from g3n_mlx.checkpoint.shards import DTYPES, INDEX
 from g3n_mlx.convert.quantize import Job, Output
+from g3n_mlx.failures import size_in_words
 from g3n_mlx.matformer.table import OWN_TABLE
-from g3n_mlx.terminal import size_in_words
 
 # As Hugging Face splits.
 MAX_SHARD_BYTES = 5_000_000_000

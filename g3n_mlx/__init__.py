@@ -4,17 +4,15 @@ The public names are imported when they are first used, so that `import g3n_mlx`
 and needs no array framework.
 """
 
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from g3n_mlx.engine.sampling import SamplingParams
-    from g3n_mlx.load import load
+    from g3n_mlx.loading import load
     from g3n_mlx.media.audio import Audio
     from g3n_mlx.media.image import Image
     from g3n_mlx.media.video import Video
     from g3n_mlx.model import Gemma3n
+    from g3n_mlx.sampling import SamplingParams
 
     __version__: str
 
@@ -24,9 +22,9 @@ _HOMES = {
     "Audio": "g3n_mlx.media.audio",
     "Gemma3n": "g3n_mlx.model",
     "Image": "g3n_mlx.media.image",
-    "SamplingParams": "g3n_mlx.engine.sampling",
+    "SamplingParams": "g3n_mlx.sampling",
     "Video": "g3n_mlx.media.video",
-    "load": "g3n_mlx.load",
+    "load": "g3n_mlx.loading",
 }
 
 
@@ -44,15 +42,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """This package's own class: `g3n_mlx.load` stays the function, whoever imports the file of that name first."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Python binds a submodule as an attribute of its package once it is imported.
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

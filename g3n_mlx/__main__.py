@@ -7,13 +7,13 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from g3n_mlx.terminal import INTERRUPTED
+from g3n_mlx.commands import INTERRUPTED
 
 COMMANDS = {
-    "chat": ("g3n_mlx.chat", "talk to a model, or ask it once"),
+    "chat": ("g3n_mlx.chat.__main__", "talk to a model, or ask it once"),
     "convert": ("g3n_mlx.convert.__main__", "slice and quantize a checkpoint"),
-    "bench": ("g3n_mlx.bench", "measure load time, speed and memory"),
-    "eval": ("g3n_mlx.eval", "measure quality on examples or a text"),
+    "bench": ("g3n_mlx.bench.__main__", "measure load time, speed and memory"),
+    "eval": ("g3n_mlx.eval.__main__", "measure quality on examples or a text"),
     "server": ("g3n_mlx.server.__main__", "serve a model over OpenAI's API"),
 }
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from g3n_mlx.engine.sampling import SamplingParams
+from g3n_mlx.sampling import SamplingParams
 
 
 class Step(Protocol):

@@ -11,7 +11,6 @@ from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.engine.conversation import Conversation
 from g3n_mlx.engine.generate import Constraint, Timings, check_length, chunks, generate_tokens, soft_tokens
-from g3n_mlx.engine.sampling import SamplingParams
 from g3n_mlx.engine.scores import TokenScore, token_scores
 from g3n_mlx.engine.soft_tokens import EmbeddedMedia
 from g3n_mlx.engine.stops import StopStrings
@@ -24,6 +23,7 @@ from g3n_mlx.media.part import Media
 from g3n_mlx.memory import peak_process_bytes, return_freed_memory
 from g3n_mlx.prompt.prompt import Prompt, prepare
 from g3n_mlx.prompt.tokenizer import Tokenizer
+from g3n_mlx.sampling import SamplingParams
 
 # Rows of logits at once in `score`: 64 MiB at the released vocabulary, in float32.
 SCORED_ROWS = 64

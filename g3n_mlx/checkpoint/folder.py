@@ -18,7 +18,7 @@ import numpy as np
 from g3n_mlx.checkpoint.layouts import STEM, Layout, embedder_manifests, lacks_stem_bias, open_layout, tower_names
 from g3n_mlx.checkpoint.quantization import Quantization, dequantize, to_float32
 from g3n_mlx.checkpoint.shards import DTYPES, MappedTensor, Shard, StoredTensor
-from g3n_mlx.config.manifest import dead_manifest, text_manifest
+from g3n_mlx.config.manifest import PLE_TABLE, TEXT, dead_manifest, text_manifest
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.config.text import TextConfig
 from g3n_mlx.matformer.plan import Ranges, SlicePlan, cut, slice_config
@@ -125,6 +125,24 @@ class Checkpoint:
     def quantizations(self) -> Mapping[str, Quantization]:
         """Module path -> how its weight is stored, for all that are quantized."""
         return self._quantizations
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes of every tensor that a model reads."""
+        return sum(map(self._stored_bytes, self.names))
+
+    @property
+    def nbytes_per_token(self) -> int:
+        """Stored bytes of every weight that one decode step reads.
+
+        The head reads all of embed_tokens; of the PLE table a token reads one row, of the embedders nothing.
+        """
+        read = (name for name in self.names if name.startswith(TEXT) and not name.startswith(f"{PLE_TABLE}."))
+        return sum(map(self._stored_bytes, read))
+
+    def _stored_bytes(self, name: str) -> int:
+        source = self._sources[name]
+        return prod(source.shape) * DTYPES[source.stored.dtype].itemsize
 
     def quantization(self, path: str) -> Quantization | None:
         """How the weight of a module is stored; None is dense."""

@@ -12,9 +12,9 @@ from typing import Protocol
 import numpy as np
 
 from g3n_mlx.engine.conversation import Conversation
-from g3n_mlx.engine.sampling import SamplingParams
 from g3n_mlx.interface import Model, Soft, SoftTokens, Step
 from g3n_mlx.prompt.prompt import Features, MediaSpan, Prompt, PromptTooLong
+from g3n_mlx.sampling import SamplingParams
 
 Embed = Callable[[Features], SoftTokens]
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import SplitResult, quote, unquote_to_bytes, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass, url2pathname
 
-from g3n_mlx.terminal import one_line
+from g3n_mlx.failures import one_line
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from g3n_mlx.terminal import INTERRUPTED, is_expected, one_line
+from g3n_mlx.commands import INTERRUPTED
+from g3n_mlx.failures import is_expected, one_line
 
 if TYPE_CHECKING:
     from g3n_mlx.model import Gemma3n
@@ -189,7 +190,7 @@ def _bound(host: str, port: int) -> socket.socket:
 
 def _load(arguments: argparse.Namespace) -> "Gemma3n":
     from g3n_mlx.checkpoint.hub import default_model
-    from g3n_mlx.load import load
+    from g3n_mlx.loading import load
 
     source = arguments.model
     if source is None:

@@ -1,4 +1,4 @@
-"""Makes floors.json, what tests/test_eval.py asks of the embedded model on its sample, from a measurement:
+"""Makes floors.json, what tests/eval/test_eval.py asks of the embedded model on its sample, from a measurement:
 
     python -m g3n_mlx.eval --model demo --backend both --matformer all --json figures.json
     python tests/demo_sample/make_floors.py figures.json

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from g3n_mlx.engine.conversation import MAX_SNAPSHOTS, Conversation
 from g3n_mlx.engine.generate import PromptTooLong, Timings, chunks, generate_tokens
-from g3n_mlx.engine.sampling import SamplingParams
 from g3n_mlx.prompt.prompt import Prompt
+from g3n_mlx.sampling import SamplingParams
 
 VOCABULARY = 50
 

@@ -23,7 +23,7 @@ from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.audio import AudioConfig
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.config.vision import VisionConfig
-from g3n_mlx.engine.sampling import SamplingParams
+from g3n_mlx.sampling import SamplingParams
 
 
 class MultimodalEmbedder(nn.Module):

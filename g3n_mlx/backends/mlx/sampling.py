@@ -1,4 +1,4 @@
-"""The draw on the device; its reference is g3n_mlx/engine/sampling.py, which it must match token for token."""
+"""The draw on the device; its reference is g3n_mlx/sampling.py, which it must match token for token."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from g3n_mlx.engine.sampling import SamplingParams, UniformStream
+from g3n_mlx.sampling import SamplingParams, UniformStream
 
 # Columns of the table whose row maxima decide which rows can hold one of the k best.
 COLUMNS = 64

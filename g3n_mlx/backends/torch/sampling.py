@@ -1,4 +1,4 @@
-"""The draw on the device; its reference is g3n_mlx/engine/sampling.py, which it must match token for token."""
+"""The draw on the device; its reference is g3n_mlx/sampling.py, which it must match token for token."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from g3n_mlx.engine.sampling import SamplingParams, UniformStream
+from g3n_mlx.sampling import SamplingParams, UniformStream
 
 # Columns of the table whose row maxima decide which rows can hold one of the k best.
 COLUMNS = 64

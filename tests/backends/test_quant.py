@@ -13,7 +13,7 @@ from random_checkpoint import write_random
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.checkpoint.quantization import BITS, dequantize, pack, unpack
 from g3n_mlx.convert import convert
-from g3n_mlx.engine.sampling import SamplingParams
+from g3n_mlx.sampling import SamplingParams
 
 PATH = "language_model.embed_tokens"
 ONE_LAYER = {

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from g3n_mlx.checkpoint.folder import Checkpoint
-from g3n_mlx.engine.sampling import SamplingParams
+from g3n_mlx.sampling import SamplingParams
 
 TOLERANCE = 1e-4
 GREEDY = SamplingParams(temperature=0)

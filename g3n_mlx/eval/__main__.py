@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from g3n_mlx.terminal import check_folder_of, one_line, run_command, say
+from g3n_mlx.commands import run_command, say
+from g3n_mlx.failures import check_folder_of, one_line
 
 if TYPE_CHECKING:
     from g3n_mlx.model import Gemma3n
@@ -131,7 +132,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _variants(arguments: argparse.Namespace) -> list[Variant]:
     """All combinations, the first of everything first, with the reference before them; their slices exist."""
     from g3n_mlx.checkpoint.hub import default_model, resolve
-    from g3n_mlx.load import chosen_backend
+    from g3n_mlx.loading import chosen_backend
 
     if not arguments.model:
         folder, line = default_model()
@@ -191,7 +192,7 @@ def _bits(folders: dict[str, Path], wanted: Sequence[int]) -> dict[str, list[int
 
 
 def _load(variant: Variant, arguments: argparse.Namespace) -> "Gemma3n":
-    from g3n_mlx.load import load
+    from g3n_mlx.loading import load
 
     return load(
         variant.model,
@@ -205,19 +206,18 @@ def _load(variant: Variant, arguments: argparse.Namespace) -> "Gemma3n":
 
 
 def _entry(variant: Variant, model: "Gemma3n") -> dict[str, Any]:
-    from g3n_mlx.measure import weight_bytes, weight_bytes_per_token
 
     return {
         **asdict(variant),
         "device": model.device,
-        "weight_bytes": weight_bytes(model.checkpoint),
-        "weight_bytes_per_token": weight_bytes_per_token(model.checkpoint),
+        "weight_bytes": model.checkpoint.nbytes,
+        "weight_bytes_per_token": model.checkpoint.nbytes_per_token,
     }
 
 
 def _on_examples(arguments: argparse.Namespace, variants: list[Variant]) -> dict[str, Any]:
     from g3n_mlx.checkpoint.hub import resolve
-    from g3n_mlx.quality import answer, grade, read_examples
+    from g3n_mlx.eval.quality import answer, grade, read_examples
 
     path = arguments.examples or resolve(variants[0].model) / SAMPLE
     if not path.is_file():
@@ -248,7 +248,7 @@ def _on_examples(arguments: argparse.Namespace, variants: list[Variant]) -> dict
 
 
 def _on_text(arguments: argparse.Namespace, variants: list[Variant]) -> dict[str, Any]:
-    from g3n_mlx.quality import measure_text, read_text, windows
+    from g3n_mlx.eval.quality import measure_text, read_text, windows
 
     text = read_text(arguments.text)
     reference = _load(variants[0], arguments)
@@ -322,7 +322,7 @@ def _figures(summary: dict[str, Any]) -> list[list[str]]:
             "same likeliest token": [_cell(entry["same_top1"], ".2%") for entry in entries],
         }
     else:
-        from g3n_mlx.quality import METRICS
+        from g3n_mlx.eval.quality import METRICS
 
         figures = {
             f"{skill['skill']}, {METRICS[skill['metric']]} of {skill['count']}": [

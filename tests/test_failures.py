@@ -7,7 +7,8 @@ import tomllib
 import pytest
 
 from g3n_mlx import __main__ as commands
-from g3n_mlx.terminal import PIPE_CLOSED, TERMINATED, one_line, run_command, size_in_words
+from g3n_mlx.commands import PIPE_CLOSED, TERMINATED, run_command
+from g3n_mlx.failures import one_line, size_in_words
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from g3n_mlx.engine.sampling import SamplingParams, UniformStream, candidates, draw, penalize
+from g3n_mlx.sampling import SamplingParams, UniformStream, candidates, draw, penalize
 
 NEUTRAL = SamplingParams()
 

@@ -17,8 +17,8 @@ import pytest
 from g3n_mlx import load
 from g3n_mlx.checkpoint.hub import demo_folder
 from g3n_mlx.convert import convert
-from g3n_mlx.eval import main
-from g3n_mlx.quality import errors, read_examples, says, windows, word_errors
+from g3n_mlx.eval.__main__ import main
+from g3n_mlx.eval.quality import errors, read_examples, says, windows, word_errors
 
 TEXT = "The cat sat on the mat.\nDie Katze saß auf der Matte, 猫はマットに座った。\n"
 HEADER = "name,# Layers,# Effective Params (B),MMLU PT accuracy,FFN Hidden Dims,Layers Skipped\n"
@@ -434,7 +434,7 @@ def test_a_model_without_a_sample_needs_examples(stopping_folder, tmp_path, caps
 
 def test_the_embedded_model_keeps_its_quality(backends, tmp_path, capsys):
     """On its own sample, no worse than tests/demo_sample/floors.json asks for: nothing, while it is not trained."""
-    floors = json.loads((Path(__file__).parent / "demo_sample" / "floors.json").read_text(encoding="utf-8"))
+    floors = json.loads((Path(__file__).parents[1] / "demo_sample" / "floors.json").read_text(encoding="utf-8"))
     sample = read_examples(demo_folder() / "sample.jsonl")
     counts = Counter(example.skill for example in sample)
     assert len(counts) >= 10

@@ -1,6 +1,6 @@
 """One timed run of one engine: ours, mlx-lm or transformers. The part of the benchmark that does the work.
 
-`bench` starts this file as a process of its own for every run (`python -m g3n_mlx.measure`, the request as JSON
+`bench` starts this file as a process of its own for every run (`python -m g3n_mlx.bench.measure`, the request as JSON
 on stdin, the figures as JSON on stdout), so that peak memory belongs to one engine and one run alone.
 All engines get the same token ids, decode greedily, ignore ends of sequence, and are timed by the same clock:
 the moments at which their tokens become known to the caller.
@@ -8,7 +8,6 @@ the moments at which their tokens become known to the caller.
 
 import contextlib
 import json
-import math
 import os
 import re
 import sys
@@ -21,12 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from g3n_mlx.checkpoint.folder import Checkpoint
-from g3n_mlx.checkpoint.shards import DTYPES
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
+from g3n_mlx.failures import is_expected, one_line
 from g3n_mlx.memory import peak_process_bytes
-from g3n_mlx.terminal import is_expected, one_line
 
 ENGINES = ("g3n_mlx", "mlx-lm", "transformers")
 WARM_UP_PROMPT, WARM_UP_TOKENS = 16, 4  # enough to compile what decode compiles
@@ -116,28 +113,8 @@ def measure(request: Request) -> Run:
     )
 
 
-def weight_bytes_per_token(checkpoint: Checkpoint) -> int:
-    """Stored bytes of every weight that one decode step of ours reads."""
-    read = 0
-    for name in checkpoint.names:
-        # The head reads all of embed_tokens; of the PLE table a token reads one row, of the embedders nothing.
-        if name.startswith("language_model.") and ".embed_tokens_per_layer." not in name:
-            read += _stored_bytes(checkpoint, name)
-    return read
-
-
-def weight_bytes(checkpoint: Checkpoint) -> int:
-    """Stored bytes of everything in a checkpoint, after its slice."""
-    return sum(_stored_bytes(checkpoint, name) for name in checkpoint.names)
-
-
-def _stored_bytes(checkpoint: Checkpoint, name: str) -> int:
-    info = checkpoint.info(name)
-    return math.prod(info.shape) * DTYPES[info.dtype].itemsize
-
-
 def _load_ours(request: Request) -> Loaded:
-    from g3n_mlx.load import load
+    from g3n_mlx.loading import load
 
     model = load(
         request.model,
@@ -164,7 +141,7 @@ def _load_ours(request: Request) -> Loaded:
     return Loaded(
         description=f"g3n_mlx, {model.backend}, {model.dtype}, {model.device}",
         generate=generate,
-        weight_bytes_per_token=weight_bytes_per_token(model.checkpoint),
+        weight_bytes_per_token=model.checkpoint.nbytes_per_token,
         framework=model.backend,
         device=model.device,
         decode_graph=decode_graph if model.backend == "mlx" else None,

@@ -16,7 +16,7 @@ import pytest
 from g3n_mlx import load
 from g3n_mlx.checkpoint import hub
 from g3n_mlx.convert import convert
-from g3n_mlx.load import chosen_backend, device_name
+from g3n_mlx.loading import chosen_backend, device_name
 
 TABLE_HEAD = "name,# Layers,# Effective Params (B),MMLU PT accuracy,FFN Hidden Dims,Layers Skipped\n"
 

@@ -13,7 +13,7 @@ from random_checkpoint import BASE, pattern, write_random
 
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.text import FULL, SLIDING
-from g3n_mlx.engine.sampling import SamplingParams
+from g3n_mlx.sampling import SamplingParams
 
 TOLERANCE = 1e-4
 LENGTH = 23  # past every window below but the widest

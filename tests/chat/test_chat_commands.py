@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_chat import echo, session, talk  # noqa: F401 - fixtures among them
 
-MEDIA = Path(__file__).resolve().parent.parent / "examples" / "media"
+MEDIA = Path(__file__).resolve().parents[2] / "examples" / "media"
 
 
 @pytest.fixture

@@ -15,10 +15,12 @@ from PIL import Image as pil
 from PIL import ImageGrab
 from test_chat import Typist, echo, program, session, talk, terminal  # noqa: F401 - fixtures among them
 
-from g3n_mlx import Audio, Image, Video, attachments, chat
+from g3n_mlx import Audio, Image, Video
+from g3n_mlx.chat import __main__ as command
+from g3n_mlx.chat import attachments
 from g3n_mlx.media.fetch import FetchPolicy
 
-MEDIA = Path(__file__).resolve().parent.parent / "examples" / "media"
+MEDIA = Path(__file__).resolve().parents[2] / "examples" / "media"
 
 
 @pytest.fixture
@@ -230,7 +232,7 @@ def test_flags(backend, folder, tiny_folder):
 
 
 def test_parts_of_the_flags_are_in_order():
-    arguments = chat._parser().parse_args(["--image", "a.png", "--audio", "https://b/c.wav", "--image", "d.png"])
+    arguments = command._parser().parse_args(["--image", "a.png", "--audio", "https://b/c.wav", "--image", "d.png"])
     assert [part["type"] for part in arguments.attached] == ["image", "audio", "image"]
     assert arguments.attached[1] == {"type": "audio", "audio": "https://b/c.wav"}
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from g3n_mlx.engine.conversation import MAX_SNAPSHOTS, Conversation
-from g3n_mlx.engine.sampling import SamplingParams
+from g3n_mlx.sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0)
 

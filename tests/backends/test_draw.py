@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from g3n_mlx.engine.sampling import SamplingParams, UniformStream, candidates, draw, masked, penalize
+from g3n_mlx.sampling import SamplingParams, UniformStream, candidates, draw, masked, penalize
 
 MARGIN = 1e-5
 

@@ -13,15 +13,18 @@ from typing import Any
 
 import pytest
 
-from g3n_mlx import __main__ as commands
-from g3n_mlx import chat
+from g3n_mlx import __main__ as umbrella
+from g3n_mlx import commands
+from g3n_mlx.chat import __main__ as command
+from g3n_mlx.chat import session as sessions
+from g3n_mlx.chat import terminal as console
+from g3n_mlx.commands import PIPE_CLOSED
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.media.fetch import FetchPolicy
 from g3n_mlx.media.opener import MediaOpener
 from g3n_mlx.prompt.prompt import Prompt, prepare
 from g3n_mlx.prompt.tokenizer import Tokenizer
-from g3n_mlx.terminal import PIPE_CLOSED
 
 if os.name == "posix":
     import pexpect
@@ -88,11 +91,11 @@ def echo(tiny_folder) -> Echo:
 
 
 @pytest.fixture
-def session(echo) -> chat.Session:
-    return chat.Session(echo, None, {})
+def session(echo) -> sessions.Session:
+    return sessions.Session(echo, None, {})
 
 
-def talk(session: chat.Session, *lines: str) -> None:
+def talk(session: sessions.Session, *lines: str) -> None:
     session.run(iter(lines))
 
 
@@ -138,9 +141,9 @@ def test_settings(session, echo, capsys):
 
 
 def test_every_setting_is_a_sampling_keyword():
-    from g3n_mlx.engine.sampling import SamplingParams
+    from g3n_mlx.sampling import SamplingParams
 
-    SamplingParams(**{name: kind("1") for name, kind in chat.SETTINGS.items()})
+    SamplingParams(**{name: kind("1") for name, kind in sessions.SETTINGS.items()})
 
 
 def test_save_and_load(session, echo, tmp_path, capsys):
@@ -265,14 +268,14 @@ def test_lines_from_a_pipe(monkeypatch):
     import io
 
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\\\nthree\n\nfour\\"))
-    assert list(chat.message_lines()) == ["one", "two\nthree", "", "four\n"]
+    assert list(console.message_lines()) == ["one", "two\nthree", "", "four\n"]
 
 
 def test_control_letters_do_not_reach_a_terminal(monkeypatch):
     text = "a\x1b[2J\x07\x9b\x7f\r\n\tü 👩\u200d👧"
-    assert chat.printable(text) == text
+    assert commands.printable(text) == text
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    assert chat.printable(text) == "a\\x1b[2J\\x07\\x9b\\x7f\\x0d\n\tü 👩\u200d👧"
+    assert commands.printable(text) == "a\\x1b[2J\\x07\\x9b\\x7f\\x0d\n\tü 👩\u200d👧"
 
 
 def program(*arguments: str, home: Path, text: str | None = None) -> subprocess.CompletedProcess:
@@ -449,20 +452,20 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path, tiny_folder):
 
 def test_table_of_commands(capsys):
     with pytest.raises(SystemExit) as stopped:
-        commands.main(["--help"])
+        umbrella.main(["--help"])
     assert stopped.value.code == 0
     written = capsys.readouterr().out
-    assert all(name in written for name in commands.COMMANDS)
+    assert all(name in written for name in umbrella.COMMANDS)
     for wrong in ([], ["frobnicate"]):
         with pytest.raises(SystemExit) as stopped:
-            commands.main(wrong)
+            umbrella.main(wrong)
         assert stopped.value.code == 2
     with pytest.raises(SystemExit) as stopped:
-        commands.main(["chat", "--help"])
+        umbrella.main(["chat", "--help"])
     assert stopped.value.code == 0
     assert "--system-prompt" in capsys.readouterr().out
 
 
 def test_at_most_25_flags():
-    actions = chat._parser()._actions
+    actions = command._parser()._actions
     assert len(actions) <= 25

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from g3n_mlx.bench import main
+from g3n_mlx.bench.__main__ import main
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
 

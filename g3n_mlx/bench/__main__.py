@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from g3n_mlx.bench.measure import ENGINES, Request, Run
 from g3n_mlx.checkpoint.hub import default_model, resolve
+from g3n_mlx.commands import run_command
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
-from g3n_mlx.measure import ENGINES, Request, Run
-from g3n_mlx.terminal import run_command, size_in_words
+from g3n_mlx.failures import size_in_words
 
 OURS, *PEERS = ENGINES
 PROMPT_SEED = 0
@@ -116,7 +117,7 @@ def _run_all(requests: list[Request], trials: int) -> dict[str, list[Run]]:
 
 def _run(request: Request) -> Run:
     child = subprocess.run(
-        [sys.executable, "-m", "g3n_mlx.measure"],
+        [sys.executable, "-m", "g3n_mlx.bench.measure"],
         input=json.dumps(asdict(request)),
         capture_output=True,
         text=True,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from g3n_mlx import attachments
+from g3n_mlx.chat import attachments
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""What slices, quantizations, dtypes and backends cost in quality."""
