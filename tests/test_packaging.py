@@ -80,7 +80,7 @@ def test_commands_run_from_the_unpacked_wheel(wheel, tmp_path):
         )
         assert done.returncode == 0, done.stderr
         assert "usage:" in done.stdout
-    code = "from g3n_mlx.matformer.plan import read_slices; print(len(read_slices()))"
+    code = "from g3n_mlx.matformer.table import read_slices; print(len(read_slices()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.strip() == "16", done.stderr
 

@@ -228,7 +228,7 @@ RESIDENT_AFTER_GATHER = """
 import sys
 from pathlib import Path
 import numpy as np
-from g3n_mlx.checkpoint import Checkpoint
+from g3n_mlx.checkpoint.folder import Checkpoint
 def peak_bytes():
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 table = Checkpoint.open(Path(sys.argv[1])).rows("language_model.embed_tokens_per_layer")

@@ -80,7 +80,7 @@ def resolve_in_child(
 ) -> str:
     """What resolve() returns or raises in a fresh process: the hub client reads its environment when imported."""
     code = f"""
-from g3n_mlx import hub
+from g3n_mlx.checkpoint import hub
 try:
     print(hub.resolve({hub_id!r}, {revision!r}, weights={weights}))
 except (OSError, ValueError) as error:
@@ -170,7 +170,7 @@ def test_offline_and_unreachable(tmp_path):
 
 
 def default_model_in_child(home: Path) -> tuple[str, str]:
-    code = "from g3n_mlx import hub; print(*hub.default_model(), sep='\\n')"
+    code = "from g3n_mlx.checkpoint import hub; print(*hub.default_model(), sep='\\n')"
     environment = {**os.environ, "HF_HOME": str(home / "hf"), "XDG_CACHE_HOME": str(home / "cache"), "HOME": str(home)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     folder, line = done.stdout.splitlines()
@@ -199,7 +199,7 @@ def test_default_model(tiny_folder, tmp_path):
         "no --model given: using the newest Gemma 3n on this machine, owner/some--name",
     )
 
-    code = "from g3n_mlx import hub; print(hub.cache_folder())"
+    code = "from g3n_mlx.checkpoint import hub; print(hub.cache_folder())"
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     conversion = Path(done.stdout.strip()) / "conversions" / "tiny"
