@@ -1,12 +1,13 @@
-"""Sampling options, and the laws of the draw in numpy that is the reference of both backends."""
+"""Sampling options, and the laws of the numpy draw that both backends are compared with."""
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from reference_draw import candidates, draw, penalize
 
-from g3n_mlx.sampling import SamplingParams, UniformStream, candidates, draw, penalize
+from g3n_mlx.sampling import SamplingParams, UniformStream
 
 NEUTRAL = SamplingParams()
 
