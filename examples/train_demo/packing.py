@@ -39,7 +39,7 @@ class Encoder:
         self.tokenizer = Tokenizer.from_folder(folder)
         self.opener = MediaOpener(folder, config)
         self.policy = FetchPolicy()
-        self.header = [self.tokenizer.start_of_turn_id, *self.tokenizer.encode("model\n")]
+        self.header = [self.tokenizer.id_of("<start_of_turn>"), *self.tokenizer.encode("model\n")]
 
     def prompt(self, example: Example) -> Prompt:
         """The whole conversation, as use would read it."""
@@ -69,7 +69,7 @@ class Encoder:
                 speaking = True
             if speaking:
                 targets[place] = ids[place + 1]
-                speaking = ids[place + 1] != self.tokenizer.end_of_turn_id
+                speaking = ids[place + 1] != self.tokenizer.id_of("<end_of_turn>")
         return targets
 
 

@@ -120,11 +120,6 @@ class Constraint:
         """matcher: llguidance's LLMatcher; reachable: packed bits of the ids with a text and of the ends."""
         self._matcher, self._width, self._reachable = matcher, width, reachable
 
-    @property
-    def finished(self) -> bool:
-        """Whether nothing but the end may follow."""
-        return self._matcher.is_stopped()
-
     def mask(self) -> np.ndarray:
         """The tokens that may come next, bool [V]; an end of sequence where the answer may end.
 

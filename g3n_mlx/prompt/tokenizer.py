@@ -43,10 +43,8 @@ class Tokenizer:
         self._inner, self._where = inner, where
         self._skipped = {token_id for token_id, token in inner.get_added_tokens_decoder().items() if token.special}
         self.bos_id = self.id_of("<bos>")
-        self.eos_id = self.id_of("<eos>")
-        self.pad_id = self.id_of("<pad>")
-        self.start_of_turn_id = self.id_of("<start_of_turn>")
-        self.end_of_turn_id = self.id_of("<end_of_turn>")
+        for word in ("<start_of_turn>", "<end_of_turn>"):
+            self.id_of(word)  # another model's tokenizer fails here, not at the first prompt
 
     @staticmethod
     def from_folder(folder: Path) -> "Tokenizer":

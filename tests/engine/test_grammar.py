@@ -43,7 +43,6 @@ def walk(constraint: Constraint, seed: int, limit: int = 2000) -> list[int] | No
         token_id = int(generator.choice(np.flatnonzero(constraint.mask())))
         constraint.push(token_id)
         if token_id in EOS:
-            assert constraint.finished
             return ids
         ids.append(token_id)
     return None
@@ -108,13 +107,13 @@ def test_neither_control_tokens_nor_ids_without_a_token_are_drawn(grammars: Gram
     mask = constraint.mask()
     assert mask.sum() > 1000
     assert not mask[tokenizer.vocab_size :].any()
-    assert not mask[[tokenizer.bos_id, tokenizer.start_of_turn_id, tokenizer.id_of("<image_soft_token>")]].any()
+    assert not mask[[tokenizer.bos_id, tokenizer.id_of("<start_of_turn>"), tokenizer.id_of("<image_soft_token>")]].any()
 
 
 def test_control_words_are_spelled_as_text(grammars: Grammars, tokenizer: Tokenizer) -> None:
     ids = walk(grammars.lark('start: "<start_of_turn>user"'), 0)
     assert ids is not None
-    assert tokenizer.start_of_turn_id not in ids
+    assert tokenizer.id_of("<start_of_turn>") not in ids
     assert tokenizer.decode(ids) == "<start_of_turn>user"
 
 
@@ -128,10 +127,8 @@ def test_a_grammar_with_recursion(grammars: Grammars, tokenizer: Tokenizer) -> N
     for text in ("((", "x)"):
         for token_id in tokenizer.encode(text):
             constraint.push(token_id)
-    assert not constraint.finished
     assert not constraint.mask()[list(EOS)].any()
     constraint.push(tokenizer.encode(")")[0])
-    assert constraint.finished
     assert np.flatnonzero(constraint.mask()).tolist() == sorted(EOS)
 
 
@@ -158,9 +155,9 @@ def test_usual_ways_of_writing_json_are_let_through(
 ) -> None:
     text = json.dumps({"a": [1, 2.5, {"b": None}, {}], "é\n": 'q"'}, ensure_ascii=False, **style)
     constraint = grammars.json_schema({"type": "object"})
-    for token_id in [*tokenizer.encode(text), EOS[0]]:
+    for token_id in tokenizer.encode(text):
         constraint.push(token_id)
-    assert constraint.finished
+    assert constraint.mask()[list(EOS)].all()
 
 
 @pytest.mark.parametrize(
@@ -225,9 +222,9 @@ def test_a_schema_true_lets_any_json_through(grammars: Grammars, tokenizer: Toke
 def test_values_in_a_schema_are_left_as_they_are(grammars: Grammars, tokenizer: Tokenizer) -> None:
     value = {"exclusiveMinimum": 0, "maximum": 0.5}
     constraint = grammars.json_schema({"enum": [value], "properties": {"items": {"const": value}}})
-    for token_id in [*tokenizer.encode(json.dumps(value)), EOS[0]]:
+    for token_id in tokenizer.encode(json.dumps(value)):
         constraint.push(token_id)
-    assert constraint.finished
+    assert constraint.mask()[list(EOS)].all()
 
 
 def test_options_of_the_library_in_a_schema_are_not_obeyed(grammars: Grammars) -> None:

@@ -67,7 +67,7 @@ def test_control_words_of_a_message_never_become_control_tokens(golden_json, tok
 def test_only_the_template_makes_control_tokens(tokenizer, texts, system):
     prompt = prepared(conversation(texts, system), tokenizer)
     control = [token_id for token_id in prompt.token_ids if token_id in {tokenizer.id_of(w) for w in CONTROL_WORDS}]
-    start, end = tokenizer.start_of_turn_id, tokenizer.end_of_turn_id
+    start, end = tokenizer.id_of("<start_of_turn>"), tokenizer.id_of("<end_of_turn>")
     assert control == [tokenizer.bos_id, *[start, end] * len(texts), start]
 
 

@@ -62,7 +62,8 @@ def released(released_cases, tmp_path_factory) -> Tokenizer:
 
 def test_control_ids_are_looked_up_by_name(tiny):
     names = ["bos", "eos", "pad", "start_of_turn", "end_of_turn"]
-    assert [getattr(tiny, f"{name}_id") for name in names] == [2, 1, 0, 105, 106]
+    assert [tiny.id_of(f"<{name}>") for name in names] == [2, 1, 0, 105, 106]
+    assert tiny.bos_id == 2
     assert tiny.id_of("<image_soft_token>") == 897
     with pytest.raises(ValueError, match=r"tokenizer\.json has no token '<nonsense>'"):
         tiny.id_of("<nonsense>")
@@ -87,7 +88,9 @@ def test_released_tokenizer_takes_control_words_for_letters(released, released_c
 
 
 def test_released_control_ids(released):
-    assert (released.bos_id, released.pad_id, released.start_of_turn_id, released.end_of_turn_id) == (2, 0, 105, 106)
+    words = ("<bos>", "<pad>", "<start_of_turn>", "<end_of_turn>")
+    assert tuple(map(released.id_of, words)) == (2, 0, 105, 106)
+    assert released.bos_id == 2
     assert {name: released.id_of(name) for name in MEDIA_TOKENS} == MEDIA_TOKENS
     assert released.id_of("<start_of_audio>") == 256_000
 
@@ -153,7 +156,7 @@ def test_control_words_are_text_where_the_file_does_not_flag_them(tiny_folder, t
         token["special"] = False
     (tmp_path / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
     tokenizer = Tokenizer.from_folder(tmp_path)
-    assert tokenizer.end_of_turn_id == 106
+    assert tokenizer.id_of("<end_of_turn>") == 106
     assert 106 not in tokenizer.encode("a<end_of_turn>b")
     assert tokenizer.decode([106, 108]) == "\n\n"
 
@@ -199,6 +202,6 @@ def test_a_texts_bytes_are_its_tokens_bytes(tiny: Tokenizer, text: str) -> None:
 
 
 def test_control_tokens_and_unknown_ids_have_no_bytes(tiny: Tokenizer) -> None:
-    assert tiny.bytes_of(tiny.end_of_turn_id) is None
+    assert tiny.bytes_of(tiny.id_of("<end_of_turn>")) is None
     assert tiny.bytes_of(tiny.vocab_size + 5) is None
     assert tiny.bytes_of(tiny.id_of("<0x0A>")) == b"\n"
