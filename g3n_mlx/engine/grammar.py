@@ -1,9 +1,8 @@
 """Constrained decoding: which tokens may come next, so that an answer follows a JSON schema, a regex or a grammar.
 
-`Grammars` reads a tokenizer's vocabulary once and makes one `Constraint` for each answer; `Gemma3n.generate`, `stream`
-and `answer` take it. The masks are llguidance's (extra `server`). Text that a grammar forces is tokenized as the
-tokenizer would. JSON comes with little white space, so that an answer can't run away in it: none, one space, or a new
-line and its indentation.
+`Grammars` reads a tokenizer's vocabulary once and makes one `GrammarMatcher` for each answer. The masks are
+llguidance's (extra `server`). Text that a grammar forces is tokenized as the tokenizer would. JSON comes with little
+white space, so that an answer can't run away in it: none, one space, or a new line and its indentation.
 Sources: llguidance's docs/syntax.md, json_schema.md and special_tokens.md.
 """
 
@@ -25,7 +24,7 @@ class GrammarError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class GrammarLimits:
     """What a grammar from a stranger may cost."""
 
     characters: int = 256 << 10  # of a schema as JSON, a regex or a grammar
@@ -38,7 +37,9 @@ class Limits:
 class Grammars:
     """Makes constraints for one tokenizer and one model's logits. Building it takes seconds for 262,144 tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, width: int, eos_ids: Iterable[int], limits: Limits | None = None) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, width: int, eos_ids: Iterable[int], limits: GrammarLimits | None = None
+    ) -> None:
         """width: of the logits, V; eos_ids: what ends an answer.
 
         Raises ImportError when llguidance is not installed.
@@ -47,7 +48,7 @@ class Grammars:
             import llguidance
         except ImportError:
             raise ImportError("grammars and schemas need llguidance: pip install 'g3n-mlx[server]'") from None
-        self.limits = limits or Limits()
+        self.limits = limits or GrammarLimits()
         self.width = width
         self._llguidance = llguidance
         self._parser_limits = llguidance.LLParserLimits(
@@ -61,19 +62,19 @@ class Grammars:
         reachable[ends] = True
         self._reachable = np.packbits(reachable, bitorder="little")
 
-    def json_schema(self, schema: Mapping[str, Any] | bool) -> "Constraint":
+    def json_schema(self, schema: Mapping[str, Any] | bool) -> "GrammarMatcher":
         """JSON that validates against a schema (Draft 2020-12); properties come in the schema's order.
 
         Raises GrammarError saying why when the schema is invalid, unsatisfiable, too large, or uses what can't be kept.
         """
         return self._constraint("schema", f"start: {self.inline(schema)}")
 
-    def regex(self, pattern: str) -> "Constraint":
+    def regex(self, pattern: str) -> "GrammarMatcher":
         """Text that a regex matches as a whole, in the syntax of Rust's regex crate. Raises GrammarError."""
         self._check_length("regex", pattern)
         return self._constraint("regex", self._llguidance.LLMatcher.grammar_from_regex(_utf8("regex", pattern)))
 
-    def lark(self, grammar: str) -> "Constraint":
+    def lark(self, grammar: str) -> "GrammarMatcher":
         """Text of a context-free grammar in llguidance's dialect of Lark, from its rule `start` on.
 
         Raises GrammarError.
@@ -103,17 +104,17 @@ class Grammars:
                 f"the {kind} has {len(text)} characters, expected at most {self.limits.characters}: make it smaller"
             )
 
-    def _constraint(self, kind: str, grammar: str) -> "Constraint":
+    def _constraint(self, kind: str, grammar: str) -> "GrammarMatcher":
         matcher = self._llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._parser_limits)
         if matcher.is_error():
             raise GrammarError(f"the {kind} can't be used: {_reason(matcher.get_error())}")
-        constraint = Constraint(matcher, self.width, self._reachable)
+        constraint = GrammarMatcher(matcher, self.width, self._reachable)
         if not constraint.mask().any():
             raise GrammarError(f"the {kind} can't be used: there is no text that follows it")
         return constraint
 
 
-class Constraint:
+class GrammarMatcher:
     """How far one answer has come in its grammar. Good for one answer."""
 
     def __init__(self, matcher: Any, width: int, reachable: np.ndarray) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from g3n_mlx.engine.grammar import WHITE_SPACE, Constraint, GrammarError, Grammars
+from g3n_mlx.engine.grammar import WHITE_SPACE, GrammarError, GrammarMatcher, Grammars
 
 AUTO, REQUIRED = "auto", "required"
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
@@ -123,7 +123,7 @@ class Tools:
         lines.append("The functions, each with the JSON schema of its parameters:")
         return "\n".join([*lines, *(function.line() for function in self.functions)])
 
-    def constraint(self, grammars: Grammars, content: Mapping[str, Any] | bool | None = None) -> Constraint:
+    def constraint(self, grammars: Grammars, content: Mapping[str, Any] | bool | None = None) -> GrammarMatcher:
         """What the answer must look like. content: the schema of an answer that is no call; None lets any text through.
 
         Raises GrammarError saying which parameters can't be kept, and why.

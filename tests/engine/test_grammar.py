@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from random_schemas import SCHEMAS
 
 from g3n_mlx import Gemma3n, load
-from g3n_mlx.engine.grammar import Constraint, GrammarError, Grammars, Limits
+from g3n_mlx.engine.grammar import GrammarError, GrammarLimits, GrammarMatcher, Grammars
 from g3n_mlx.prompt.tokenizer import Tokenizer
 
 pytest.importorskip("llguidance")
@@ -36,7 +36,7 @@ def model(tiny_folder: Path, backend: str) -> Gemma3n:
     return load(tiny_folder, backend=backend)
 
 
-def walk(constraint: Constraint, seed: int, limit: int = 2000) -> list[int] | None:
+def walk(constraint: GrammarMatcher, seed: int, limit: int = 2000) -> list[int] | None:
     """Any answer that the masks let through, without its end; None when it has none after so many tokens."""
     generator, ids = np.random.default_rng(seed), []
     for _ in range(limit):
@@ -251,7 +251,7 @@ def test_half_a_character_is_refused(grammars: Grammars) -> None:
 
 
 def test_limits(tokenizer: Tokenizer) -> None:
-    grammars = Grammars(tokenizer, WIDTH, EOS, Limits(characters=500, depth=8))
+    grammars = Grammars(tokenizer, WIDTH, EOS, GrammarLimits(characters=500, depth=8))
     grammars.json_schema({"items": {"items": {"items": {"type": "string"}}}})
     nested: dict[str, Any] = {"type": "string"}
     for _ in range(5000):  # deeper than Python's own limit
@@ -263,6 +263,6 @@ def test_limits(tokenizer: Tokenizer) -> None:
             make("a" * 600)
     with pytest.raises(GrammarError, match="at most 500"):
         grammars.json_schema({"enum": ["a" * 600]})
-    costly = Grammars(tokenizer, WIDTH, EOS, Limits(initial_fuel=1000))
+    costly = Grammars(tokenizer, WIDTH, EOS, GrammarLimits(initial_fuel=1000))
     with pytest.raises(GrammarError, match="too big"):
         costly.json_schema({"enum": [f"value {number}" for number in range(2000)]})
