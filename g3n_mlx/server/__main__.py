@@ -116,7 +116,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 
     from g3n_mlx.media.fetch import FetchPolicy
     from g3n_mlx.server.app import create_app
-    from g3n_mlx.server.engine import Engine, Limits
+    from g3n_mlx.server.engine import Engine, ServerLimits
     from g3n_mlx.server.gate import GatePolicy
     from g3n_mlx.server.metrics import Metrics
     from g3n_mlx.server.models import ModelTable
@@ -125,7 +125,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     listener = _bound(arguments.host, arguments.port)
     if arguments.api_key is None and not _is_loopback(arguments.host):
         log.warning("listening at %s without --api-key: whoever reaches this machine can use it", arguments.host)
-    limits = Limits(
+    limits = ServerLimits(
         parallel=arguments.parallel,
         max_queue=arguments.max_queue,
         request_timeout_s=arguments.request_timeout,

@@ -9,9 +9,9 @@ from fastapi.responses import Response, StreamingResponse
 from g3n_mlx.engine.generate import Constraint
 from g3n_mlx.model import Chunk
 from g3n_mlx.server import tools
-from g3n_mlx.server.engine import Turn, TurnOf, unless_gone
+from g3n_mlx.server.engine import Place, PlaceOf, unless_gone
 from g3n_mlx.server.errors import ApiError
-from g3n_mlx.server.messages import conversation
+from g3n_mlx.server.messages import template_messages
 from g3n_mlx.server.scheduler import Answer
 from g3n_mlx.server.schemas import (
     ChatChoice,
@@ -40,14 +40,14 @@ router = APIRouter()
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, response_model_exclude_unset=True)
-async def create_chat_completion(body: ChatRequest, request: Request, turn: TurnOf) -> ChatCompletion | Response:
+async def create_chat_completion(body: ChatRequest, request: Request, place: PlaceOf) -> ChatCompletion | Response:
     """An answer to messages, `n` of them; in a stream, as server-sent events."""
     body.report_unknown()
-    served = request.app.state.models.find(body.model).id
+    served = request.app.state.models.find(body.model)
     _check_formats(body)
     offered = _offered_tools(body)
-    answers = await unless_gone(request, _answers(body, offered, turn))
-    work = _Work(body, turn, served, answers, offered)
+    answers = await unless_gone(request, _answers(body, offered, place))
+    work = _Work(body, place, served, answers, offered)
     if not body.stream:
         return await unless_gone(request, work.whole())
     pieces = work.pieces()
@@ -55,13 +55,13 @@ async def create_chat_completion(body: ChatRequest, request: Request, turn: Turn
     return StreamingResponse(with_errors(work.events(first, pieces)), media_type=SSE)
 
 
-async def _answers(body: ChatRequest, offered: tools.Tools | None, turn: Turn) -> list[Answer]:
+async def _answers(body: ChatRequest, offered: tools.Tools | None, place: Place) -> list[Answer]:
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs is given without logprobs: true", param="top_logprobs")
     choices = range(body.n or 1)
     params = [
         sampling_params(
-            turn.engine.model,
+            place.engine.model,
             **body.sampling(choice),
             max_tokens=body.answer_tokens,
             logprobs=body.logprobs,
@@ -69,8 +69,8 @@ async def _answers(body: ChatRequest, offered: tools.Tools | None, turn: Turn) -
         )
         for choice in choices
     ]
-    prompt = await turn.prepared(conversation(body.messages, offered and offered.system_text()))
-    constraints = [await _constraint(body, offered, turn) for _ in choices]
+    prompt = await place.prepared(template_messages(body.messages, offered and offered.system_text()))
+    constraints = [await _constraint(body, offered, place) for _ in choices]
     return [Answer(prompt, params[choice], constraints[choice]) for choice in choices]
 
 
@@ -107,21 +107,21 @@ def _offered_tools(body: ChatRequest) -> tools.Tools | None:
         raise ApiError(400, str(error), param="tools") from None
 
 
-async def _constraint(body: ChatRequest, offered: tools.Tools | None, turn: Turn) -> Constraint | None:
+async def _constraint(body: ChatRequest, offered: tools.Tools | None, place: Place) -> Constraint | None:
     """What the answer must look like, good for one answer; raises ApiError 400 saying why it can't be kept."""
-    grammar, engine = body.grammar, turn.engine
-    turn.constrained_by = "tools" if offered is not None else "grammar" if grammar is not None else "response_format"
+    grammar, engine = body.grammar, place.engine
+    place.constrained_by = "tools" if offered is not None else "grammar" if grammar is not None else "response_format"
     schema = _schema(body)
     if schema is not None:  # also beside tools, to say whose fault it is
-        alone = await turn.opened(lambda: engine.grammars.json_schema(schema), "response_format")
+        alone = await place.opened(lambda: engine.grammars.json_schema(schema), "response_format")
         if offered is None:
             return alone
     if offered is not None:
-        return await turn.opened(lambda: offered.constraint(engine.grammars, schema), "tools")
+        return await place.opened(lambda: offered.constraint(engine.grammars, schema), "tools")
     if grammar is not None and grammar.type == "regex":
-        return await turn.opened(lambda: engine.grammars.regex(grammar.value), "grammar")
+        return await place.opened(lambda: engine.grammars.regex(grammar.value), "grammar")
     if grammar is not None:
-        return await turn.opened(lambda: engine.grammars.lark(grammar.value), "grammar")
+        return await place.opened(lambda: engine.grammars.lark(grammar.value), "grammar")
     return None
 
 
@@ -140,18 +140,18 @@ class _Work:
     """What one request runs, and its answers piece by piece."""
 
     def __init__(
-        self, body: ChatRequest, turn: Turn, served: str, answers: list[Answer], offered: tools.Tools | None
+        self, body: ChatRequest, place: Place, served: str, answers: list[Answer], offered: tools.Tools | None
     ) -> None:
-        self._body, self._turn, self._served, self._answers = body, turn, served, answers
+        self._body, self._place, self._served, self._answers = body, place, served, answers
         self._id, self._created = new_id("chatcmpl"), now()
-        self._usage = UsageCount(turn, len(answers[0].prompt.token_ids), len(answers))
+        self._usage = UsageCount(place, len(answers[0].prompt.token_ids), len(answers))
         is_json = _schema(body) is not None
         self._parsers = [offered and offered.parser(content_is_json=is_json) for _ in answers]
 
     async def pieces(self) -> AsyncIterator[ChatChoice]:
         """The answers as they come: their role, then text and calls, at last the reason why they end."""
         begun: set[int] = set()
-        async for index, chunk in self._turn.run(self._answers):
+        async for index, chunk in self._place.run(self._answers):
             self._usage.take(index, chunk)
             if index not in begun:
                 begun.add(index)
@@ -186,7 +186,7 @@ class _Work:
         return Logprobs(content=[TokenLogprob(**drawn.model_dump(), top_logprobs=likeliest)])
 
     def _token(self, token_id: int, logprob: float) -> TopLogprob:
-        model = self._turn.engine.model
+        model = self._place.engine.model
         text = token_text(model, token_id)
         content = model.tokenizer.bytes_of(token_id)
         return TopLogprob(token=text, logprob=logprob, bytes=list(text.encode() if content is None else content))

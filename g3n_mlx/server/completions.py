@@ -13,7 +13,7 @@ from fastapi.responses import Response, StreamingResponse
 from g3n_mlx.engine.scores import TokenScore
 from g3n_mlx.model import Chunk
 from g3n_mlx.prompt.prompt import Prompt
-from g3n_mlx.server.engine import TOO_LONG, Turn, TurnOf, unless_gone
+from g3n_mlx.server.engine import TOO_LONG, Place, PlaceOf, unless_gone
 from g3n_mlx.server.errors import ApiError
 from g3n_mlx.server.scheduler import Answer
 from g3n_mlx.server.schemas import (
@@ -41,13 +41,13 @@ router = APIRouter()
 
 
 @router.post("/v1/completions", response_model=Completion, response_model_exclude_unset=True)
-async def create_completion(body: CompletionRequest, request: Request, turn: TurnOf) -> Completion | Response:
+async def create_completion(body: CompletionRequest, request: Request, place: PlaceOf) -> Completion | Response:
     """Answers to prompts, `n` for each; in a stream, as server-sent events."""
     body.report_unknown()
-    served = request.app.state.models.find(body.model).id
+    served = request.app.state.models.find(body.model)
     _check(body)
-    prompts = await unless_gone(request, _prompts(body, turn))
-    work = _Work(body, turn, served, prompts)
+    prompts = await unless_gone(request, _prompts(body, place))
+    work = _Work(body, place, served, prompts)
     if not body.stream:
         return await unless_gone(request, work.whole())
     pieces = work.pieces()
@@ -67,16 +67,16 @@ def _check(body: CompletionRequest) -> None:
         raise ApiError(400, f"more than {MAX_PROMPTS} answers in one request", param="prompt")
 
 
-async def _prompts(body: CompletionRequest, turn: Turn) -> list[Prompt]:
+async def _prompts(body: CompletionRequest, place: Place) -> list[Prompt]:
     given: Any = body.prompt
     batch = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
-    return [await _prompt(text_or_ids, turn) for text_or_ids in batch]
+    return [await _prompt(text_or_ids, place) for text_or_ids in batch]
 
 
-async def _prompt(text_or_ids: str | list[int], turn: Turn) -> Prompt:
-    model = turn.engine.model
+async def _prompt(text_or_ids: str | list[int], place: Place) -> Prompt:
+    model = place.engine.model
     if isinstance(text_or_ids, str):
-        ids = [model.tokenizer.bos_id, *await turn.encoded(text_or_ids)]
+        ids = [model.tokenizer.bos_id, *await place.encoded(text_or_ids)]
     else:
         ids = text_or_ids
     vocab_size, context_tokens = model.config.text.vocab_size, model.config.text.max_position_embeddings
@@ -96,15 +96,15 @@ async def _prompt(text_or_ids: str | list[int], turn: Turn) -> Prompt:
 class _Work:
     """What one request runs, and its answers piece by piece."""
 
-    def __init__(self, body: CompletionRequest, turn: Turn, served: str, prompts: Sequence[Prompt]) -> None:
-        self._body, self._turn, self._served = body, turn, served
+    def __init__(self, body: CompletionRequest, place: Place, served: str, prompts: Sequence[Prompt]) -> None:
+        self._body, self._place, self._served = body, place, served
         self._id, self._created = new_id("cmpl"), now()
-        self._model = turn.engine.model
+        self._model = place.engine.model
         choices = body.n or 1
         # Evaluation tools ask for one token behind the scores and cut off its entry (lm_eval's local-completions): it
         # has to be there also when it is the end of the text.
         self._scores_alone = bool(body.echo) and body.logprobs is not None and body.max_tokens == 1
-        self._usage = UsageCount(turn, sum(len(prompt.token_ids) for prompt in prompts), choices)
+        self._usage = UsageCount(place, sum(len(prompt.token_ids) for prompt in prompts), choices)
         self._tasks = [self._task(prompt, choice) for prompt in prompts for choice in range(choices)]
 
     def _task(self, prompt: Prompt, choice: int) -> Answer:
@@ -130,7 +130,7 @@ class _Work:
             if self._body.echo:
                 text = self._model.tokenizer.decode(task.prompt.token_ids)
                 yield CompletionChoice(index=index, text=text, logprobs=None, finish_reason=None)
-        async for index, step in self._turn.run(self._tasks):
+        async for index, step in self._place.run(self._tasks):
             chunks: list[TokenScore | Chunk] = step if isinstance(step, list) else [step]
             logprobs = None
             if self._body.logprobs is not None:

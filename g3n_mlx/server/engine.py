@@ -1,15 +1,15 @@
 """The requests' side of the model: places, the queue's limit, and steps that come as asynchronous iterators.
 
-A request takes a Turn before it costs anything, media included; what the turn runs is stopped when it is left, however
-that comes about: the answer was sent, the client went away, an error.
+A request takes a Place before it costs anything, media included. Leaving the place stops what it runs, whether the
+answer was sent, the client went away or something failed.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Annotated, Any, TypeVar
@@ -37,7 +37,7 @@ RETRY_AFTER_S = 2  # the openai client waits that long and tries again, twice
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ServerLimits:
     """What the server takes on."""
 
     parallel: int  # answers in progress
@@ -49,12 +49,12 @@ class Limits:
 class Engine:
     """The model, its scheduler and the places before it. For the event loop's thread."""
 
-    def __init__(self, model: Gemma3n, scheduler: Scheduler, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, model: Gemma3n, scheduler: Scheduler, limits: ServerLimits, metrics: Metrics) -> None:
         self.model = model
         self.scheduler = scheduler
         self.limits = limits
         self.metrics = metrics
-        self._turns = 0
+        self.places_taken = 0
         # A transcription keeps its sound, up to a gigabyte, until it is done: no more than can be answered at once.
         self.long_sounds = asyncio.Semaphore(limits.parallel)
         self.media_threads = ThreadPoolExecutor(MEDIA_THREADS, thread_name_prefix="media")
@@ -65,23 +65,24 @@ class Engine:
         """The grammars of the model's vocabulary. The first use takes seconds: not for the event loop's thread."""
         return Grammars(self.model.tokenizer, self.model.config.text.vocab_size, self.model.eos_token_ids)
 
-    def enter(self) -> "Turn":
-        """A place for a request; raises ApiError 429 when all are taken."""
+    @contextmanager
+    def place(self) -> Generator["Place"]:
+        """A place for a request; what it runs is stopped when it is left. Raises ApiError 429 when all are taken."""
         places = self.limits.parallel + self.limits.max_queue
-        if self._turns >= places:
+        if self.places_taken >= places:
             raise ApiError(
                 429,
                 f"{places} requests are in progress or waiting, as many as this server takes; try again later",
                 code="queue_full",
                 headers={"Retry-After": str(RETRY_AFTER_S)},
             )
-        self._turns += 1
-        return Turn(self)
-
-    def leave(self, turn: "Turn") -> None:
-        """Gives a turn's place back and stops what it ran."""
-        self._turns -= 1
-        turn.stop()
+        self.places_taken += 1
+        place = Place(self)
+        try:
+            yield place
+        finally:
+            self.places_taken -= 1
+            place.stop()
 
     def close(self) -> None:
         """Waits for the jobs that are left, and ends all threads."""
@@ -90,15 +91,15 @@ class Engine:
         self.scheduler.close()
 
 
-class Turn:
-    """One request's place."""
+class Place:
+    """A request's place among those in progress and those that wait."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.arrived = time.monotonic()
         self.deadline = self.arrived + engine.limits.request_timeout_s
         self.constrained_by = "response_format"  # the field whose fault it is when a grammar fails on the way
-        self._jobs: list[Job] = []
+        self.jobs: list[Job] = []  # in progress or waiting
         self._holds_sound = False
 
     @property
@@ -107,7 +108,7 @@ class Turn:
         return replace(self.engine.limits.policy, deadline=self.deadline)
 
     async def hold_sound(self) -> None:
-        """Waits for one of the few places for sounds of hours; kept until the turn is left."""
+        """Waits for one of the few places for sounds of hours; kept until the place is left."""
         try:
             async with asyncio.timeout(self.deadline - time.monotonic()):
                 await self.engine.long_sounds.acquire()
@@ -153,7 +154,7 @@ class Turn:
 
         def work() -> Prompt:
             prompt = model.prepare(messages, self.policy)
-            if answered:  # so that what can't be is not kept until its turn comes
+            if answered:  # a prompt that leaves no room is refused before it waits
                 check_length(prompt, 1, model.config.text.max_position_embeddings)
             return prompt
 
@@ -170,7 +171,7 @@ class Turn:
         jobs = [
             Job(task, partial(deliver, index), self.arrived, self.deadline, self) for index, task in enumerate(tasks)
         ]
-        self._jobs += jobs
+        self.jobs += jobs
         for job in jobs:
             self.engine.scheduler.submit(job)
         left = len(tasks)
@@ -178,15 +179,15 @@ class Turn:
             index, step = await steps.get()
             if step is DONE:
                 left -= 1
-                self._jobs.remove(jobs[index])
+                self.jobs.remove(jobs[index])
             elif isinstance(step, BaseException):
                 raise self._refused(step)
             else:
                 yield index, step
 
     def stop(self) -> None:
-        """Stops every job before its next step, and gives back what the turn held."""
-        for job in self._jobs:
+        """Stops every job before its next step, and releases the long sound."""
+        for job in self.jobs:
             job.stopped = True
         if self._holds_sound:
             self._holds_sound = False
@@ -215,17 +216,14 @@ class Turn:
         return ApiError(500, f"the model failed on this request: {type(error).__name__}; the server's log has more")
 
 
-async def _turn(request: Request) -> AsyncIterator[Turn]:
+async def _place(request: Request) -> AsyncIterator[Place]:
     engine: Engine = request.app.state.engine
-    turn = engine.enter()
-    try:
-        yield turn
-    finally:
-        engine.leave(turn)
+    with engine.place() as place:
+        yield place
 
 
 # FastAPI leaves it once the answer was sent or given up, a stream's included.
-TurnOf = Annotated[Turn, Depends(_turn)]
+PlaceOf = Annotated[Place, Depends(_place)]
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

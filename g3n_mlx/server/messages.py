@@ -16,7 +16,7 @@ Turns = list[dict[str, Any]]
 SEPARATOR = "\n\n"
 
 
-def conversation(messages: Sequence[Message], tools_text: str | None) -> Turns:
+def template_messages(messages: Sequence[Message], tools_text: str | None) -> Turns:
     """The messages that `Gemma3n.prepare` takes. tools_text: what the system text says about tools.
 
     Raises ApiError 400 on more media than a request may bring.

@@ -1,18 +1,16 @@
 """Which models there are, how they do, and their tokens: /v1/models, /health, /metrics, tokenize, detokenize."""
 
-from dataclasses import dataclass
-
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from g3n_mlx.server.engine import Engine, TurnOf
+from g3n_mlx.server.engine import Engine, PlaceOf
 from g3n_mlx.server.errors import ApiError
-from g3n_mlx.server.messages import conversation
+from g3n_mlx.server.messages import template_messages
 from g3n_mlx.server.schemas import (
     DetokenizeAnswer,
     DetokenizeRequest,
-    Model,
     ModelList,
+    ServedModel,
     TokenizeAnswer,
     TokenizeRequest,
     now,
@@ -24,39 +22,24 @@ ALIASES = ("default", "ignore", "")
 router = APIRouter()
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What one id stands for."""
-
-    id: str
-    slice_name: str | None  # a MatFormer slice by its short name
-
-
 class ModelTable:
     """The ids that requests may name; every one is the loaded model."""
 
     def __init__(self, name: str, slice_name: str | None) -> None:
         """name: as served. slice_name: of the slice that the model was loaded as."""
         self.created = now()
-        self._default = Entry(name, slice_name)
-        self._entries = {name: self._default}
-        if slice_name is not None:
-            self._entries[f"{name}:{slice_name}"] = Entry(f"{name}:{slice_name}", slice_name)
+        self.ids = [name] if slice_name is None else [name, f"{name}:{slice_name}"]
 
-    @property
-    def ids(self) -> list[str]:
-        """All ids, the served name first."""
-        return list(self._entries)
-
-    def find(self, name: str) -> Entry:
-        """What a request's model is; raises ApiError 404 with the ids there are."""
-        entry = self._default if name in ALIASES else self._entries.get(name)
-        if entry is None:
+    def find(self, name: str) -> str:
+        """The id of the model that a request names; raises ApiError 404 with the ids there are."""
+        if name in ALIASES:
+            return self.ids[0]
+        if name not in self.ids:
             known = ", ".join(map(repr, self.ids))
             raise ApiError(
                 404, f"the model {name!r:.200} does not exist; there are {known}", param="model", code="model_not_found"
             )
-        return entry
+        return name
 
 
 @router.get("/v1/models")
@@ -67,10 +50,10 @@ async def list_models(request: Request) -> ModelList:
 
 
 @router.get("/v1/models/{name:path}")
-async def get_model(name: str, request: Request) -> Model:
+async def get_model(name: str, request: Request) -> ServedModel:
     """One id, or a 404."""
     table: ModelTable = request.app.state.models
-    return _described(request, table.find(name).id)
+    return _described(request, table.find(name))
 
 
 @router.get("/health")
@@ -90,18 +73,18 @@ async def metrics(request: Request) -> Response:
 
 
 @router.post("/v1/tokenize")
-async def tokenize(body: TokenizeRequest, request: Request, turn: TurnOf) -> TokenizeAnswer:
+async def tokenize(body: TokenizeRequest, request: Request, place: PlaceOf) -> TokenizeAnswer:
     """The ids of a text, or of messages in the chat template."""
     body.report_unknown()
     request.app.state.models.find(body.model)
-    model = turn.engine.model
+    model = place.engine.model
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give either prompt, a text, or messages", param="prompt")
     if body.messages is not None:
-        ids = list((await turn.prepared(conversation(body.messages, None), answered=False)).token_ids)
+        ids = list((await place.prepared(template_messages(body.messages, None), answered=False)).token_ids)
     else:
         assert body.prompt is not None
-        ids = await turn.encoded(body.prompt)
+        ids = await place.encoded(body.prompt)
         ids = [model.tokenizer.bos_id, *ids] if body.add_special_tokens else ids
     return TokenizeAnswer(tokens=ids, count=len(ids), max_model_len=model.config.text.max_position_embeddings)
 
@@ -119,7 +102,7 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeAns
     return DetokenizeAnswer(prompt=engine.model.tokenizer.decode(body.tokens, skip_special=False))
 
 
-def _described(request: Request, name: str) -> Model:
+def _described(request: Request, name: str) -> ServedModel:
     engine: Engine = request.app.state.engine
     table: ModelTable = request.app.state.models
-    return Model(id=name, created=table.created, max_model_len=engine.model.config.text.max_position_embeddings)
+    return ServedModel(id=name, created=table.created, max_model_len=engine.model.config.text.max_position_embeddings)

@@ -356,7 +356,7 @@ class Completion(BaseModel):
     usage: UsageAnswer | None = None
 
 
-class Model(BaseModel):
+class ServedModel(BaseModel):
     """An id that requests may name."""
 
     id: str
@@ -370,7 +370,7 @@ class ModelList(BaseModel):
     """GET /v1/models."""
 
     object: Literal["list"] = "list"
-    data: list[Model]
+    data: list[ServedModel]
 
 
 def new_id(prefix: str) -> str:

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from g3n_mlx.model import Chunk, Gemma3n
 from g3n_mlx.sampling import SamplingParams
-from g3n_mlx.server.engine import Turn
+from g3n_mlx.server.engine import Place
 from g3n_mlx.server.errors import ApiError
 from g3n_mlx.server.schemas import PromptTokensDetails, UsageAnswer
 
@@ -53,8 +53,8 @@ def token_text(model: Gemma3n, token_id: int) -> str:
 class UsageCount:
     """Counts the tokens of all choices of a request."""
 
-    def __init__(self, turn: Turn, prompt_tokens: int, choices_per_prompt: int) -> None:
-        self._turn = turn
+    def __init__(self, place: Place, prompt_tokens: int, choices_per_prompt: int) -> None:
+        self._place = place
         self._prompt_tokens = prompt_tokens
         self._choices_per_prompt = choices_per_prompt
         self._completion_tokens = self._cached_tokens = 0
@@ -64,7 +64,7 @@ class UsageCount:
     def take(self, index: int, chunk: Chunk) -> None:
         """Counts a chunk of the choice of an index. A prompt counts once, however many choices it has."""
         if chunk.token is not None and self._first_token_s is None:
-            self._first_token_s = time.monotonic() - self._turn.arrived
+            self._first_token_s = time.monotonic() - self._place.arrived
         usage = chunk.usage
         if usage is None:
             return

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from pydantic import Field, FiniteFloat
 
 from g3n_mlx.media.audio import Audio
-from g3n_mlx.server.engine import Turn, TurnOf, unless_gone
+from g3n_mlx.server.engine import Place, PlaceOf, unless_gone
 from g3n_mlx.server.errors import ApiError
 from g3n_mlx.server.scheduler import Answer
 from g3n_mlx.server.schemas import report_unknown
@@ -57,7 +57,7 @@ class Segment:
 @router.post("/v1/audio/transcriptions", response_class=Response)
 async def create_transcription(
     request: Request,
-    turn: TurnOf,
+    place: PlaceOf,
     file: UploadFile,
     model: Annotated[str, Form()] = "default",
     language: Annotated[str | None, Form(max_length=40)] = None,
@@ -74,14 +74,14 @@ async def create_transcription(
         raise ApiError(400, "the model knows no times of words, only of segments", param="timestamp_granularities")
     spoken = LANGUAGES.get((language or "").lower(), language)
     question = f"Transcribe the following speech segment{f' in {spoken}' if spoken else ''}"
-    work = _Work(turn, "transcribe", spoken, _asked(question, prompt), temperature)
+    work = _Work(place, "transcribe", spoken, _asked(question, prompt), temperature)
     return await _answered(request, work, await file.read(), response_format, stream)
 
 
 @router.post("/v1/audio/translations", response_class=Response)
 async def create_translation(
     request: Request,
-    turn: TurnOf,
+    place: PlaceOf,
     file: UploadFile,
     model: Annotated[str, Form()] = "default",
     prompt: Annotated[str | None, Form()] = None,
@@ -93,7 +93,7 @@ async def create_translation(
     await _report_unknown(request)
     request.app.state.models.find(model)
     question = _asked("Translate the following speech segment into English", prompt)
-    work = _Work(turn, "translate", "English", question, temperature)
+    work = _Work(place, "translate", "English", question, temperature)
     return await _answered(request, work, await file.read(), response_format, stream)
 
 
@@ -120,26 +120,26 @@ def _asked(question: str, prompt: str | None) -> str:
 class _Work:
     """One sound, and what is asked about every clip of it."""
 
-    def __init__(self, turn: Turn, task: str, language: str | None, question: str, temperature: float) -> None:
-        self._turn, self._task, self._language = turn, task, language
+    def __init__(self, place: Place, task: str, language: str | None, question: str, temperature: float) -> None:
+        self._place, self._task, self._language = place, task, language
         self._question, self._temperature = question, temperature
         self.segments: list[Segment] = []
 
     async def deltas(self, data: bytes) -> AsyncIterator[str]:
         """The words as they come; an empty text, if nothing else, at the end of each clip."""
-        engine = self._turn.engine
-        policy = replace(self._turn.policy, max_seconds=MAX_SOUND_S)
+        engine = self._place.engine
+        policy = replace(self._place.policy, max_seconds=MAX_SOUND_S)
         options = {"temperature": 0.0 if self._temperature < 1e-3 else self._temperature, "logprobs": True}
         params = sampling_params(engine.model, **options, max_tokens=CLIP_TOKENS)
-        await self._turn.hold_sound()
-        clips = await self._turn.opened(lambda: engine.model.split_audio(Audio(data), policy), "file", media=True)
+        await self._place.hold_sound()
+        clips = await self._place.opened(lambda: engine.model.split_audio(Audio(data), policy), "file", media=True)
         for start_s, end_s, clip in clips:
             content = [{"type": "text", "text": self._question}, {"type": "audio", "audio": clip}]
-            prompt = await self._turn.prepared([{"role": "user", "content": content}], "file")
+            prompt = await self._place.prepared([{"role": "user", "content": content}], "file")
             segment = Segment(start_s, end_s, "", [], [])
             between = " " if self.segments and self.segments[-1].text else ""
             self.segments.append(segment)
-            async for _, chunk in self._turn.run([Answer(prompt, params)]):
+            async for _, chunk in self._place.run([Answer(prompt, params)]):
                 if chunk.token is not None:
                     segment.token_ids.append(chunk.token)
                     segment.logprobs.append(chunk.logprob)

@@ -25,7 +25,7 @@ from PIL import Image
 from g3n_mlx import load
 from g3n_mlx.media.fetch import FetchPolicy
 from g3n_mlx.server.app import create_app
-from g3n_mlx.server.engine import Engine, Limits
+from g3n_mlx.server.engine import Engine, ServerLimits
 from g3n_mlx.server.gate import GatePolicy
 from g3n_mlx.server.metrics import Metrics
 from g3n_mlx.server.models import ModelTable
@@ -64,7 +64,7 @@ class Server:
 
 
 def started(folder: Path, **options: Any) -> Server:
-    """Starts a server in a thread; options: fields of Limits, GatePolicy and FetchPolicy, and the scheduler's."""
+    """Starts a server in a thread; options: fields of ServerLimits, GatePolicy and FetchPolicy, and the scheduler's."""
 
     def given(names: dict[str, Any]) -> dict[str, Any]:
         return {name: options.pop(name, default) for name, default in names.items()}
@@ -80,7 +80,7 @@ def started(folder: Path, **options: Any) -> Server:
     loader = functools.partial(load, folder, backend=backend, dtype="float32")
     scheduler = Scheduler(loader, parallel=parallel, metrics=metrics, **scheduling)
     policy = FetchPolicy(**{**STRICT, **options})
-    engine = Engine(scheduler.start(), scheduler, Limits(parallel=parallel, policy=policy, **limits), metrics)
+    engine = Engine(scheduler.start(), scheduler, ServerLimits(parallel=parallel, policy=policy, **limits), metrics)
     app = create_app(engine, ModelTable(**names), GatePolicy(**gate))
     listener = socket.create_server(("127.0.0.1", 0))
     runner = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=120))

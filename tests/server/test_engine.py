@@ -1,4 +1,4 @@
-"""The engine under load: places, turns, clients that go away, time limits, failures, shutdown, the prefix cache."""
+"""The engine under load: places, clients that go away, time limits, failures, shutdown, the prefix cache."""
 
 import asyncio
 import base64
@@ -119,7 +119,7 @@ def test_a_full_queue_is_a_429(held):
     threads = [threading.Thread(target=lambda: answers.append(ask(client))) for _ in range(3)]
     for thread in threads:
         thread.start()
-    wait_until(lambda: server.engine._turns == 3)
+    wait_until(lambda: server.engine.places_taken == 3)
     with pytest.raises(openai.RateLimitError) as refused:
         ask(client)
     assert int(refused.value.response.headers["retry-after"]) > 0
@@ -138,7 +138,7 @@ def test_the_official_client_tries_again(held):
     server, gate = held(parallel=1, max_queue=0)
     place = threading.Thread(target=ask, args=(server.openai(),))
     place.start()
-    wait_until(lambda: server.engine._turns == 1)
+    wait_until(lambda: server.engine.places_taken == 1)
     threading.Timer(0.5, gate.open.set).start()
     assert ask(server.openai(max_retries=50)).choices
     place.join()
@@ -216,7 +216,7 @@ def test_a_client_that_goes_away_stops_its_answer(server, stream):
         else:
             with pytest.raises(httpx.ReadTimeout):
                 http.post("/v1/chat/completions", json=body, timeout=0.3)
-    wait_until(lambda: server.figure("running") == 0 and server.engine._turns == 0)
+    wait_until(lambda: server.figure("running") == 0 and server.engine.places_taken == 0)
     assert server.figure("completion_tokens_total") - before < 20_000
 
 
@@ -224,7 +224,7 @@ def test_a_client_that_goes_away_while_it_waits(held):
     server, gate = held(parallel=1)
     with server.http() as http, pytest.raises(httpx.ReadTimeout):
         http.post("/v1/chat/completions", json={"messages": HELLO, "max_tokens": 500}, timeout=0.3)
-    wait_until(lambda: server.engine._turns == 0)
+    wait_until(lambda: server.engine.places_taken == 0)
     gate.open.set()
     wait_until(lambda: server.figure("running") == 0 and server.figure("queue_length") == 0)
     assert server.figure("completion_tokens_total") == 40  # the one that held the model
@@ -327,17 +327,16 @@ def test_the_prefix_cache_is_shared_between_requests(serve):
     assert server.figure("prefix_cache_bytes") > 0
 
 
-def test_a_turn_keeps_no_jobs_that_are_done(serve):
+def test_a_place_keeps_no_jobs_that_are_done(serve):
     """A transcription of hours runs hundreds, each with a prompt of its own."""
     server, kept = serve(), []
 
     async def several():
-        turn = server.engine.enter()
-        for _ in range(3):
-            async for _ in turn.run([job(server, None, max_tokens=2).task] * 2):
-                pass
-            kept.append(len(turn._jobs))
-        server.engine.leave(turn)
+        with server.engine.place() as place:
+            for _ in range(3):
+                async for _ in place.run([job(server, None, max_tokens=2).task] * 2):
+                    pass
+                kept.append(len(place.jobs))
 
     asyncio.run(several())
     assert kept == [0, 0, 0]
@@ -356,9 +355,8 @@ def test_media_are_not_opened_for_longer_than_the_request_lasts(serve):
     """A thread that goes on with what nobody waits for any more would be missing to the others."""
     server = serve(request_timeout_s=0.5)
     long = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64," + base64.b64encode(video(2)).decode()}}
-    turn = server.engine.enter()
-    assert turn.policy.deadline == turn.deadline
-    server.engine.leave(turn)
+    with server.engine.place() as place:
+        assert place.policy.deadline == place.deadline
     policy = replace(server.engine.limits.policy, deadline=time.monotonic() - 1)
     with pytest.raises(TimeoutError):
         server.engine.model.prepare([{"role": "user", "content": [long]}], policy)

@@ -158,4 +158,4 @@ def test_messages_of_any_shape(server, messages, options):
 def test_the_server_still_answers(server, client):
     answer = client.chat.completions.create(model="default", messages=[{"role": "user", "content": "Hi"}], max_tokens=2)
     assert answer.choices
-    wait_until(lambda: server.engine._turns == 0)
+    wait_until(lambda: server.engine.places_taken == 0)

@@ -14,7 +14,7 @@ from random_schemas import OBJECTS
 
 from g3n_mlx.engine.grammar import GrammarError, Grammars
 from g3n_mlx.prompt.tokenizer import Tokenizer
-from g3n_mlx.server.messages import conversation
+from g3n_mlx.server.messages import template_messages
 from g3n_mlx.server.schemas import Message
 from g3n_mlx.server.tools import REQUIRED, Tools, calls_text
 
@@ -458,7 +458,7 @@ def test_calls_and_results_in_the_prompt():
     call = {"id": "1", "function": {"name": "get_weather", "arguments": '{"town": "Bern", "days": 3}'}}
     broken = {"id": "2", "function": {"name": "get-time", "arguments": "{"}}
     picture = {"type": "image_url", "image_url": {"url": "data:,"}}
-    turns = conversation(
+    turns = template_messages(
         [
             Message(role="user", content="Well?"),
             Message(role="assistant", content="I look.", tool_calls=[call, broken]),
@@ -495,7 +495,7 @@ def test_the_documented_convention_is_true(repository, model):
         Message(role="tool", tool_call_id="1", content="sunny"),
         Message(role="tool", tool_call_id="2", content="12:30"),
     ]
-    prompt = model.tokenizer.decode(model.prepare(conversation(messages, None)).token_ids, skip_special=False)
+    prompt = model.tokenizer.decode(model.prepare(template_messages(messages, None)).token_ids, skip_special=False)
     assert blocks["turns"] in prompt
 
 
