@@ -1,19 +1,18 @@
-"""Who may call: the Host header, the page that calls, the key, and how much is read of what they send.
+"""Who may call: the Host header, the calling page's origin, the key, and how large a body may be.
 
 A browser sends whatever a web page asks it to, also to 127.0.0.1. So the Host must be an address or a name that we
-know (a name that an attacker points here, DNS rebinding, is none), and a page of another origin is refused unless
-`--cors-origin` names it: without that check it could still send forms, though it could not read the answers.
+know (against DNS rebinding: an attacker's name may point here), and a page of another origin is refused unless
+`--cors-origin` names it. CORS alone would not do: it keeps a page from reading responses, not from sending forms.
 """
 
 import ipaddress
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from g3n_mlx.server.errors import ApiError
@@ -23,75 +22,77 @@ OPEN_PATHS = ("/", "/health")  # what needs no key: the page, which asks for it,
 
 @dataclass(frozen=True, slots=True)
 class GatePolicy:
-    """What the gate lets through."""
+    """Whom the gate lets through."""
 
     api_key: str | None
     hosts: frozenset[str]  # names besides localhost and addresses, in lower case
-    cors_origins: frozenset[str]  # "*" is any
+    cors_origins: frozenset[str]  # in lower case, as browsers send them; "*" is any
     max_body_bytes: int
 
 
 class Gate:
-    """The outermost layer of the app."""
+    """What stands before the app: Host and Origin, then CORS, then the key and the body's length."""
 
     def __init__(self, app: ASGIApp, policy: GatePolicy) -> None:
-        self.app = app
-        self.policy = policy
+        self._app = app
+        self._policy = policy
+        # Within CORS, so that a page that may call can also read why it was refused.
+        self._keyed: ASGIApp = self._enter
+        if policy.cors_origins:
+            self._keyed = CORSMiddleware(
+                self._enter,
+                allow_origins=policy.cors_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+            )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes a request on, or answers it with the reason why not."""
         if scope["type"] != "http":
-            await self.app(scope, receive, send)
+            await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        cors = self._cors_headers(headers)
-
-        async def send_with_cors(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(cors)
-            await send(message)
-
-        preflight = scope["method"] == "OPTIONS" and bool(cors) and "access-control-request-method" in headers
         try:
-            self._check(scope["path"], headers, preflight)
+            self._check_origin(Headers(scope=scope))
         except ApiError as error:
-            await error.response()(scope, receive, send_with_cors)
-            return
-        if preflight:
-            wanted = headers.get("access-control-request-headers", "*")
-            allowed = {"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Allow-Headers": wanted}
-            await Response(status_code=204, headers=allowed)(scope, receive, send_with_cors)
-            return
-        await self.app(scope, limited(receive, self.policy.max_body_bytes), send_with_cors)
+            await error.response()(scope, receive, send)
+        else:
+            await self._keyed(scope, receive, send)
 
-    def _check(self, path: str, headers: Headers, preflight: bool) -> None:
-        host = headers.get("host", "")
+    async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers, max_bytes = Headers(scope=scope), self._policy.max_body_bytes
+        try:
+            if scope["path"] not in OPEN_PATHS:
+                self._check_key(headers.get("authorization", ""))
+            length = headers.get("content-length", "0")
+            if length.isdecimal() and int(length) > max_bytes:
+                raise too_large(max_bytes)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+        else:
+            await self._app(scope, limited(receive, max_bytes), send)
+
+    def _check_origin(self, headers: Headers) -> None:
+        host, origin = headers.get("host", ""), headers.get("origin")
         if not self._host_is_ours(host):
             raise ApiError(
                 403,
                 f"the Host header is {host!r}, expected an address, localhost or a name given with --allow-host",
                 code="host_not_allowed",
             )
-        origin = headers.get("origin")
-        if origin is not None and not self._allowed_origin(origin) and urlsplit_host(origin) != host.lower():
+        if origin is not None and not self._allowed_origin(origin) and origin_host(origin) != host.lower():
             raise ApiError(
                 403,
                 f"web pages of {origin} may not call this server; --cors-origin lets one in",
                 code="origin_not_allowed",
             )
-        if not preflight and path not in OPEN_PATHS:
-            self._check_key(headers.get("authorization", ""))
-        length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > self.policy.max_body_bytes:
-            raise too_large(self.policy.max_body_bytes)
 
     def _check_key(self, authorization: str) -> None:
-        if self.policy.api_key is None:
+        if self._policy.api_key is None:
             return
         scheme, _, key = authorization.partition(" ")
         # Compared as bytes: compare_digest takes no str beyond ASCII.
         if scheme.lower() != "bearer" or not secrets.compare_digest(
-            key.strip().encode("utf-8"), self.policy.api_key.encode("utf-8")
+            key.strip().encode("utf-8"), self._policy.api_key.encode("utf-8")
         ):
             raise ApiError(
                 401,
@@ -102,26 +103,20 @@ class Gate:
 
     def _host_is_ours(self, host: str) -> bool:
         name = host_name(host)
-        if name in self.policy.hosts or name == "localhost":
+        if name in self._policy.hosts or name == "localhost":
             return True
         try:
             ipaddress.ip_address(name)
         except ValueError:
             return False
-        return True  # no one can rebind an address
+        return True  # an address can't be rebound
 
     def _allowed_origin(self, origin: str) -> bool:
-        return "*" in self.policy.cors_origins or origin.lower() in self.policy.cors_origins
-
-    def _cors_headers(self, headers: Headers) -> Mapping[str, str]:
-        origin = headers.get("origin")
-        if origin is None or not self._allowed_origin(origin):
-            return {}
-        return {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+        return "*" in self._policy.cors_origins or origin in self._policy.cors_origins
 
 
 def limited(receive: Receive, max_bytes: int) -> Receive:
-    """A `receive` that raises once a body is longer than its limit, whatever its length was said to be."""
+    """A `receive` that raises once a body is longer than its limit, whatever Content-Length says."""
     read = 0
 
     async def counted() -> Message:
@@ -149,7 +144,7 @@ def host_name(host: str) -> str:
     return host.partition(":")[0]
 
 
-def urlsplit_host(origin: str) -> str | None:
+def origin_host(origin: str) -> str | None:
     """The `host:port` of an origin; None where there is none, as in "null"."""
     try:
         return urlsplit(origin.lower()).netloc or None

@@ -46,13 +46,19 @@ def test_pages_of_other_origins(server, serve):
         friend = {"Origin": "https://friend.example"}
         asked = {**friend, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
         allowed = http.options("/v1/chat/completions", headers=asked)
-        assert allowed.status_code == 204
+        assert allowed.status_code == 200
         assert allowed.headers["access-control-allow-origin"] == "https://friend.example"
         assert allowed.headers["access-control-allow-headers"] == "authorization"
+        assert allowed.headers["access-control-allow-methods"] == "GET, POST"
         refused = http.get("/v1/models", headers=friend)  # without the key, but with an answer that the page can read
         assert refused.status_code == 401
         assert refused.headers["access-control-allow-origin"] == "https://friend.example"
         assert status(http, {"Origin": "https://evil.example", "Authorization": "Bearer k"}) == 403
+        assert http.options("/v1/models", headers={**asked, "Origin": "https://evil.example"}).status_code == 403
+    with serve(cors_origins=frozenset(["*"])).http() as http:
+        anyone = http.get("/v1/models", headers={"Origin": "https://anyone.example"})
+        assert anyone.status_code == 200
+        assert anyone.headers["access-control-allow-origin"] == "*"
 
 
 def test_the_key(serve):
