@@ -11,9 +11,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from g3n_mlx.checkpoint.folder import Checkpoint
+from g3n_mlx.checkpoint.folder import Checkpoint, open_layout
 from g3n_mlx.checkpoint.hub import cache_folder, resolve
-from g3n_mlx.checkpoint.layouts import nested_config, open_layout
+from g3n_mlx.checkpoint.names import nested_config
 from g3n_mlx.checkpoint.quantization import Quantization
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.manifest import TEXT, dead_manifest

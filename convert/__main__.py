@@ -9,7 +9,7 @@ from pathlib import Path
 
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.checkpoint.hub import resolve
-from g3n_mlx.checkpoint.layouts import nested_config
+from g3n_mlx.checkpoint.names import nested_config
 from g3n_mlx.checkpoint.quantization import BITS, GROUP_SIZES
 from g3n_mlx.commands import run_command
 from g3n_mlx.config.fields import read_json

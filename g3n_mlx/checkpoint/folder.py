@@ -15,23 +15,31 @@ from typing import Any
 
 import numpy as np
 
-from g3n_mlx.checkpoint.layouts import STEM, Layout, embedder_manifests, lacks_stem_bias, open_layout, tower_names
-from g3n_mlx.checkpoint.quantization import Quantization, dequantize, to_float32
-from g3n_mlx.checkpoint.shards import DTYPES, MappedTensor, Shard, StoredTensor
+from g3n_mlx.checkpoint.check import (
+    check_declared,
+    check_manifest,
+    check_towers,
+    embedder_manifests,
+    kernel_axes,
+    tower_shapes,
+)
+from g3n_mlx.checkpoint.names import (
+    STEM,
+    canonical_tensors,
+    declared_quantization,
+    lacks_stem_bias,
+    nested_config,
+    tower_names,
+    without_absent_modalities,
+)
+from g3n_mlx.checkpoint.quantization import Quantization
+from g3n_mlx.checkpoint.shards import DTYPES, Shard, StoredTensor, open_shards
+from g3n_mlx.checkpoint.source import RowTable, Source, read_rows
+from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.manifest import PLE_TABLE, TEXT, dead_manifest, text_manifest
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.config.text import TextConfig
 from g3n_mlx.matformer.plan import Ranges, SlicePlan, cut, slice_config
-
-# A gap between kept columns is worth skipping from a page upwards: below, the disk brings it anyway.
-_PAGE_BYTES = 4096
-# Rows that are read whole and then cut, at a time.
-_BLOCK_BYTES = 1 << 20
-# Mapped pages that may stay resident before they are given back, ...
-_MAPPED_BYTES = 32 << 20
-# ... and what one touched row can map: Linux keeps large files in pieces of up to this size and maps a piece whole
-# (512 rows of E4B's table at 8 bits: 300 MB resident where 64 KiB a row were reckoned with).
-_TOUCH_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +51,15 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
-    """A readable tensor: where it is stored, what is kept of it, and how its axes lie on disk."""
+class Layout:
+    """An opened folder: its whole content under canonical names."""
 
-    stored: StoredTensor
-    shape: tuple[int, ...]  # as read
-    rows: Ranges | None = None  # kept rows
-    columns: Ranges | None = None  # kept columns in stored units: words of packed codes, or one scale a group
-    axes: tuple[int, ...] | None = None  # the transposition from the stored to the published order
-    absent: bool = False  # not on disk: reads as zeros
+    config: ModelConfig
+    raw_config: dict[str, Any]  # nested, without quantization
+    shards: list[Shard]
+    tensors: dict[str, StoredTensor]
+    quantizations: dict[str, Quantization]  # of the modules that are quantized
+    kernel_axes: dict[str, tuple[int, ...]]  # tower tensors that lie in another order of axes: stored -> published
 
 
 class Checkpoint:
@@ -64,7 +72,7 @@ class Checkpoint:
         raw_config: dict[str, Any],
         slice_name: str | None,
         shards: list[Shard],
-        sources: dict[str, _Source],
+        sources: dict[str, Source],
         quantizations: dict[str, Quantization],
     ):
         self.folder = folder
@@ -156,7 +164,7 @@ class Checkpoint:
         assert 0 <= start <= stop <= length, (name, start, stop)
         if source.absent:
             return np.zeros((stop - start, *source.shape[1:]), DTYPES[source.stored.dtype])
-        array = _read_rows(source, start, stop)
+        array = read_rows(source, start, stop)
         return array if source.axes is None else np.ascontiguousarray(array.transpose(source.axes))
 
     def rows(self, path: str) -> "RowTable":
@@ -174,52 +182,37 @@ class Checkpoint:
         return name.rpartition(".")[0] in self._dead_paths
 
 
-class RowTable:
-    """Rows of a table on disk, gathered from a memory map and dequantized after the gather.
+def open_layout(folder: Path) -> Layout:
+    """Opens a checkpoint folder and checks its tensors by name and shape against its config.json.
 
-    The pages that were touched are given back from time to time, so a long run does not make the table resident.
+    Raises FileNotFoundError or ValueError, the latter naming the tensors that are missing, unexpected or misshapen
+    (ten of each, and the count). Below the vision and audio towers what nobody reads is no error.
     """
-
-    def __init__(self, sources: list[_Source], quantization: Quantization | None):
-        self.num_rows, columns = sources[0].shape
-        self.width = columns if quantization is None else columns * 32 // quantization.bits
-        self._quantization = quantization
-        self._columns = [source.columns for source in sources]
-        self._maps = [MappedTensor(source.stored) for source in sources]
-        self._rows_per_step = max(1, _MAPPED_BYTES // (_TOUCH_BYTES * len(sources)))
-        self._touched_rows = 0
-
-    def gather(self, ids: np.ndarray) -> np.ndarray:
-        """The rows of ids [n], float32 [n, width]; an id outside the table is an IndexError."""
-        ids = np.asarray(ids, np.int64)
-        if ids.size and not 0 <= ids.min() <= ids.max() < self.num_rows:
-            raise IndexError(f"ids from {ids.min()} to {ids.max()}, the table has {self.num_rows} rows")
-        gathered = np.empty((len(ids), self.width), np.float32)
-        for start in range(0, len(ids), self._rows_per_step):
-            step = slice(start, start + self._rows_per_step)
-            gathered[step] = self._gather_some(ids[step])
-        return gathered
-
-    def _gather_some(self, ids: np.ndarray) -> np.ndarray:
-        parts = []
-        for mapped, columns in zip(self._maps, self._columns, strict=True):
-            rows = mapped.gather(ids)
-            parts.append(rows if columns is None else np.concatenate([rows[:, a:b] for a, b in columns], axis=1))
-        self._touched_rows += len(ids)
-        if self._touched_rows >= self._rows_per_step:
-            for mapped in self._maps:
-                mapped.release()
-            self._touched_rows = 0
-        if self._quantization is None:
-            return to_float32(parts[0])
-        packed, scales, biases = parts
-        return dequantize(packed, scales, biases, self._quantization.bits, self._quantization.group_size)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder: expected a model folder with config.json")
+    where = str(folder / "config.json")
+    raw_config = nested_config(read_json(folder / "config.json"))
+    declared = declared_quantization(raw_config, where)
+    config = ModelConfig.from_dict(raw_config, where)
+    shards, on_disk = open_shards(folder)
+    with ExitStack() as opened:
+        for shard in shards:
+            opened.callback(shard.close)
+        tensors = canonical_tensors(on_disk, folder)
+        config, raw_config = without_absent_modalities(config, raw_config, tensors)
+        quantizations = check_manifest(tensors, config, folder)
+        check_declared(declared, quantizations, where)
+        shapes = tower_shapes(config)
+        axes = kernel_axes(tensors, shapes, folder)
+        check_towers(tensors, axes, shapes, folder)
+        opened.pop_all()
+    return Layout(config, raw_config, shards, tensors, quantizations, axes)
 
 
-def _cut_sources(layout: Layout, config: ModelConfig, plan: SlicePlan) -> dict[str, _Source]:
+def _cut_sources(layout: Layout, config: ModelConfig, plan: SlicePlan) -> dict[str, Source]:
     """Text and embedder tensors under the names of the slice, whose config is given."""
     tensors = layout.tensors
-    sources: dict[str, _Source] = {}
+    sources: dict[str, Source] = {}
     for name in text_manifest(config.text) | embedder_manifests(config) | dead_manifest(config.text):
         source_name = plan.source_name(name)
         if source_name not in tensors:  # dead, and left out by whoever wrote the file
@@ -255,80 +248,26 @@ def _listed(ranges: Ranges) -> str:
     return ", ".join(f"{start} to {stop}" for start, stop in ranges)
 
 
-def _cut_source(stored: StoredTensor, rows: Ranges | None, columns: Ranges | None) -> _Source:
+def _cut_source(stored: StoredTensor, rows: Ranges | None, columns: Ranges | None) -> Source:
     shape = list(stored.shape)
     for axis, kept in enumerate((rows, columns)):
         if kept is not None:
             shape[axis] = sum(stop - start for start, stop in kept)
-    return _Source(stored, tuple(shape), rows, columns)
+    return Source(stored, tuple(shape), rows, columns)
 
 
-def _tower_sources(layout: Layout) -> dict[str, _Source]:
+def _tower_sources(layout: Layout) -> dict[str, Source]:
     """Vision and audio tensors, kernels turned to the published order of axes."""
-    sources: dict[str, _Source] = {}
+    sources: dict[str, Source] = {}
     for name in tower_names(layout.tensors):
         stored, axes = layout.tensors[name], layout.kernel_axes.get(name)
         shape = stored.shape if axes is None else tuple(stored.shape[axis] for axis in axes)
-        sources[name] = _Source(stored, shape, axes=axes)
+        sources[name] = Source(stored, shape, axes=axes)
     if lacks_stem_bias(layout.tensors):
         stem = layout.tensors[f"{STEM}.weight"]
-        sources[f"{STEM}.bias"] = _Source(stem, stem.shape[:1], absent=True)
+        sources[f"{STEM}.bias"] = Source(stem, stem.shape[:1], absent=True)
     return sources
 
 
 def _module_paths(names: Iterable[str]) -> Iterator[str]:
     return (name.removesuffix(".weight") for name in names if name.endswith(".weight"))
-
-
-def _read_rows(source: _Source, start: int, stop: int) -> np.ndarray:
-    """Rows [start, stop) of what is kept, axes as stored."""
-    stored = source.stored
-    dtype = DTYPES[stored.dtype]
-    row_bytes = prod(stored.shape[1:]) * dtype.itemsize
-    spans = None
-    if source.columns is not None:
-        spans = [(first * dtype.itemsize, last * dtype.itemsize) for first, last in source.columns]
-    kept_bytes = row_bytes if spans is None else sum(last - first for first, last in spans)
-    out = np.empty((stop - start, kept_bytes), np.uint8)
-    filled = 0
-    for first, last in _runs(source.rows, start, stop):
-        offset = stored.offset + first * row_bytes
-        target = out[filled : filled + last - first]
-        if spans is None:
-            stored.shard.read_into(offset, target.reshape(-1).data)
-        else:
-            _read_spans(stored.shard, offset, row_bytes, spans, target)
-        filled += last - first
-    columns = stored.shape[1:] if source.columns is None else (kept_bytes // dtype.itemsize,)
-    return out.reshape(-1).view(dtype).reshape((stop - start, *columns) if stored.shape else ())
-
-
-def _runs(rows: Ranges | None, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Rows [start, stop) of the kept ones as ranges of stored rows."""
-    if rows is None:
-        yield start, stop
-        return
-    passed = 0
-    for first, last in rows:
-        begin, end = max(start - passed, 0), min(stop - passed, last - first)
-        if begin < end:
-            yield first + begin, first + end
-        passed += last - first
-
-
-def _read_spans(shard: Shard, offset: int, row_bytes: int, spans: list[tuple[int, int]], out: np.ndarray) -> None:
-    """Fills out [n, kept bytes] with some byte ranges of n rows."""
-    edges = [0, *(edge for span in spans for edge in span), row_bytes]
-    widest_gap = max(last - first for first, last in zip(edges[::2], edges[1::2], strict=True))
-    if widest_gap >= _PAGE_BYTES:
-        for row in range(len(out)):
-            filled = 0
-            for first, last in spans:
-                shard.read_into(offset + row * row_bytes + first, out[row, filled : filled + last - first].data)
-                filled += last - first
-        return
-    step = max(1, _BLOCK_BYTES // row_bytes)
-    for row in range(0, len(out), step):
-        whole = np.empty((min(step, len(out) - row), row_bytes), np.uint8)
-        shard.read_into(offset + row * row_bytes, whole.reshape(-1).data)
-        np.concatenate([whole[:, first:last] for first, last in spans], axis=1, out=out[row : row + len(whole)])

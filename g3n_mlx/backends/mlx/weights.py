@@ -3,8 +3,9 @@
 import mlx.core as mx
 import numpy as np
 
-from g3n_mlx.checkpoint.folder import Checkpoint, RowTable
+from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.checkpoint.quantization import Quantization
+from g3n_mlx.checkpoint.source import RowTable
 
 
 class Weights:

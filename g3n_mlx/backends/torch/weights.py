@@ -4,8 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from g3n_mlx.checkpoint.folder import Checkpoint, RowTable
+from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.checkpoint.quantization import Quantization
+from g3n_mlx.checkpoint.source import RowTable
 
 
 class Weights:

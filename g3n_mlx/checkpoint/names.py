@@ -1,0 +1,156 @@
+"""The names in which Gemma 3n lies on disk, and what its config.json says about quantization.
+
+Names differ by who wrote the file: Google and mlx-lm, mlx-vlm, text-only Hugging Face, transformers 5. Canonical
+names are the module paths of our models.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from g3n_mlx.checkpoint.quantization import Quantization
+from g3n_mlx.checkpoint.shards import StoredTensor
+from g3n_mlx.config.manifest import TEXT
+from g3n_mlx.config.model import ModelConfig
+from g3n_mlx.config.text import FULL, SLIDING
+
+logger = logging.getLogger(__name__)
+
+TOWERS = {"vision": "vision_tower.", "audio": "audio_tower."}
+STEM = "vision_tower.timm_model.conv_stem.conv"
+# Prefix on disk -> canonical prefix, the first that fits: published and mlx-lm, mlx-vlm, text-only Hugging Face.
+_PREFIXES = (
+    ("model.language_model.", TEXT),
+    ("language_model.model.", TEXT),
+    *(
+        (f"{root}{part}.", f"{part}.")
+        for root in ("model.", "")
+        for part in ("vision_tower", "audio_tower", "embed_vision", "embed_audio")
+    ),
+    ("model.", TEXT),
+)
+# Of a flat config, what stands outside text_config in a nested one.
+_OUTER_KEYS = (
+    "eos_token_id",
+    "bos_token_id",
+    "pad_token_id",
+    "model_type",
+    "torch_dtype",
+    "dtype",
+    "quantization",
+    "quantization_config",
+    "transformers_version",
+    "initializer_range",
+)
+# What mx.quantize takes where nothing is said (mlx, ops.cpp, `quantize`, mode "affine").
+_MLX_DEFAULT = Quantization(bits=4, group_size=64)
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """What config.json says about quantization."""
+
+    default: Quantization
+    modules: Mapping[str, Quantization | None]  # canonical module paths; None is dense
+
+
+def nested_config(raw: dict[str, Any]) -> dict[str, Any]:
+    """A config.json in the published shape: text under `text_config`, both RoPE bases as keys of their own.
+
+    Text-only files (Gemma3nForCausalLM) are flat, transformers 5 writes `rope_parameters`.
+    """
+    if isinstance(raw.get("text_config"), dict):
+        nested = {**raw, "text_config": dict(raw["text_config"])}
+    else:
+        outer = {key: raw[key] for key in _OUTER_KEYS if key in raw}
+        inner = {key: value for key, value in raw.items() if key not in outer and key != "architectures"}
+        nested = {**outer, "text_config": inner}
+        if raw.get("model_type") == "gemma3n_text":
+            inner["model_type"] = "gemma3n_text"
+            nested |= {"architectures": ["Gemma3nForConditionalGeneration"], "model_type": "gemma3n"}
+    text = nested["text_config"]
+    parameters = text.get("rope_parameters")
+    if isinstance(parameters, dict) and _plain_rope(parameters.get(FULL)) and _plain_rope(parameters.get(SLIDING)):
+        del text["rope_parameters"]
+        text["rope_theta"] = parameters[FULL]["rope_theta"]
+        text["rope_local_base_freq"] = parameters[SLIDING]["rope_theta"]
+    return nested
+
+
+def _plain_rope(entry: Any) -> bool:
+    return isinstance(entry, dict) and "rope_theta" in entry and entry.get("rope_type", "default") == "default"
+
+
+def canonical_name(name: str) -> str:
+    """The module path of a tensor or module in our models."""
+    for on_disk, canonical in _PREFIXES:
+        if name.startswith(on_disk):
+            return canonical + name.removeprefix(on_disk)
+    return name
+
+
+def canonical_tensors(on_disk: Mapping[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
+    """Tensors by their canonical names; raises ValueError when two of them have the same."""
+    names: dict[str, str] = {}
+    for name in on_disk:
+        canonical = canonical_name(name)
+        if canonical in names:
+            raise ValueError(f"{folder} holds both {names[canonical]} and {name}: two checkpoints in one folder?")
+        names[canonical] = name
+    return {canonical: on_disk[name] for canonical, name in names.items()}
+
+
+def tower_names(tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
+    """The names below the vision and audio towers."""
+    return (name for name in tensors if name.startswith(tuple(TOWERS.values())))
+
+
+def lacks_stem_bias(tensors: Mapping[str, StoredTensor]) -> bool:
+    """Vision weights of before July 2025: kernels have height and width swapped, and the stem has no bias."""
+    return f"{STEM}.weight" in tensors and f"{STEM}.bias" not in tensors
+
+
+def without_absent_modalities(
+    config: ModelConfig, raw_config: dict[str, Any], tensors: Mapping[str, StoredTensor]
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Text-only conversions keep the whole config.json: a modality without any tensor is none."""
+    for modality, tower in TOWERS.items():
+        key = f"{modality}_config"
+        if key in raw_config and not any(name.startswith((tower, f"embed_{modality}.")) for name in tensors):
+            logger.info("no %s tensors: the checkpoint is used without %s", modality, modality)
+            raw_config = {name: value for name, value in raw_config.items() if name != key}
+            config = replace(config, vision=None) if modality == "vision" else replace(config, audio=None)
+    return config, raw_config
+
+
+def declared_quantization(raw_config: dict[str, Any], where: str) -> Declared | None:
+    """Takes the quantization keys out of a config: what holds is in the shapes, and is checked against them."""
+    repeated = raw_config.pop("quantization_config", None)
+    raw = raw_config.pop("quantization", repeated)
+    if raw is None:
+        return None
+    if not isinstance(raw, dict) or "bits" not in raw or "group_size" not in raw or "quant_method" in raw:
+        method = raw.get("quant_method") if isinstance(raw, dict) else raw
+        raise ValueError(
+            f"{where}: quantized by {method!r}; only MLX's affine quantization is read: "
+            "start from the unquantized checkpoint"
+        )
+    modules = {
+        canonical_name(path): None if value is False else _declared_module(value, f"{where}, quantization of {path}")
+        for path, value in raw.items()
+        if "." in path and value is not True
+    }
+    return Declared(_declared_module(raw, f"{where}, quantization"), modules)
+
+
+def _declared_module(raw: Any, where: str) -> Quantization:
+    if not isinstance(raw, dict) or "bits" not in raw or "group_size" not in raw:
+        raise ValueError(f"{where}: is {raw!r}, expected false or an object with bits and group_size")
+    if raw.get("mode", "affine") != "affine":
+        raise ValueError(f"{where}: mode is {raw['mode']!r}, only 'affine' is read")
+    # mlx-lm's mixed recipes write null for what they leave to mx.quantize.
+    bits = _MLX_DEFAULT.bits if raw["bits"] is None else raw["bits"]
+    group_size = _MLX_DEFAULT.group_size if raw["group_size"] is None else raw["group_size"]
+    return Quantization(bits, group_size)
