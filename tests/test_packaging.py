@@ -104,6 +104,13 @@ def test_the_right_framework_for_the_machine(repository):
     assert frameworks("win32", "AMD64") == {"torch"}
 
 
+def test_the_citation_names_this_version(repository):
+    project = tomllib.loads((repository / "pyproject.toml").read_text("utf-8"))["project"]
+    citation = (repository / "CITATION.cff").read_text("utf-8").splitlines()
+    assert f"version: {project['version']}" in citation
+    assert f"license: {project['license']}" in citation
+
+
 def test_constraints_pin_every_direct_dependency(repository):
     from packaging.requirements import Requirement
 
