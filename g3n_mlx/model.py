@@ -1,7 +1,7 @@
 """Gemma3n: what `load` returns and users hold. Messages in, text out, over the loop of generate.py."""
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from numbers import Integral
 from typing import Any
 
@@ -11,6 +11,7 @@ from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.engine.conversation import Conversation
 from g3n_mlx.engine.generate import Constraint, Timings, check_length, chunks, generate_tokens, soft_tokens
+from g3n_mlx.engine.results import Chunk, Result, Usage
 from g3n_mlx.engine.scores import TokenScore, token_scores
 from g3n_mlx.engine.soft_tokens import EmbeddedMedia
 from g3n_mlx.engine.stops import StopStrings
@@ -30,43 +31,6 @@ SCORED_ROWS = 64
 LOCAL = FetchPolicy()
 
 PromptLike = str | Sequence[int] | Sequence[Mapping[str, Any]] | Prompt
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Counts and times of one answer; tokens a second are averages."""
-
-    prompt_tokens: int
-    cached_tokens: int  # of the prompt's, found in the cache of the conversation before
-    completion_tokens: int
-    time_to_first_token_s: float
-    avg_prompt_tok_per_sec: float  # of the tokens that were not cached
-    avg_compl_tok_per_sec: float  # 0 for an answer of one token
-    peak_memory_bytes: int  # of the process or of the device, whichever is more
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """One token of an answer, or its end: token None, with the reason and the usage."""
-
-    text: str  # may be empty: half a character, or what may become a stop string
-    token: int | None = None
-    logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] | None = None
-    finish_reason: str | None = None  # "stop" or "length", in the last chunk only
-    usage: Usage | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """A whole answer. A stop id that ended it is not among the tokens."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str
-    usage: Usage
-    logprobs: tuple[float, ...] | None = None
-    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
 
 
 class Gemma3n:
@@ -156,21 +120,8 @@ class Gemma3n:
         constraint: what the answer must look like (g3n_mlx/engine/grammar.py); good for one answer.
         Raises ValueError on a bad prompt or option, PromptTooLong when the prompt exceeds the context.
         """
-        answer = list(self.stream(prompt, constraint=constraint, **sampling))
-        tokens, end = answer[:-1], answer[-1]
-        assert end.finish_reason is not None
-        assert end.usage is not None
-        wanted = bool(sampling.get("logprobs")) or bool(sampling.get("top_logprobs"))
-        return Result(
-            text="".join(chunk.text for chunk in answer),
-            token_ids=tuple(chunk.token for chunk in tokens if chunk.token is not None),
-            finish_reason=end.finish_reason,
-            usage=end.usage,
-            logprobs=tuple(chunk.logprob for chunk in tokens if chunk.logprob is not None) if wanted else None,
-            top_logprobs=tuple(chunk.top_logprobs for chunk in tokens if chunk.top_logprobs is not None)
-            if sampling.get("top_logprobs")
-            else None,
-        )
+        chunks = list(self.stream(prompt, constraint=constraint, **sampling))
+        return Result.of(chunks, self.sampling_params(**sampling))
 
     def stream(
         self, prompt: PromptLike, *, constraint: Constraint | None = None, **sampling: Any

@@ -19,7 +19,8 @@ from g3n_mlx.commands import printable, say
 from g3n_mlx.failures import check_folder_of, is_expected, one_line, size_in_words
 
 if TYPE_CHECKING:
-    from g3n_mlx.model import Gemma3n, Usage
+    from g3n_mlx.engine.results import Usage
+    from g3n_mlx.model import Gemma3n
     from g3n_mlx.prompt.prompt import Prompt
 
 SETTINGS: dict[str, type[int] | type[float]] = {

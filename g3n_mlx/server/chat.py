@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 
 from g3n_mlx.engine.generate import Constraint
-from g3n_mlx.model import Chunk
+from g3n_mlx.engine.results import Chunk
 from g3n_mlx.server import tools
 from g3n_mlx.server.engine import Place, PlaceOf, unless_gone
 from g3n_mlx.server.errors import ApiError

@@ -10,8 +10,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 
+from g3n_mlx.engine.results import Chunk
 from g3n_mlx.engine.scores import TokenScore
-from g3n_mlx.model import Chunk
 from g3n_mlx.prompt.prompt import Prompt
 from g3n_mlx.server.engine import TOO_LONG, Place, PlaceOf, unless_gone
 from g3n_mlx.server.errors import ApiError

@@ -15,8 +15,9 @@ from typing import Any, Final
 from g3n_mlx.engine.conversation import Conversation
 from g3n_mlx.engine.generate import Constraint
 from g3n_mlx.engine.prefix_cache import PrefixCache
+from g3n_mlx.engine.results import Chunk
 from g3n_mlx.engine.scores import TokenScore
-from g3n_mlx.model import Chunk, Gemma3n
+from g3n_mlx.model import Gemma3n
 from g3n_mlx.prompt.prompt import Prompt
 from g3n_mlx.sampling import SamplingParams
 from g3n_mlx.server.metrics import Metrics

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from g3n_mlx.model import Chunk, Gemma3n
+from g3n_mlx.engine.results import Chunk
+from g3n_mlx.model import Gemma3n
 from g3n_mlx.sampling import SamplingParams
 from g3n_mlx.server.engine import Place
 from g3n_mlx.server.errors import ApiError
