@@ -1,9 +1,9 @@
 """Gemma3n: what `load` returns and users hold. Messages in, text out, over the loop of generate.py."""
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
-from numbers import Integral
-from typing import Any
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -11,6 +11,8 @@ from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.engine.conversation import Conversation
 from g3n_mlx.engine.generate import Constraint, Timings, check_length, chunks, generate_tokens, soft_tokens
+from g3n_mlx.engine.grammar import Grammars
+from g3n_mlx.engine.options import AnswerOptions, constraint_of, parsed, with_media
 from g3n_mlx.engine.results import Chunk, Result, Usage
 from g3n_mlx.engine.scores import TokenScore, token_scores
 from g3n_mlx.engine.soft_tokens import EmbeddedMedia
@@ -22,9 +24,9 @@ from g3n_mlx.media.image import Image
 from g3n_mlx.media.opener import MediaOpener
 from g3n_mlx.media.part import Media
 from g3n_mlx.memory import peak_process_bytes, return_freed_memory
-from g3n_mlx.prompt.prompt import Prompt, prepare
+from g3n_mlx.prompt.prompt import Prompt, of_token_ids, prepare
 from g3n_mlx.prompt.tokenizer import Tokenizer
-from g3n_mlx.sampling import SamplingParams
+from g3n_mlx.sampling import SamplingOptions, SamplingParams, check_option_names
 
 # Rows of logits at once in `score`: 64 MiB at the released vocabulary, in float32.
 SCORED_ROWS = 64
@@ -113,37 +115,61 @@ class Gemma3n:
         self._model.drop_towers()
         return_freed_memory()
 
-    def generate(self, prompt: PromptLike, *, constraint: Constraint | None = None, **sampling: Any) -> Result:
+    def generate(
+        self, prompt: PromptLike, params: SamplingParams | None = None, **options: Unpack[AnswerOptions]
+    ) -> Result:
         """The answer to messages, to a string as one user message, or to token ids taken as they are.
 
-        sampling: fields of SamplingParams; what is not given comes from generation_config.json.
-        constraint: what the answer must look like (g3n_mlx/engine/grammar.py); good for one answer.
+        options: fields of SamplingParams, over `params` or else over those of generation_config.json; `schema` (a
+        pydantic model class or a JSON schema), `regex` or `lark`, which the answer follows; `images`, `audio` and
+        `videos`, one or a list of each, which go before a string prompt in that order (engine/options.py).
+        With a pydantic model `Result.parsed` is the object, or None where the text does not validate, as after
+        max_tokens truncated it (finish_reason "length").
         Raises ValueError on a bad prompt or option, PromptTooLong when the prompt exceeds the context.
         """
-        chunks = list(self.stream(prompt, constraint=constraint, **sampling))
-        return Result.of(chunks, self.sampling_params(**sampling))
+        prepared, sampling, constraint = self._request(prompt, params, options)
+        result = Result.of(list(self._stream(prepared, sampling, constraint)), sampling)
+        return replace(result, parsed=parsed(result.text, options.get("schema")))
 
     def stream(
-        self, prompt: PromptLike, *, constraint: Constraint | None = None, **sampling: Any
+        self, prompt: PromptLike, params: SamplingParams | None = None, **options: Unpack[AnswerOptions]
     ) -> Generator[Chunk, None, None]:
-        """The answer as it comes: one chunk a token, then a last one with usage. Closing it stops the generation.
+        """The answer as it comes: one chunk per token, then a last one with usage. Closing it stops the generation.
 
         Prompt, options and errors as in `generate`; they are checked in this call, not at the first chunk.
         """
-        params = self.sampling_params(**sampling)
-        prepared = self._prompt(prompt)
-        check_length(prepared, 1, self.config.text.max_position_embeddings)
-        return self._stream(prepared, params, constraint)
+        return self._stream(*self._request(prompt, params, options))
 
-    def sampling_params(self, **sampling: Any) -> SamplingParams:
-        """The given options over the checkpoint's own; None is not given. Raises ValueError on a bad one."""
-        unknown = sorted(set(sampling) - {field.name for field in fields(SamplingParams)})
-        if unknown:
-            raise ValueError(f"there are no sampling options {unknown}; see SamplingParams for those there are")
-        given = {name: value for name, value in sampling.items() if value is not None}
-        params = SamplingParams(**{**self.sampling_defaults, **given})
-        params.check_vocabulary(self.config.text.vocab_size)
-        return params
+    def sampling_params(
+        self, params: SamplingParams | None = None, **overrides: Unpack[SamplingOptions]
+    ) -> SamplingParams:
+        """The given options over `params`, or else over the checkpoint's own; None is not given.
+
+        Raises ValueError on one that does not exist or is out of range.
+        """
+        check_option_names(overrides, SamplingOptions.__annotations__)
+        if params is not None and not isinstance(params, SamplingParams):
+            raise ValueError(f"params is {params!r:.80}, expected a SamplingParams; single options go by keyword")
+        given = {name: value for name, value in overrides.items() if value is not None}
+        base = SamplingParams(**self.sampling_defaults) if params is None else params
+        merged = replace(base, **given)
+        merged.check_vocabulary(self.config.text.vocab_size)
+        return merged
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Makes constraints for this model's answers. The first use takes seconds at the released vocabulary.
+
+        Raises ImportError when llguidance is not installed.
+        """
+        return Grammars(self.tokenizer, self.config.text.vocab_size, self.eos_token_ids)
+
+    def count_tokens(self, prompt: PromptLike) -> int:
+        """How many tokens a prompt has, the template's and those of media included; the model does not run.
+
+        Raises as `generate`, but not when the prompt exceeds the context.
+        """
+        return len(self._prompt(prompt).token_ids)
 
     def logits(self, prompt: PromptLike) -> np.ndarray:
         """Logits after every token of a prompt, float32 [T, V], for scoring. Raises as `generate`."""
@@ -223,20 +249,24 @@ class Gemma3n:
         """Forgets the cached conversation and frees its memory."""
         self._conversation = None
 
-    def _prompt(self, prompt: PromptLike) -> Prompt:
+    def _request(
+        self, prompt: PromptLike, params: SamplingParams | None, options: AnswerOptions
+    ) -> tuple[Prompt, SamplingParams, Constraint | None]:
+        """What `answer` takes, made of what `generate` takes."""
+        check_option_names(options, AnswerOptions.__annotations__)
+        overrides: Any = {name: options[name] for name in options if name in SamplingOptions.__annotations__}
+        sampling = self.sampling_params(params, **overrides)
+        constraint = constraint_of(options, lambda: self.grammars)
+        prepared = self._prompt(with_media(prompt, options))
+        check_length(prepared, 1, self.config.text.max_position_embeddings)
+        return prepared, sampling, constraint
+
+    def _prompt(self, prompt: Any) -> Prompt:
         if isinstance(prompt, Prompt):
             return prompt
         if isinstance(prompt, str) or (isinstance(prompt, Sequence) and any(isinstance(e, Mapping) for e in prompt)):
-            return self.prepare(prompt)  # pyright: ignore[reportArgumentType]
-        entries: list[Any] = list(prompt) if isinstance(prompt, Iterable) and not isinstance(prompt, bytes) else []
-        if not entries or not all(isinstance(e, Integral) and not isinstance(e, bool) for e in entries):
-            raise ValueError(f"the prompt is {prompt!r:.80}, expected a string, a list of messages or token ids")
-        ids = tuple(int(entry) for entry in entries)
-        vocab_size = self.config.text.vocab_size
-        wrong = [token_id for token_id in ids if not 0 <= token_id < vocab_size]
-        if wrong:
-            raise ValueError(f"a prompt of token ids has the ids {wrong[:5]}, expected ids from 0 to {vocab_size - 1}")
-        return Prompt(ids, (len(ids),))
+            return self.prepare(prompt)
+        return of_token_ids(prompt, self.config.text.vocab_size)
 
     def _encoded(self, media: Media) -> np.ndarray:
         opened = [piece for piece in self._opener.open(media, LOCAL) if not isinstance(piece, str)]

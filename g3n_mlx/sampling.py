@@ -6,11 +6,12 @@ and an equal seed give the same token everywhere.
 Names and ranges as in OpenAI's API and vLLM.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from numbers import Integral, Real
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -100,6 +101,37 @@ class SamplingParams:
         if generation_config.get("do_sample") is False:
             found["temperature"] = 0.0
         return found
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of SamplingParams as keywords, for completion and type checks; None is the same as not given."""
+
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    frequency_penalty: float | None
+    presence_penalty: float | None
+    repetition_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    seed: int | None
+    max_tokens: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool | None
+    logprobs: bool | None
+    top_logprobs: int | None
+    prefill_step_size: int | None
+
+
+def check_option_names(given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises ValueError for the first name that is not an option, with the one that was probably meant."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            advice = f"did you mean {near[0]}?" if near else "see g3n_mlx.SamplingParams for those there are"
+            raise ValueError(f"there is no option {name!r}: {advice}")
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:

@@ -161,7 +161,7 @@ def test_defaults_come_from_the_generation_config(model):
     [
         ({"temperature": -1}, "temperature is -1"),
         ({"top_p": 0}, "top_p is 0"),
-        ({"temprature": 1.0}, "there are no sampling options .'temprature'.; see SamplingParams"),
+        ({"temprature": 1.0}, "there is no option 'temprature': did you mean temperature"),
         ({"ignore_eos": "false"}, "ignore_eos is 'false', expected True or False"),
         ({"stop": 5}, "stop is 5, expected a list"),
         ({"logit_bias": {1152: 1.0}}, "logit_bias is .1152., expected ids below the vocabulary size, 1152"),

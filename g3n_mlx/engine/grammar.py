@@ -7,7 +7,7 @@ Sources: llguidance's docs/syntax.md, json_schema.md and special_tokens.md.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,10 @@ class Grammars:
         try:
             import llguidance
         except ImportError:
-            raise ImportError("grammars and schemas need llguidance: pip install 'g3n-mlx[server]'") from None
+            raise ImportError(
+                "schema, regex and lark need the package llguidance, which the extra 'server' brings: "
+                "pip install 'g3n-mlx[server]'"
+            ) from None
         self.limits = limits or GrammarLimits()
         self.width = width
         self._llguidance = llguidance
@@ -186,6 +189,30 @@ def _inner(value: Any) -> Iterable[Any]:
     return value if _is_list(value) else ()
 
 
+def closed(schema: Any) -> Any:
+    """A copy of a schema in which objects that name their properties have no others, unless it says so itself.
+
+    For the schemas of classes: what a class doesn't know would be dropped, and a model could write it without end.
+    """
+    if not isinstance(schema, Mapping):
+        return schema
+    copy = _with_inner(schema, closed)
+    if "properties" in schema:
+        copy.setdefault("additionalProperties", False)
+    return copy
+
+
+def _with_inner(schema: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """A copy of a schema, with a change made to every schema inside it."""
+    copy = dict(schema)
+    for key, value in schema.items():
+        if key in _NAMED_SCHEMAS and isinstance(value, Mapping):
+            copy[key] = {name: change(inner) for name, inner in value.items()}
+        elif key in _SCHEMAS:
+            copy[key] = [change(inner) for inner in value] if _is_list(value) else change(value)
+    return copy
+
+
 def _with_kept_ranges(schema: Any) -> Any:
     """A copy of a schema whose ranges llguidance keeps.
 
@@ -194,12 +221,7 @@ def _with_kept_ranges(schema: Any) -> Any:
     """
     if not isinstance(schema, Mapping):
         return schema
-    copy = dict(schema)
-    for key, value in schema.items():
-        if key in _NAMED_SCHEMAS and isinstance(value, Mapping):
-            copy[key] = {name: _with_kept_ranges(inner) for name, inner in value.items()}
-        elif key in _SCHEMAS:
-            copy[key] = [_with_kept_ranges(inner) for inner in value] if _is_list(value) else _with_kept_ranges(value)
+    copy = _with_inner(schema, _with_kept_ranges)
     low = [schema[key] for key in ("minimum", "exclusiveMinimum") if _is_bound(schema.get(key))]
     high = [schema[key] for key in ("maximum", "exclusiveMaximum") if _is_bound(schema.get(key))]
     if low and high and max(low) < min(high) <= max(low) + 1:

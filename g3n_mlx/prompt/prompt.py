@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from g3n_mlx.media.audio import AudioFeatures
@@ -83,6 +84,19 @@ def prepare(
         else:
             pieces.append(piece)
     return encode(pieces, tokenizer, opener.soft_tokens)
+
+
+def of_token_ids(token_ids: Any, vocab_size: int) -> Prompt:
+    """A prompt of token ids taken as they are; raises ValueError when they are none."""
+    listed = isinstance(token_ids, Iterable) and not isinstance(token_ids, (str, bytes))
+    ids = list(token_ids) if listed else []
+    if not ids or not all(isinstance(entry, Integral) and not isinstance(entry, bool) for entry in ids):
+        raise ValueError(f"the prompt is {token_ids!r:.80}, expected a string, a list of messages or token ids")
+    ids = tuple(int(entry) for entry in ids)
+    wrong = [token_id for token_id in ids if not 0 <= token_id < vocab_size]
+    if wrong:
+        raise ValueError(f"a prompt of token ids has the ids {wrong[:5]}, expected ids from 0 to {vocab_size - 1}")
+    return Prompt(ids, (len(ids),))
 
 
 def check_text(texts: Iterable[str], tokenizer: Tokenizer, context_tokens: int) -> None:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Seque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
@@ -60,10 +60,10 @@ class Engine:
         self.media_threads = ThreadPoolExecutor(MEDIA_THREADS, thread_name_prefix="media")
         self.text_threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
 
-    @cached_property
+    @property
     def grammars(self) -> Grammars:
         """The grammars of the model's vocabulary. The first use takes seconds: not for the event loop's thread."""
-        return Grammars(self.model.tokenizer, self.model.config.text.vocab_size, self.model.eos_token_ids)
+        return self.model.grammars
 
     @contextmanager
     def place(self) -> Generator["Place"]:
