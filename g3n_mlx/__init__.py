@@ -30,9 +30,9 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
+        from g3n_mlx.installation import version
 
-        return version("g3n-mlx")
+        return version()
     if name in _HOMES:
         from importlib import import_module
 

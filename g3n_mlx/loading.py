@@ -10,11 +10,11 @@ from g3n_mlx.checkpoint import hub
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.convert import cached_conversion, plan_for
+from g3n_mlx.installation import install_command
 from g3n_mlx.model import Gemma3n
 from g3n_mlx.prompt.tokenizer import Tokenizer
 
 PACKAGES = {"mlx": "mlx.core", "torch": "torch"}
-INSTALL = {"mlx": "pip install 'g3n-mlx[mlx]'", "torch": "pip install 'g3n-mlx[torch]'"}
 
 
 def load(
@@ -79,10 +79,10 @@ def chosen_backend(name: str) -> str:
         apple = sys.platform == "darwin" and platform.machine() == "arm64"
         preferred = "mlx" if apple else "torch"
         if not found:
-            raise ImportError(f"neither MLX nor PyTorch is installed: {INSTALL[preferred]}")
+            raise ImportError(f"neither MLX nor PyTorch is installed: {install_command(preferred)}")
         return preferred if preferred in found else found[0]
     if name not in found:
-        raise ImportError(f"the {name} backend is not installed: {INSTALL[name]}")
+        raise ImportError(f"the {name} backend is not installed: {install_command(name)}")
     return name
 
 

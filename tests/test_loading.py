@@ -16,6 +16,7 @@ import pytest
 from g3n_mlx import load
 from g3n_mlx.checkpoint import hub
 from g3n_mlx.convert import convert
+from g3n_mlx.installation import install_command
 from g3n_mlx.loading import chosen_backend, device_name
 
 TABLE_HEAD = "name,# Layers,# Effective Params (B),MMLU PT accuracy,FFN Hidden Dims,Layers Skipped\n"
@@ -274,7 +275,7 @@ def test_auto_takes_what_is_there(installed, monkeypatch):
 
 def test_a_backend_that_is_not_installed(installed):
     installed("mlx")
-    with pytest.raises(ImportError, match=r"the torch backend is not installed: pip install 'g3n-mlx\[torch\]'"):
+    with pytest.raises(ImportError, match=re.escape(f"the torch backend is not installed: {install_command('torch')}")):
         chosen_backend("torch")
 
 
@@ -287,7 +288,7 @@ def test_no_backend_at_all(tiny_folder):
         [sys.executable, "-c", code, os.fspath(tiny_folder)], capture_output=True, text=True, timeout=300, check=True
     )
     preferred = "mlx" if (sys.platform, platform.machine()) == ("darwin", "arm64") else "torch"
-    assert done.stdout == f"neither MLX nor PyTorch is installed: pip install 'g3n-mlx[{preferred}]'\n"
+    assert done.stdout == f"neither MLX nor PyTorch is installed: {install_command(preferred)}\n"
 
 
 def test_a_folder_that_is_no_model(open_model, tmp_path):

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from g3n_mlx.media.image import Image
     from g3n_mlx.media.video import Video
 
+from g3n_mlx.installation import install_command
+
 SUFFIXES = {
     "image": {".avif", ".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"},
     "audio": {".aac", ".aif", ".aiff", ".flac", ".m4a", ".mp3", ".oga", ".ogg", ".opus", ".wav"},
@@ -236,7 +238,7 @@ def recording(wait: Callable[[], object]) -> dict[str, Any]:
     try:
         import sounddevice
     except ImportError:
-        raise ValueError("recording needs sounddevice: pip install 'g3n-mlx[mic]'") from None
+        raise ValueError(f"recording needs sounddevice: {install_command('mic')}") from None
     except OSError as error:  # the package without its PortAudio library
         raise ValueError(f"recording needs PortAudio: {error}") from None
     import numpy as np

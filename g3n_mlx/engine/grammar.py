@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from g3n_mlx.installation import install_command
 from g3n_mlx.prompt.tokenizer import Tokenizer
 
 # At every place where JSON allows white space, at most once.
@@ -48,8 +49,7 @@ class Grammars:
             import llguidance
         except ImportError:
             raise ImportError(
-                "schema, regex and lark need the package llguidance, which the extra 'server' brings: "
-                "pip install 'g3n-mlx[server]'"
+                f"schema, regex and lark need llguidance, which the extra 'server' brings: {install_command('server')}"
             ) from None
         self.limits = limits or GrammarLimits()
         self.width = width

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from g3n_mlx.commands import run_command, say
 from g3n_mlx.failures import check_folder_of, one_line
+from g3n_mlx.installation import install_command
 
 if TYPE_CHECKING:
     from g3n_mlx.model import Gemma3n
@@ -126,7 +127,7 @@ def _check(arguments: argparse.Namespace) -> None:
         try:
             import matplotlib  # noqa: F401  # pyright: ignore[reportUnusedImport]
         except ImportError:
-            raise ImportError("--plot needs matplotlib: pip install 'g3n-mlx[plot]'") from None
+            raise ImportError(f"--plot needs matplotlib: {install_command('plot')}") from None
 
 
 def _variants(arguments: argparse.Namespace) -> list[Variant]:

@@ -10,6 +10,8 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
+from g3n_mlx.installation import install_command
+
 # Containers of sound and video that PyAV may open; playlists and other formats that name further files stay out.
 CONTAINERS = (
     "aac,ac3,aiff,amr,asf,avi,caf,eac3,flac,flv,m4v,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mp3,mpeg,mpegts,mpegvideo,"
@@ -28,7 +30,7 @@ def import_av(found: str) -> Any:
         import av
     except ImportError:
         raise ValueError(
-            f"the file is {found}: M4A, AAC, Opus and videos need PyAV: pip install 'g3n-mlx[video]'"
+            f"the file is {found}: M4A, AAC, Opus and videos need PyAV: {install_command('video')}"
         ) from None
     return av
 

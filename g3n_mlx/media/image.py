@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from g3n_mlx.config.fields import Fields
+from g3n_mlx.installation import install_command
 from g3n_mlx.media.fetch import FetchPolicy, fetch, source_text
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ def _register_heif() -> None:
     try:
         import pillow_heif
     except ImportError:
-        raise ValueError("the picture is HEIC, which needs pillow-heif: pip install 'g3n-mlx[heif]'") from None
+        raise ValueError(f"the picture is HEIC, which needs pillow-heif: {install_command('heif')}") from None
     pillow_heif.register_heif_opener()
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from g3n_mlx.commands import INTERRUPTED
 from g3n_mlx.failures import is_expected, one_line
+from g3n_mlx.installation import install_command
 
 if TYPE_CHECKING:
     from g3n_mlx.model import Gemma3n
@@ -112,7 +113,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     try:
         import uvicorn
     except ImportError:
-        raise ImportError("the server needs more packages: pip install 'g3n-mlx[server]'") from None
+        raise ImportError(f"the server needs more packages: {install_command('server')}") from None
 
     from g3n_mlx.media.fetch import FetchPolicy
     from g3n_mlx.server.app import create_app

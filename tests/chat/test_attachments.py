@@ -1,5 +1,6 @@
 """Files, clipboard and microphone as parts of a question."""
 
+import re
 import shlex
 import sys
 
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from g3n_mlx.chat import attachments
+from g3n_mlx.installation import install_command
 
 
 @pytest.fixture
@@ -120,7 +122,7 @@ def test_a_part_names_a_file_by_its_full_path(tmp_path, monkeypatch):
 def test_without_a_microphone_there_is_one_clear_error(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "sounddevice", None)
-        with pytest.raises(ValueError, match=r"recording needs sounddevice: pip install 'g3n-mlx\[mic\]'"):
+        with pytest.raises(ValueError, match=re.escape(f"recording needs sounddevice: {install_command('mic')}")):
             attachments.recording(lambda: None)
 
 

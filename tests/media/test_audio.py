@@ -17,6 +17,7 @@ from media_files import AV, LEFT_HZ, RIGHT_HZ, SNDFILE, sound_file, tones, video
 
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
+from g3n_mlx.installation import install_command
 from g3n_mlx.media.audio import MAX_CLIP_SAMPLES, Audio, AudioProcessing, split_clips
 from g3n_mlx.media.fetch import FetchPolicy
 
@@ -367,4 +368,4 @@ def test_without_pyav(monkeypatch):
         assert_is_tones(waveform(files[name]))
     message = refused(files["m4a"])
     assert message.startswith("the file is neither WAV, FLAC, OGG nor MP3")
-    assert message.endswith("need PyAV: pip install 'g3n-mlx[video]'")
+    assert message.endswith(f"need PyAV: {install_command('video')}")

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image as pil
 
 from g3n_mlx.config.fields import read_json
+from g3n_mlx.installation import install_command
 from g3n_mlx.media.fetch import FetchPolicy
 from g3n_mlx.media.image import Image, ImageProcessing
 
@@ -367,4 +368,4 @@ def test_a_large_picture_within_the_limit_warns_of_nothing(recwarn):
 def test_heic_without_its_extra(monkeypatch):
     data = encoded(drawn(), "HEIF")
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    assert refused(data) == "the picture is HEIC, which needs pillow-heif: pip install 'g3n-mlx[heif]'"
+    assert refused(data) == f"the picture is HEIC, which needs pillow-heif: {install_command('heif')}"

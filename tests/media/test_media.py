@@ -16,6 +16,7 @@ from test_image import drawn, encoded
 from g3n_mlx import Audio, Image, Video
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
+from g3n_mlx.installation import install_command
 from g3n_mlx.media.audio import AudioFeatures
 from g3n_mlx.media.fetch import FetchPolicy
 from g3n_mlx.media.image import ImageFeatures
@@ -269,7 +270,7 @@ def test_missing_extras_are_named(refused, monkeypatch):
     for part, extra in ((Video(video), "video"), (Audio(m4a), "video"), (Image(heic), "heif")):
         message = refused("Look:", part)
         assert message.startswith("messages[0].content[1]: ")
-        assert message.endswith(f"pip install 'g3n-mlx[{extra}]'")
+        assert message.endswith(f": {install_command(extra)}")
 
 
 def test_nothing_remote_or_local_beyond_the_policy(refused):

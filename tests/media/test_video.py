@@ -10,6 +10,7 @@ import pytest
 from media_files import shade, sound_file, tones, video_file
 from PIL import Image as pil
 
+from g3n_mlx.installation import install_command
 from g3n_mlx.media.fetch import FetchPolicy
 from g3n_mlx.media.video import Video, time_stamp
 
@@ -218,5 +219,5 @@ def test_sources_that_are_no_video():
 def test_without_pyav(monkeypatch):
     data = video_file(1.0)
     monkeypatch.setitem(sys.modules, "av", None)
-    expected = "the file is a video: M4A, AAC, Opus and videos need PyAV: pip install 'g3n-mlx[video]'"
+    expected = f"the file is a video: M4A, AAC, Opus and videos need PyAV: {install_command('video')}"
     assert refused(Video(data)) == expected
