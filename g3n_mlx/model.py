@@ -19,18 +19,17 @@ from g3n_mlx.engine.soft_tokens import EmbeddedMedia
 from g3n_mlx.engine.stops import StopStrings
 from g3n_mlx.interface import Model, Step
 from g3n_mlx.media.audio import Audio
-from g3n_mlx.media.fetch import FetchPolicy
 from g3n_mlx.media.image import Image
 from g3n_mlx.media.opener import MediaOpener
-from g3n_mlx.media.part import Media
+from g3n_mlx.media.policy import MediaPolicy
 from g3n_mlx.memory import peak_process_bytes, return_freed_memory
-from g3n_mlx.prompt.prompt import Prompt, of_token_ids, prepare
+from g3n_mlx.prompt.preparer import ANY_MEDIA, Preparer
+from g3n_mlx.prompt.prompt import Prompt, of_token_ids
 from g3n_mlx.prompt.tokenizer import Tokenizer
 from g3n_mlx.sampling import SamplingOptions, SamplingParams, check_option_names
 
 # Rows of logits at once in `score`: 64 MiB at the released vocabulary, in float32.
 SCORED_ROWS = 64
-LOCAL = FetchPolicy()
 
 PromptLike = str | Sequence[int] | Sequence[Mapping[str, Any]] | Prompt
 
@@ -39,7 +38,7 @@ class Gemma3n:
     """A model ready to answer. Made by `g3n_mlx.load`.
 
     It keeps the cache of its last conversation, so that the next turn only runs what is new. Not for several
-    threads at once; two streams that overlap in one thread do not disturb each other.
+    threads at once, but for its `preparer`; two streams that overlap in one thread do not disturb each other.
     """
 
     def __init__(
@@ -67,7 +66,8 @@ class Gemma3n:
         eos = self.config.eos_token_ids if eos is None else eos
         self.eos_token_ids = frozenset(eos if isinstance(eos, Sequence) else [eos])
         self._model = model
-        self._opener = MediaOpener(checkpoint.folder, checkpoint.config)
+        opener = MediaOpener(checkpoint.folder, checkpoint.config)
+        self.preparer = Preparer(tokenizer, opener, self.config.text.max_position_embeddings)
         self._embedded = EmbeddedMedia(model)
         self._conversation: Conversation | None = None
 
@@ -76,22 +76,20 @@ class Gemma3n:
         """The checkpoint's config, after the slice."""
         return self.checkpoint.config
 
-    def prepare(self, messages: str | Sequence[Mapping[str, Any]], policy: FetchPolicy = LOCAL) -> Prompt:
+    def prepare(self, messages: str | Sequence[Mapping[str, Any]], policy: MediaPolicy = ANY_MEDIA) -> Prompt:
         """The prompt that asks for an answer to OpenAI-style messages; a string is one user message.
 
         Media are fetched as the policy allows, opened and brought to the model's sizes here; the model does not run.
         Raises ValueError naming the message or part that can't be used, PromptTooLong when no context holds the text.
         """
-        context_tokens = self.config.text.max_position_embeddings
-        return prepare(messages, self.tokenizer, self._opener, policy, context_tokens)
+        return self.preparer.prepare(messages, policy)
 
     def encode_image(self, image: Any) -> np.ndarray:
         """The soft tokens of an `Image`, or of what makes one, as they enter the text model: float32 [n, D].
 
         Raises ValueError when it can't be opened or the checkpoint has no vision tower.
         """
-        part = Media("image", {"type": "image", "image": image if isinstance(image, Image) else Image(image)}, "image")
-        return self._encoded(part)
+        return self._encoded(image if isinstance(image, Image) else Image(image))
 
     def encode_audio(self, waveform: Any, rate: int | None = None) -> np.ndarray:
         """The soft tokens of a waveform [samples] or [samples, channels] of a rate in Hz, or of an `Audio`.
@@ -99,15 +97,14 @@ class Gemma3n:
         float32 [n, D]: the config's count for every clip; a sound longer than a clip is several of them.
         Raises ValueError when it can't be used or the checkpoint has no audio tower.
         """
-        audio = waveform if isinstance(waveform, Audio) else Audio(waveform, rate)
-        return self._encoded(Media("audio", {"type": "audio", "audio": audio}, "audio"))
+        return self._encoded(waveform if isinstance(waveform, Audio) else Audio(waveform, rate))
 
-    def split_audio(self, audio: Audio, policy: FetchPolicy = LOCAL) -> list[tuple[float, float, Audio]]:
+    def split_audio(self, audio: Audio, policy: MediaPolicy = ANY_MEDIA) -> list[tuple[float, float, Audio]]:
         """A sound as clips that the model hears at once, cut at quiet places: start and end in seconds, and the clip.
 
         Raises ValueError when it can't be opened or the checkpoint has no audio tower.
         """
-        return self._opener.split_audio(audio, policy)
+        return self.preparer.opener.split_audio(audio, policy)
 
     def drop_towers(self) -> None:
         """Frees the vision and the audio tower and what they encoded; the next image or clip reads them again."""
@@ -268,9 +265,9 @@ class Gemma3n:
             return self.prepare(prompt)
         return of_token_ids(prompt, self.config.text.vocab_size)
 
-    def _encoded(self, media: Media) -> np.ndarray:
-        opened = [piece for piece in self._opener.open(media, LOCAL) if not isinstance(piece, str)]
-        return np.concatenate([self._model.rows(self._embedded(features)) for features in opened])
+    def _encoded(self, source: Image | Audio) -> np.ndarray:
+        features = [piece for piece in self.preparer.opener.open(source, ANY_MEDIA) if not isinstance(piece, str)]
+        return np.concatenate([self._model.rows(self._embedded(piece)) for piece in features])
 
     def _stream(
         self, prompt: Prompt, params: SamplingParams, constraint: Constraint | None

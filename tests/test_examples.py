@@ -12,7 +12,7 @@ import pytest
 
 from g3n_mlx import Audio, Image, Video
 from g3n_mlx.checkpoint.hub import demo_folder
-from g3n_mlx.media.fetch import FetchPolicy
+from g3n_mlx.media.policy import MediaPolicy
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
@@ -39,7 +39,7 @@ def test_example(path, tmp_path):
 def test_the_media_are_what_the_examples_say():
     files = sorted(path for path in MEDIA.iterdir() if path.is_file() and path != SCRIPT)
     assert sum(path.stat().st_size for path in files) < 200_000
-    policy = FetchPolicy()
+    policy = MediaPolicy()
     pictures = {path.name: Image(path).rgb(policy) for path in files if path.suffix in (".png", ".jpg")}
     sounds = {
         path.name: Audio(path).waveform(16_000, policy) for path in files if path.suffix in (".ogg", ".wav", ".flac")
@@ -53,12 +53,11 @@ def test_the_media_are_what_the_examples_say():
     assert red.sum() > 2 * blue.sum() > 200
     assert red.nonzero()[1].max() < blue.nonzero()[1].min()
     clip = Video(MEDIA / "clip.mp4")
-    data = clip.data(policy)
-    frames = [pixels for _, pixels in clip.frames(data, policy)]
+    frames = [pixels for _, pixels in clip.open(policy).frames()]
     places = [(pixels.min(axis=2) < 100).nonzero()[1].mean() for pixels in frames]
     assert len(frames) == 3
     assert all(step > 40 for step in np.diff(places))
-    assert clip.sound(data, 16_000, policy) is not None
+    assert clip.open(policy).sound(16_000) is not None
 
 
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")

@@ -93,14 +93,14 @@ def test_soft_tokens_enter_the_text_model_in_place(model):
 
 
 def test_shapes_of_encodings(model):
-    width, soft = model.config.text.hidden_size, model._opener.soft_tokens
+    width, soft = model.config.text.hidden_size, model.preparer.opener.soft_tokens
     for source in (Image(drawn()), drawn(), encoded(drawn(), "PNG")):
         rows = model.encode_image(source)
         assert (rows.shape, rows.dtype) == ((soft["image"], width), np.float32)
     for arguments in ((tones(RATE), RATE), (Audio(sound_file("wav")),)):
         rows = model.encode_audio(*arguments)
         assert (rows.shape, rows.dtype) == ((soft["audio"], width), np.float32)
-    seconds = 2.5 * model._opener._audio_processing.max_clip_samples / RATE
+    seconds = 2.5 * model.preparer.opener.audio_processing.max_clip_samples / RATE
     clips = len(model.split_audio(Audio(tones(RATE, seconds), RATE)))
     assert model.encode_audio(tones(RATE, seconds), RATE).shape == (clips * soft["audio"], width)
     for wrong in (lambda: model.encode_image("/no/such.png"), lambda: model.encode_audio(np.array([np.nan]), RATE)):
@@ -150,7 +150,7 @@ def test_more_media_than_the_context_holds(model, encodings, monkeypatch, caplog
 
     small = dataclasses.replace(model.config.text, max_position_embeddings=120)
     monkeypatch.setattr(model.checkpoint, "config", dataclasses.replace(model.config, text=small))
-    seconds = 6 * model._opener._audio_processing.max_clip_samples / RATE
+    seconds = 6 * model.preparer.opener.audio_processing.max_clip_samples / RATE
     noise = np.random.default_rng(0).uniform(-0.5, 0.5, round(seconds * RATE)).astype(np.float32)
     messages = [user(Image(drawn()), Audio(noise, RATE), "What is this?")]
     assert not caplog.messages

@@ -13,10 +13,10 @@ from skill import Example
 
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.media.audio import AudioFeatures
-from g3n_mlx.media.fetch import FetchPolicy
 from g3n_mlx.media.image import ImageFeatures
 from g3n_mlx.media.opener import MediaOpener
 from g3n_mlx.media.part import Media
+from g3n_mlx.media.policy import MediaPolicy
 from g3n_mlx.prompt.prompt import Prompt, encode
 from g3n_mlx.prompt.template import render
 from g3n_mlx.prompt.tokenizer import Tokenizer
@@ -38,14 +38,14 @@ class Encoder:
     def __init__(self, folder: Path, config: ModelConfig) -> None:
         self.tokenizer = Tokenizer.from_folder(folder)
         self.opener = MediaOpener(folder, config)
-        self.policy = FetchPolicy()
+        self.policy = MediaPolicy()
         self.header = [self.tokenizer.id_of("<start_of_turn>"), *self.tokenizer.encode("model\n")]
 
     def prompt(self, example: Example) -> Prompt:
         """The whole conversation, as use would read it."""
         pieces: list[Any] = []
         for piece in render(example.messages, add_generation_prompt=False):
-            pieces += self.opener.open(piece, self.policy) if isinstance(piece, Media) else [piece]
+            pieces += self.opener.open(piece.source(), self.policy) if isinstance(piece, Media) else [piece]
         return encode(pieces, self.tokenizer, self.opener.soft_tokens)
 
     def sequence(self, example: Example) -> Encoded:

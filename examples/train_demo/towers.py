@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from g3n_mlx.media.audio import Audio
-from g3n_mlx.media.part import Media
+from g3n_mlx.media.image import Image
 
 GRID = 3
 NAMES = {f"{colour} {shape}": place for place, (colour, shape) in enumerate((c, s) for c in COLOURS for s in SHAPES)}
@@ -90,10 +90,7 @@ def see(network: Network, encoder: Encoder, head: VisionHead, rng: random.Random
     scenes = [scene(rng, held_out) for _ in range(count // 2)]
     texts = [sign_text(rng) for _ in range(count // 2)]
     drawn = [draw_scene(rng, things) for things in scenes] + [draw_sign(rng, text, held_out) for text in texts]
-    pictures = [
-        encoder.opener.open(Media("image", {"type": "image", "image": p}, ""), encoder.policy)[0].values()
-        for p in drawn
-    ]
+    pictures = [encoder.opener.open(Image(p), encoder.policy)[0].values() for p in drawn]
     soft = network.pictured(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(network.device))
     found, letters = head(soft)
     found, letters = found[: len(scenes)], letters[len(scenes) :]
@@ -140,8 +137,7 @@ def hear(
     pairs = [utterance(rng, folder, held_out) for _ in range(count)]
     features = []
     for _, wave in pairs:
-        part = {"type": "audio", "audio": Audio(recorded(rng, wave), RATE)}
-        features += encoder.opener.open(Media("audio", part, ""), encoder.policy)
+        features += encoder.opener.open(Audio(recorded(rng, wave), RATE), encoder.policy)
     clips, mask = (part.to(network.device) for part in padded(features))
     encodings, valid = network.audio_tower(clips, mask)
     scores = head(network.embed_audio.soft(encodings))

@@ -21,7 +21,7 @@ from skill import Example, Message
 from skills import all_skills
 from speech import RATE
 
-from g3n_mlx.media.fetch import FetchPolicy
+from g3n_mlx.media.policy import MediaPolicy
 
 TRANSCRIPTIONS = ("digits", "dictation", "commands", "names")
 
@@ -68,7 +68,7 @@ class Writer:
         else:
             suffix, mime = ("ogg", "audio/ogg") if self._inline else ("wav", "audio/wav")
             coding = "OPUS" if self._inline else "PCM_16"
-            waveform = part["audio"].waveform(RATE, FetchPolicy())
+            waveform = part["audio"].waveform(RATE, MediaPolicy())
             soundfile.write(data, waveform, RATE, format=suffix.upper(), subtype=coding)
         if self._inline:
             return {"type": kind, kind: f"data:{mime};base64,{base64.b64encode(data.getvalue()).decode()}"}

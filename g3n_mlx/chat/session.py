@@ -121,13 +121,13 @@ class Session:
             self._present(part, prompt)
 
     def _present(self, part: dict[str, Any], prompt: "Prompt") -> None:
-        from g3n_mlx.media.fetch import FetchPolicy
         from g3n_mlx.media.image import Image
+        from g3n_mlx.media.policy import MediaPolicy
 
         kinds = [span.features.kind for span in prompt.media]
         found, size = self._opened.object_of(part), ""
         if isinstance(found, Image):
-            pixels = found.rgb(FetchPolicy())
+            pixels = found.rgb(MediaPolicy())
             size = f", {pixels.shape[1]} x {pixels.shape[0]}"
             attachments.show(pixels)
         elif part["type"] == "video":

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from g3n_mlx.media.fetch import FetchPolicy
+from g3n_mlx.media.policy import MediaPolicy
 from g3n_mlx.prompt.prompt import Prompt
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def answer(model: "Gemma3n", example: Example) -> str:
     model.reset()  # an answer must not depend on the example before it
     try:
         truth = model.tokenizer.encode(example.answer)
-        prompt = model.prepare(example.messages, FetchPolicy(paths=example.folder))
+        prompt = model.prepare(example.messages, MediaPolicy(paths=example.folder))
         if says(model, prompt, truth):
             return example.answer
         max_tokens = 2 * len(truth) + SPARE_TOKENS

@@ -11,14 +11,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from g3n_mlx.config.audio import AudioConfig
 from g3n_mlx.config.fields import Fields
 from g3n_mlx.media.containers import check_whole, import_av, open_container
-from g3n_mlx.media.fetch import FetchPolicy, fetch, source_text
+from g3n_mlx.media.fetch import fetch, source_text
+from g3n_mlx.media.policy import MediaPolicy
+
+if TYPE_CHECKING:
+    import soxr
 
 # Source: feature_extraction_gemma3n.py, `__call__`: max_length and pad_to_multiple_of have no key in the config.
 MAX_CLIP_SAMPLES = 480_000
@@ -65,18 +69,18 @@ class Audio:
     def __repr__(self) -> str:
         return f"Audio({source_text(self._source)}{'' if self._rate is None else f', {self._rate} Hz'})"
 
-    def waveform(self, rate: int, policy: FetchPolicy) -> np.ndarray:
+    def waveform(self, rate: int, policy: MediaPolicy) -> np.ndarray:
         """The sound as one channel at `rate` Hz, float32 [samples].
 
         Raises ValueError when it can't be fetched, is no sound, is damaged, empty, too long or not finite.
         """
-        source = self._source
+        source, mono = self._source, Mono(rate, policy)
         if isinstance(source, np.ndarray):
             assert self._rate is not None
-            mono = _Mono(float(self._rate), rate, policy)
-            mono.add(source)
-            return mono.finish()
-        return decode(source if isinstance(source, bytes) else fetch(source, policy), rate, policy)
+            mono.add(source, float(self._rate))
+        else:
+            _decode(source if isinstance(source, bytes) else fetch(source, policy), mono)
+        return mono.finish()
 
 
 @dataclass(frozen=True)
@@ -222,8 +226,8 @@ def _quietest(stretch: np.ndarray, rate: int) -> int:
     return (len(energies) - 1 - int(np.argmin(energies[::-1]))) * step + window // 2
 
 
-def decode(data: bytes, rate: int, policy: FetchPolicy) -> np.ndarray:
-    """The sound of a file, or of a video, as one channel at `rate` Hz, float32 [samples]; raises ValueError."""
+def _decode(data: bytes, mono: "Mono") -> None:
+    """Adds the sound of a file, or of a video."""
     import soundfile
 
     if not data:
@@ -232,21 +236,20 @@ def decode(data: bytes, rate: int, policy: FetchPolicy) -> np.ndarray:
     try:
         opened = soundfile.SoundFile(_Bytes(data))
     except (soundfile.LibsndfileError, TypeError):  # TypeError: it takes the bytes for headerless samples
-        return _decode_with_av(data, rate, policy)
+        return _decode_with_av(data, mono)
     with opened as file:
         if file.frames >= _UNKNOWN_FRAMES:
-            return _decode_with_av(data, rate, policy)
-        mono, left = _Mono(file.samplerate, rate, policy), file.frames
+            return _decode_with_av(data, mono)
+        left = file.frames
         try:
             # Not file.blocks(): it hands out stale samples where a damaged file holds less than it says.
             while len(block := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
-                mono.add(block)
+                mono.add(block, file.samplerate)
                 left -= len(block)
         except soundfile.LibsndfileError as error:
             raise ValueError(f"the sound is damaged or cut off: {error.error_string}") from None
         if left > 0:
             raise ValueError(f"the sound is damaged or cut off: {left / file.samplerate:.1f} s of it are missing")
-        return mono.finish()
 
 
 class _Bytes(io.BytesIO):
@@ -259,17 +262,15 @@ class _Bytes(io.BytesIO):
         return super().seek(max(0, start + offset))
 
 
-def _decode_with_av(data: bytes, rate: int, policy: FetchPolicy) -> np.ndarray:
-    track = sound_track(data, rate, policy)
-    if track is None:
+def _decode_with_av(data: bytes, mono: "Mono") -> None:
+    if add_sound_track(data, mono) is None:
         raise ValueError("the file holds no sound")
-    return track[1]
 
 
-def sound_track(data: bytes, rate: int, policy: FetchPolicy) -> tuple[float, np.ndarray] | None:
-    """The first sound track of a file that PyAV reads: its start in seconds, and float32 [samples] at `rate` Hz.
+def add_sound_track(data: bytes, mono: "Mono") -> float | None:
+    """Adds the first sound track of a file that PyAV reads; when it starts in seconds, None if there is no sound.
 
-    None when there is no track, or nothing in it. Raises ValueError when it is damaged, or the file is none of media.
+    Raises ValueError when it is damaged, or the file is none of media.
     """
     av = import_av("neither WAV, FLAC, OGG nor MP3")
     with open_container(data) as container:
@@ -277,35 +278,42 @@ def sound_track(data: bytes, rate: int, policy: FetchPolicy) -> tuple[float, np.
             return None
         if container.streams.audio[0].codec_context is None:
             raise ValueError("the sound is in a format that is not known here, or damaged")
-        to_floats, start_s, mono = av.AudioResampler(format="flt"), 0.0, None
+        to_floats, start_s = av.AudioResampler(format="flt"), None
         try:
             for frame in container.decode(container.streams.audio[0]):
                 for block in to_floats.resample(frame):
-                    if mono is None:
-                        start_s, mono = block.time or 0.0, _Mono(block.sample_rate, rate, policy)
-                    mono.add(block.to_ndarray().reshape(-1, block.layout.nb_channels))
+                    if start_s is None:
+                        start_s = block.time or 0.0
+                    mono.add(block.to_ndarray().reshape(-1, block.layout.nb_channels), block.sample_rate)
         except av.FFmpegError as error:
             raise ValueError(f"the sound is damaged or cut off: {error.strerror}") from None
-        return None if mono is None else (start_s, mono.finish())
+        return start_s
 
 
-class _Mono:
+class Mono:
     """Blocks of sound, mixed to one channel and resampled as they come, so that only the result is held."""
 
-    def __init__(self, rate: float, target_rate: int, policy: FetchPolicy) -> None:
-        import soxr
-
-        _check_rate(rate)
-        self._resampler = None if rate == target_rate else soxr.ResampleStream(rate, target_rate, 1, dtype="float32")
+    def __init__(self, rate: int, policy: MediaPolicy) -> None:
+        """rate: of the result, in Hz."""
         self._rate, self._policy = rate, policy
+        self._resampler: soxr.ResampleStream | None = None
         self._blocks: list[np.ndarray] = []
         self._num_samples = 0
 
-    def add(self, block: np.ndarray) -> None:
-        """Takes [samples] or [samples, channels], float32; raises ValueError beyond the policy's duration."""
+    def add(self, block: np.ndarray, rate: float) -> None:
+        """Takes [samples] or [samples, channels], float32, of the first block's rate in Hz.
+
+        Raises ValueError for a rate out of range, or beyond the policy's duration.
+        """
+        import soxr
+
         self._policy.check_time()
+        if not self._blocks:
+            _check_rate(rate)
+            if rate != self._rate:
+                self._resampler = soxr.ResampleStream(rate, self._rate, 1, dtype="float32")
         self._num_samples += len(block)
-        if self._num_samples > self._policy.max_seconds * self._rate:
+        if self._num_samples > self._policy.max_seconds * rate:
             raise ValueError(f"the sound is longer than {self._policy.max_seconds:g} s, the most that is taken")
         self._append(block if block.ndim == 1 else block.mean(axis=1, dtype=np.float32), last=False)
 

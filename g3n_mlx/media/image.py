@@ -7,8 +7,11 @@ Source: transformers, image_transforms.py `convert_to_rgb` and image_processing_
 
 import io
 import struct
+import threading
 import warnings
 import zlib
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -18,7 +21,8 @@ import numpy as np
 
 from g3n_mlx.config.fields import Fields
 from g3n_mlx.installation import install_command
-from g3n_mlx.media.fetch import FetchPolicy, fetch, source_text
+from g3n_mlx.media.fetch import fetch, source_text
+from g3n_mlx.media.policy import MediaPolicy
 
 if TYPE_CHECKING:
     from PIL import Image as pil
@@ -69,23 +73,23 @@ class Image:
             return f"Image({source_text(source)})"
         return f"Image({source.mode}, {source.width} × {source.height})"
 
-    def rgb(self, policy: FetchPolicy) -> np.ndarray:
+    def rgb(self, policy: MediaPolicy) -> np.ndarray:
         """The picture upright and without transparency, uint8 [h, w, 3].
 
         Raises ValueError when it can't be fetched, is no picture, is damaged or has too many pixels.
         """
-        from PIL import Image as pil
+        from PIL import ImageOps
 
-        source = self._source
-        if isinstance(source, np.ndarray):
-            _check_pixels(source.shape[1], source.shape[0], policy)
-            return _to_rgb(pil.fromarray(source))
-        if isinstance(source, str | Path):
-            source = fetch(source, policy)
-        with warnings.catch_warnings():
-            # Pillow warns of odd metadata, and at half the size that it refuses; the limit here is the policy's.
-            warnings.filterwarnings("ignore", module=r"PIL\.")
-            return _decode(source, policy) if isinstance(source, bytes) else _upright(source, policy)
+        source = fetch(self._source, policy) if isinstance(self._source, str | Path) else self._source
+        with _pillow_is_quiet:
+            picture = _opened(source)
+            if picture.width * picture.height > policy.max_pixels:
+                size = f"{picture.width} × {picture.height}"
+                raise ValueError(f"{_too_many_pixels(policy.max_pixels)}: it is {size}")
+            if picture.width * picture.height == 0:
+                raise ValueError(f"the picture has no pixels: it is {picture.width} × {picture.height}")
+            with _damage_named():
+                return _to_rgb(ImageOps.exif_transpose(picture))
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,28 +159,37 @@ def _pixels_of(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 
 
-def _decode(data: bytes, policy: FetchPolicy) -> np.ndarray:
+def _opened(source: "bytes | np.ndarray | pil.Image") -> "pil.Image":
+    """Pillow's image, of which a file's header has been read."""
     from PIL import Image as pil
 
-    if not data:
+    if isinstance(source, np.ndarray):
+        return pil.fromarray(source)
+    if not isinstance(source, bytes):
+        return source
+    if not source:
         raise ValueError("the picture has no bytes")
-    heif = data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS
+    heif = source[4:8] == b"ftyp" and source[8:12] in _HEIF_BRANDS
     if heif:
         _register_heif()
+    with _damage_named():
+        return pil.open(io.BytesIO(source), formats=["HEIF"] if heif else FORMATS)
+
+
+@contextmanager
+def _damage_named() -> Generator[None]:
+    """Pillow's errors about a file as one ValueError."""
+    from PIL import Image as pil
+
     try:
-        picture = pil.open(io.BytesIO(data), formats=["HEIF"] if heif else FORMATS)
+        yield
     except pil.UnidentifiedImageError:
         raise ValueError(f"not a picture in one of the formats {', '.join(FORMATS)}, HEIC, or damaged") from None
     except pil.DecompressionBombError:
-        raise ValueError(_too_many_pixels(policy)) from None
+        assert pil.MAX_IMAGE_PIXELS is not None
+        raise ValueError(_too_many_pixels(2 * pil.MAX_IMAGE_PIXELS)) from None
     except _DAMAGED as error:
-        raise ValueError(_damaged(error)) from None
-    with picture:
-        return _upright(picture, policy)
-
-
-def _damaged(error: BaseException) -> str:
-    return f"the picture is damaged: {' '.join(str(error).split()) or type(error).__name__}"
+        raise ValueError(f"the picture is damaged: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
 def _register_heif() -> None:
@@ -187,15 +200,31 @@ def _register_heif() -> None:
     pillow_heif.register_heif_opener()
 
 
-def _upright(picture: "pil.Image", policy: FetchPolicy) -> np.ndarray:
-    """Decodes a picture and turns it as its EXIF orientation says; uint8 [h, w, 3]."""
-    from PIL import ImageOps
+class _QuietPillow:
+    """Ignores Pillow's warnings while any thread decodes: of odd metadata, and of sizes that the policy allows.
 
-    _check_pixels(picture.width, picture.height, policy)
-    try:
-        return _to_rgb(ImageOps.exif_transpose(picture))
-    except _DAMAGED as error:
-        raise ValueError(_damaged(error)) from None
+    `warnings.catch_warnings` alone would leave the wrong filters behind when two threads overlap.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._filters = threading.Lock(), 0, warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._filters.__exit__(None, None, None)
+
+
+_pillow_is_quiet = _QuietPillow()
 
 
 def _to_rgb(picture: "pil.Image") -> np.ndarray:
@@ -227,12 +256,5 @@ def _deep_grey_to_rgb(values: np.ndarray) -> np.ndarray:
     return np.repeat(grey[:, :, None], 3, axis=2)
 
 
-def _check_pixels(width: int, height: int, policy: FetchPolicy) -> None:
-    if width * height > policy.max_pixels:
-        raise ValueError(f"{_too_many_pixels(policy)}: it is {width} × {height}")
-    if width * height == 0:
-        raise ValueError(f"the picture has no pixels: it is {width} × {height}")
-
-
-def _too_many_pixels(policy: FetchPolicy) -> str:
-    return f"the picture has more than {policy.max_pixels:,} pixels, the most that is decoded"
+def _too_many_pixels(limit: int) -> str:
+    return f"the picture has more than {limit:,} pixels, the most that is decoded"

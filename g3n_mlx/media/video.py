@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from g3n_mlx.media.audio import sound_track
+from g3n_mlx.media.audio import Mono, add_sound_track
 from g3n_mlx.media.containers import check_whole, import_av, open_container
-from g3n_mlx.media.fetch import FetchPolicy, fetch, source_text
+from g3n_mlx.media.fetch import fetch, source_text
+from g3n_mlx.media.policy import MediaPolicy
 
 _log = logging.getLogger(__name__)
 
@@ -47,47 +48,99 @@ class Video:
     def __repr__(self) -> str:
         return f"Video({source_text(self._source)}, fps={self.fps}, max_frames={self.max_frames})"
 
-    def data(self, policy: FetchPolicy) -> bytes:
-        """The file's bytes; raises ValueError when they can't be fetched, or there are none."""
+    def open(self, policy: MediaPolicy) -> "OpenVideo":
+        """The video with its file in memory; raises ValueError when that can't be fetched, is empty or cut off."""
         data = self._source if isinstance(self._source, bytes) else fetch(self._source, policy)
         if not data:
             raise ValueError("the video has no bytes")
         check_whole(data)
-        return data
+        return OpenVideo(data, self.fps, self.max_frames, policy)
 
-    def frames(self, data: bytes, policy: FetchPolicy) -> Iterator[tuple[float, np.ndarray]]:
+
+class OpenVideo:
+    """A video's file in memory, decoded within a policy."""
+
+    def __init__(self, data: bytes, fps: float, max_frames: int, policy: MediaPolicy) -> None:
+        self._data, self._fps, self._max_frames, self._policy = data, fps, max_frames, policy
+
+    def frames(self) -> Iterator[tuple[float, np.ndarray]]:
         """Pictures, uint8 [h, w, 3], each with its time in seconds from the first one.
 
         Raises ValueError when the data are no video, damaged, too long, or their pictures have too many pixels.
         """
         av = import_av("a video")
-        with open_container(data) as container:
-            stream = _video_stream(container, policy)
+        with open_container(self._data) as container:
+            stream = self._stream(container)
             declared_s = None if stream.duration is None else float(stream.duration * stream.time_base)
-            times = self._times(_measured_s(data) if declared_s is None else declared_s, policy)
+            times = self._times(_measured_s(self._data) if declared_s is None else declared_s)
             try:
-                yield from _frames_at(times, declared_s, container, stream, policy)
+                yield from self._frames_at(times, declared_s, container, stream)
             except av.FFmpegError as error:
                 raise ValueError(f"the video is damaged or cut off: {error.strerror}") from None
 
-    def sound(self, data: bytes, rate: int, policy: FetchPolicy) -> tuple[float, np.ndarray] | None:
+    def sound(self, rate: int) -> tuple[float, np.ndarray] | None:
         """When the sound begins in seconds from the first picture, and the sound: float32 [samples] at `rate` Hz.
 
         None when the video is silent. Raises ValueError when the sound is damaged or too long.
         """
-        with open_container(data) as container:
-            start_s = _start_s(_video_stream(container, policy))
-        track = sound_track(data, rate, policy)
-        return None if track is None else (track[0] - start_s, track[1])
+        with open_container(self._data) as container:
+            first_picture_s = _start_s(self._stream(container))
+        mono = Mono(rate, self._policy)
+        start_s = add_sound_track(self._data, mono)
+        return None if start_s is None else (start_s - first_picture_s, mono.finish())
 
-    def _times(self, duration_s: float, policy: FetchPolicy) -> list[float]:
-        if duration_s > policy.max_seconds:
-            raise ValueError(f"the video is longer than {policy.max_seconds:g} s, the most that is taken")
-        wanted = max(1, math.ceil(duration_s * self.fps - _SLACK_S))
-        if wanted <= self.max_frames:
-            return [index / self.fps for index in range(wanted)]
-        _log.warning("the video of %.1f s is shown in %d pictures, not %d", duration_s, self.max_frames, wanted)
-        return [index * duration_s / self.max_frames for index in range(self.max_frames)]
+    def _stream(self, container: Any) -> Any:
+        if not container.streams.video:
+            raise ValueError("the file has no video stream; if it is sound, send it as an audio part")
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise ValueError("the video's pictures are in a format that is not known here, or damaged")
+        width, height, limit = stream.codec_context.width, stream.codec_context.height, self._policy.max_pixels
+        if width * height > limit:
+            raise ValueError(f"the video's pictures are {width} × {height}, more than {limit:,} pixels")
+        stream.thread_type = "AUTO"
+        return stream
+
+    def _times(self, duration_s: float) -> list[float]:
+        if duration_s > self._policy.max_seconds:
+            raise ValueError(f"the video is longer than {self._policy.max_seconds:g} s, the most that is taken")
+        wanted = max(1, math.ceil(duration_s * self._fps - _SLACK_S))
+        if wanted <= self._max_frames:
+            return [index / self._fps for index in range(wanted)]
+        _log.warning("the video of %.1f s is shown in %d pictures, not %d", duration_s, self._max_frames, wanted)
+        return [index * duration_s / self._max_frames for index in range(self._max_frames)]
+
+    def _frames_at(
+        self, times: list[float], declared_s: float | None, container: Any, stream: Any
+    ) -> Iterator[tuple[float, np.ndarray]]:
+        """The picture on show at each of the ascending times; raises ValueError when they end before `declared_s`."""
+        start_s = _start_s(stream)
+        decoded = self._timed(container, stream)
+        coming: Any = next(decoded, None)
+        if coming is None:
+            raise ValueError("the video holds no pictures")
+        shown = coming  # also before its time, when it comes late
+        for time_s in times:
+            if coming is not None and start_s + time_s - coming.time > _SEEK_GAP_S:
+                container.seek(int((start_s + time_s) / stream.time_base), stream=stream)
+                decoded = self._timed(container, stream)
+                coming = next(decoded, None)
+                shown = coming or shown
+            while coming is not None and coming.time <= start_s + time_s + _SLACK_S:
+                shown, coming = coming, next(decoded, None)
+            if coming is None and 0 < _end_s(shown) - start_s < time_s + _SLACK_S:
+                end_s = _end_s(shown) - start_s
+                if declared_s is not None and end_s < declared_s - _END_SLACK_S:
+                    raise ValueError(f"the video is cut off: its pictures end at {end_s:.1f} s of {declared_s:.1f} s")
+                return
+            # The angle counts against the clock, as rot90 does.
+            yield time_s, np.rot90(shown.to_ndarray(format="rgb24"), k=round(shown.rotation / 90))
+
+    def _timed(self, container: Any, stream: Any) -> Iterator[Any]:
+        for frame in container.decode(stream):
+            self._policy.check_time()
+            if frame.time is not None:
+                yield frame
 
 
 def time_stamp(seconds: float) -> str:
@@ -97,19 +150,6 @@ def time_stamp(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     fraction = f".{rest % 10}" if rest % 10 else ""
     return (f"{hours}:" if hours else "") + f"{minutes:02}:{rest // 10:02}{fraction}"
-
-
-def _video_stream(container: Any, policy: FetchPolicy) -> Any:
-    if not container.streams.video:
-        raise ValueError("the file has no video stream; if it is sound, send it as an audio part")
-    stream = container.streams.video[0]
-    if stream.codec_context is None:
-        raise ValueError("the video's pictures are in a format that is not known here, or damaged")
-    width, height = stream.codec_context.width, stream.codec_context.height
-    if width * height > policy.max_pixels:
-        raise ValueError(f"the video's pictures are {width} × {height}, more than {policy.max_pixels:,} pixels")
-    stream.thread_type = "AUTO"
-    return stream
 
 
 def _measured_s(data: bytes) -> float:
@@ -122,41 +162,6 @@ def _measured_s(data: bytes) -> float:
 
 def _start_s(stream: Any) -> float:
     return 0.0 if stream.start_time is None else float(stream.start_time * stream.time_base)
-
-
-def _frames_at(
-    times: list[float], declared_s: float | None, container: Any, stream: Any, policy: FetchPolicy
-) -> Iterator[tuple[float, np.ndarray]]:
-    """The picture on show at each of the ascending times; raises ValueError when they end before the declared end."""
-    start_s = _start_s(stream)
-    decoded = _timed(container, stream, policy)
-    coming: Any = next(decoded, None)
-    if coming is None:
-        raise ValueError("the video holds no pictures")
-    shown = coming  # also before its time, when it comes late
-    for time_s in times:
-        if coming is not None and start_s + time_s - coming.time > _SEEK_GAP_S:
-            container.seek(int((start_s + time_s) / stream.time_base), stream=stream)
-            decoded = _timed(container, stream, policy)
-            coming = next(decoded, None)
-            shown = coming or shown
-        while coming is not None and coming.time <= start_s + time_s + _SLACK_S:
-            shown, coming = coming, next(decoded, None)
-        if coming is None and 0 < _end_s(shown) - start_s < time_s + _SLACK_S:
-            if declared_s is not None and _end_s(shown) - start_s < declared_s - _END_SLACK_S:
-                raise ValueError(
-                    f"the video is cut off: its pictures end at {_end_s(shown) - start_s:.1f} s of {declared_s:.1f} s"
-                )
-            return
-        # The angle counts against the clock, as rot90 does.
-        yield time_s, np.rot90(shown.to_ndarray(format="rgb24"), k=round(shown.rotation / 90))
-
-
-def _timed(container: Any, stream: Any, policy: FetchPolicy) -> Iterator[Any]:
-    for frame in container.decode(stream):
-        policy.check_time()
-        if frame.time is not None:
-            yield frame
 
 
 def _end_s(frame: Any) -> float:

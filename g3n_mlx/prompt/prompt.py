@@ -1,4 +1,4 @@
-"""Messages to a Prompt: the ids that the model reads, the media among them, and where a cache is worth a snapshot."""
+"""A prompt: the ids that the model reads, the media among them, and where a cache is worth a snapshot."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,11 +6,8 @@ from numbers import Integral
 from typing import Any
 
 from g3n_mlx.media.audio import AudioFeatures
-from g3n_mlx.media.fetch import FetchPolicy
 from g3n_mlx.media.image import ImageFeatures
-from g3n_mlx.media.opener import MediaOpener
-from g3n_mlx.media.part import Media
-from g3n_mlx.prompt.template import Border, Control, render
+from g3n_mlx.prompt.template import Border, Control
 from g3n_mlx.prompt.tokenizer import Tokenizer
 
 # The tokens of a media block: its start, the placeholder of a soft token, its end.
@@ -60,32 +57,6 @@ class Prompt:
         return tuple(identity)
 
 
-def prepare(
-    messages: str | Sequence[Mapping[str, Any]],
-    tokenizer: Tokenizer,
-    opener: MediaOpener,
-    policy: FetchPolicy,
-    context_tokens: int | None = None,
-) -> Prompt:
-    """The prompt that asks for an answer to `messages`; a string is one user message.
-
-    Media are fetched as the policy allows, and opened. Raises ValueError naming the message or part that can't be used,
-    and PromptTooLong when the text alone is beyond a context, before anything is opened.
-    """
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    rendered = render(messages)
-    if context_tokens is not None:
-        check_text([piece for piece in rendered if isinstance(piece, str)], tokenizer, context_tokens)
-    pieces: list[Control | Border | Features | str] = []
-    for piece in rendered:
-        if isinstance(piece, Media):
-            pieces += opener.open(piece, policy)
-        else:
-            pieces.append(piece)
-    return encode(pieces, tokenizer, opener.soft_tokens)
-
-
 def of_token_ids(token_ids: Any, vocab_size: int) -> Prompt:
     """A prompt of token ids taken as they are; raises ValueError when they are none."""
     listed = isinstance(token_ids, Iterable) and not isinstance(token_ids, (str, bytes))
@@ -97,20 +68,6 @@ def of_token_ids(token_ids: Any, vocab_size: int) -> Prompt:
     if wrong:
         raise ValueError(f"a prompt of token ids has the ids {wrong[:5]}, expected ids from 0 to {vocab_size - 1}")
     return Prompt(ids, (len(ids),))
-
-
-def check_text(texts: Iterable[str], tokenizer: Tokenizer, context_tokens: int) -> None:
-    """Raises PromptTooLong when no context of so many tokens holds the texts, however they are tokenized.
-
-    Tokenizing takes a second for some megabytes, so what is far too long should not come to it.
-    """
-    num_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
-    most = context_tokens * tokenizer.max_token_bytes
-    if num_bytes > most:
-        raise PromptTooLong(
-            f"the prompt's text has {num_bytes:,} bytes, and the context of {context_tokens} tokens holds {most:,} "
-            "of the longest ones at most: shorten it"
-        )
 
 
 def encode(

@@ -115,7 +115,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     except ImportError:
         raise ImportError(f"the server needs more packages: {install_command('server')}") from None
 
-    from g3n_mlx.media.fetch import FetchPolicy
+    from g3n_mlx.media.policy import MediaPolicy
     from g3n_mlx.server.app import create_app
     from g3n_mlx.server.engine import Engine, ServerLimits
     from g3n_mlx.server.gate import GatePolicy
@@ -130,7 +130,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         parallel=arguments.parallel,
         max_queue=arguments.max_queue,
         request_timeout_s=arguments.request_timeout,
-        policy=FetchPolicy(
+        policy=MediaPolicy(
             paths=arguments.media_root,
             private_hosts=False,
             allowed_hosts=frozenset(host.lower() for host in arguments.allow_media_host),

@@ -18,9 +18,9 @@ from fastapi import Depends, Request
 
 from g3n_mlx.engine.generate import check_length
 from g3n_mlx.engine.grammar import GrammarError, Grammars
-from g3n_mlx.media.fetch import FetchPolicy
+from g3n_mlx.media.policy import MediaPolicy
 from g3n_mlx.model import Gemma3n
-from g3n_mlx.prompt.prompt import Prompt, PromptTooLong, check_text
+from g3n_mlx.prompt.prompt import Prompt, PromptTooLong
 from g3n_mlx.server.errors import CLIENT_GONE, ApiError
 from g3n_mlx.server.metrics import Metrics
 from g3n_mlx.server.scheduler import DONE, Answer, Ended, Expired, Job, Scheduler
@@ -43,7 +43,7 @@ class ServerLimits:
     parallel: int  # answers in progress
     max_queue: int  # requests behind them
     request_timeout_s: float  # from a request's arrival to the end of its answer
-    policy: FetchPolicy  # where media may come from
+    policy: MediaPolicy  # where media may come from
 
 
 class Engine:
@@ -103,7 +103,7 @@ class Place:
         self._holds_sound = False
 
     @property
-    def policy(self) -> FetchPolicy:
+    def policy(self) -> MediaPolicy:
         """Where media may come from, and until when they must be open."""
         return replace(self.engine.limits.policy, deadline=self.deadline)
 
@@ -134,13 +134,7 @@ class Place:
 
     async def encoded(self, text: str) -> list[int]:
         """The ids of a plain text; raises ApiError 400 when it has none, or more than any context holds."""
-        model = self.engine.model
-
-        def work() -> list[int]:
-            check_text([text], model.tokenizer, model.config.text.max_position_embeddings)
-            return model.tokenizer.encode(text)
-
-        return await self.opened(work, "prompt")
+        return await self.opened(lambda: self.engine.model.preparer.encode(text), "prompt")
 
     async def prepared(
         self, messages: Sequence[dict[str, Any]], param: str = "messages", *, answered: bool = True
@@ -153,7 +147,7 @@ class Place:
         model = self.engine.model
 
         def work() -> Prompt:
-            prompt = model.prepare(messages, self.policy)
+            prompt = model.preparer.prepare(messages, self.policy)
             if answered:  # a prompt that leaves no room is refused before it waits
                 check_length(prompt, 1, model.config.text.max_position_embeddings)
             return prompt

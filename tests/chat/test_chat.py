@@ -21,9 +21,9 @@ from g3n_mlx.chat import terminal as console
 from g3n_mlx.commands import PIPE_CLOSED
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
-from g3n_mlx.media.fetch import FetchPolicy
 from g3n_mlx.media.opener import MediaOpener
-from g3n_mlx.prompt.prompt import Prompt, prepare
+from g3n_mlx.prompt.preparer import Preparer
+from g3n_mlx.prompt.prompt import Prompt
 from g3n_mlx.prompt.tokenizer import Tokenizer
 
 if os.name == "posix":
@@ -64,7 +64,7 @@ class Echo:
     closed: int = 0
 
     def prepare(self, messages: list[dict]) -> Prompt:
-        return prepare(messages, self.tokenizer, self.opener, FetchPolicy())
+        return Preparer(self.tokenizer, self.opener, 10_000).prepare(messages)
 
     def stream(self, messages: list[dict], **sampling: Any) -> Iterator[Chunk]:
         self.asked.append((messages, sampling))

@@ -18,7 +18,8 @@ from test_chat import Typist, echo, program, session, talk, terminal  # noqa: F4
 from g3n_mlx import Audio, Image, Video
 from g3n_mlx.chat import __main__ as command
 from g3n_mlx.chat import attachments
-from g3n_mlx.media.fetch import FetchPolicy
+from g3n_mlx.media.download import short
+from g3n_mlx.media.policy import MediaPolicy
 
 MEDIA = Path(__file__).resolve().parents[2] / "examples" / "media"
 
@@ -93,7 +94,7 @@ def test_bad_files_are_named_and_the_chat_goes_on(session, echo, folder, capsys)
     talk(session, f"What is {folder}/cut.png?", "hello")
     captured = capsys.readouterr()
     errors = captured.err.splitlines()
-    assert errors[0] == f"error: '{folder}/missing.png' does not exist"
+    assert errors[0] == f"error: {short(folder / 'missing.png')} does not exist"
     assert errors[1].startswith("error: digits.ogg: not a picture in one of the formats")
     assert errors[2] == "error: shapes.png: not a sound or video in a known format, or damaged"
     assert errors[3].startswith("error: sign.png: ")
@@ -143,7 +144,7 @@ def test_saved_conversations_hold_their_media(session, echo, folder, capsys):  #
     assert isinstance(content[0]["image"], Image)
     (folder / "shapes.png").unlink()
     talk(session, "/clear", "/load talk.json")
-    assert f"error: messages[0].content[0]: '{folder}/shapes.png' does not exist" in capsys.readouterr().err
+    assert f"error: messages[0].content[0]: {short(folder / 'shapes.png')} does not exist" in capsys.readouterr().err
 
 
 # Clipboard and microphone.
@@ -205,7 +206,7 @@ def test_mic(session, echo, monkeypatch, capsys):  # noqa: F811
     assert lines[1].startswith("the audio: ")
     assert asked(echo) == ["audio", "What did I say?"]
     source = session.messages[0]["content"][0]["audio"]
-    np.testing.assert_allclose(Audio(source).waveform(16_000, FetchPolicy()), 0.25, atol=1e-4)
+    np.testing.assert_allclose(Audio(source).waveform(16_000, MediaPolicy()), 0.25, atol=1e-4)
     microphone(monkeypatch, [])
     talk(session, "/mic")
     microphone(monkeypatch, spoken, PortAudioError("no device"))

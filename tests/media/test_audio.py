@@ -19,18 +19,18 @@ from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.installation import install_command
 from g3n_mlx.media.audio import MAX_CLIP_SAMPLES, Audio, AudioProcessing, split_clips
-from g3n_mlx.media.fetch import FetchPolicy
+from g3n_mlx.media.policy import MediaPolicy
 
-ANY = FetchPolicy()
+ANY = MediaPolicy()
 RATE = 16_000
 NAMES = [*SNDFILE, *AV]
 
 
-def waveform(source, rate: float | None = None, policy: FetchPolicy = ANY) -> np.ndarray:
+def waveform(source, rate: float | None = None, policy: MediaPolicy = ANY) -> np.ndarray:
     return Audio(source, rate).waveform(RATE, policy)
 
 
-def refused(source, rate: float | None = None, policy: FetchPolicy = ANY) -> str:
+def refused(source, rate: float | None = None, policy: MediaPolicy = ANY) -> str:
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - each caller reads the message
         waveform(source, rate, policy)
     message = str(caught.value)
@@ -341,7 +341,7 @@ def test_a_file_of_a_rate_that_is_none(rate):
 
 
 def test_time_that_is_over():
-    policy = FetchPolicy(deadline=time.monotonic() - 1)
+    policy = MediaPolicy(deadline=time.monotonic() - 1)
     for source in (sound_file("wav"), sound_file("m4a")):
         with pytest.raises(TimeoutError):
             Audio(source).waveform(RATE, policy)
@@ -356,7 +356,7 @@ def test_sources_that_are_no_sound():
 
 
 def test_too_long():
-    policy = FetchPolicy(max_seconds=0.9)
+    policy = MediaPolicy(max_seconds=0.9)
     for source, rate in ((sound_file("wav"), None), (sound_file("m4a"), None), (tones(RATE), RATE)):
         assert refused(source, rate, policy) == "the sound is longer than 0.9 s, the most that is taken"
 

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from g3n_mlx.media.fetch import FetchPolicy, decode_base64, fetch
+from g3n_mlx.media.fetch import fetch
+from g3n_mlx.media.policy import MediaPolicy
 
-ANY = FetchPolicy(timeout_s=20)
+ANY = MediaPolicy(timeout_s=20)
 BODY = bytes(range(256)) * 40
 
 
@@ -106,7 +107,7 @@ def no_proxy(monkeypatch):
         monkeypatch.delenv(name.upper(), raising=False)
 
 
-def refused(source: str | Path, policy: FetchPolicy = ANY) -> str:
+def refused(source: str | Path, policy: MediaPolicy = ANY) -> str:
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - each caller reads the message
         fetch(source, policy)
     message = str(caught.value)
@@ -131,7 +132,7 @@ def test_redirects(url):
     assert fetch(f"{url}/chain/5", ANY) == BODY
     assert refused(f"{url}/chain/6").endswith("more than 5 redirects")
     assert refused(f"{url}/loop").endswith("more than 5 redirects")
-    assert fetch(f"{url}/chain/2", FetchPolicy(max_redirects=2)) == BODY
+    assert fetch(f"{url}/chain/2", MediaPolicy(max_redirects=2)) == BODY
     assert "redirects without saying where to" in refused(f"{url}/nowhere")
 
 
@@ -147,18 +148,18 @@ def test_answers_that_are_no_file(url):
 
 
 def test_the_size_limit(url):
-    policy = FetchPolicy(max_bytes=len(BODY) - 1, timeout_s=20)
+    policy = MediaPolicy(max_bytes=len(BODY) - 1, timeout_s=20)
     for path in ("body", "endless", "huge"):
         assert refused(f"{url}/{path}", policy).endswith("more than 10,239 bytes, the most that is taken")
-    assert fetch(f"{url}/body", FetchPolicy(max_bytes=len(BODY))) == BODY
+    assert fetch(f"{url}/body", MediaPolicy(max_bytes=len(BODY))) == BODY
 
 
 def test_the_time_limit(url):
     """Of the whole download: each byte of a slow one comes in time."""
     for path in ("drip", "silent"):
-        assert refused(f"{url}/{path}", FetchPolicy(timeout_s=0.4)).endswith("took longer than 0.4 s")
+        assert refused(f"{url}/{path}", MediaPolicy(timeout_s=0.4)).endswith("took longer than 0.4 s")
         with pytest.raises(TimeoutError, match="the time for opening media is over"):
-            fetch(f"{url}/{path}", FetchPolicy(timeout_s=60, deadline=time.monotonic() + 0.4))
+            fetch(f"{url}/{path}", MediaPolicy(timeout_s=60, deadline=time.monotonic() + 0.4))
 
 
 def test_a_server_that_is_not_there():
@@ -201,7 +202,7 @@ PRIVATE = [
 
 @pytest.mark.parametrize("address", PRIVATE)
 def test_private_hosts_are_refused(address):
-    policy = FetchPolicy(private_hosts=False, resolver=resolver(address))
+    policy = MediaPolicy(private_hosts=False, resolver=resolver(address))
     for scheme in ("http", "https"):
         assert refused(f"{scheme}://pictures.example/a.png", policy).endswith(
             "is a private address, and media may not come from there"
@@ -209,13 +210,13 @@ def test_private_hosts_are_refused(address):
 
 
 def test_one_private_address_among_public_ones_is_enough():
-    policy = FetchPolicy(private_hosts=False, resolver=resolver("93.184.216.34", "127.0.0.1"))
+    policy = MediaPolicy(private_hosts=False, resolver=resolver("93.184.216.34", "127.0.0.1"))
     assert "private address" in refused("http://pictures.example/a.png", policy)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "2130706433", "0x7f.1", "localhost", "localhost."])
 def test_other_spellings_of_this_machine(host, server):
-    policy = FetchPolicy(private_hosts=False, timeout_s=20)
+    policy = MediaPolicy(private_hosts=False, timeout_s=20)
     message = refused(f"http://{host}:{server.server_address[1]}/body", policy)
     assert "private address" in message or "can't be fetched" in message
     assert not server.asked
@@ -224,15 +225,15 @@ def test_other_spellings_of_this_machine(host, server):
 def test_allowed_hosts(url, server):
     port = server.server_address[1]
     for allowed in ("127.0.0.1", f"127.0.0.1:{port}"):
-        policy = FetchPolicy(private_hosts=False, allowed_hosts=frozenset([allowed]))
+        policy = MediaPolicy(private_hosts=False, allowed_hosts=frozenset([allowed]))
         assert fetch(f"{url}/body", policy) == BODY
-    policy = FetchPolicy(private_hosts=False, allowed_hosts=frozenset([f"127.0.0.1:{port + 1}"]))
+    policy = MediaPolicy(private_hosts=False, allowed_hosts=frozenset([f"127.0.0.1:{port + 1}"]))
     assert "private address" in refused(f"{url}/body", policy)
 
 
 def test_a_redirect_to_a_private_host_is_refused(url, server):
     port = server.server_address[1]
-    policy = FetchPolicy(
+    policy = MediaPolicy(
         private_hosts=False,
         allowed_hosts=frozenset([f"pictures.example:{port}"]),
         resolver=resolver("127.0.0.1"),
@@ -251,7 +252,7 @@ def test_the_name_is_resolved_once(server):
         return ["127.0.0.1"]
 
     port = server.server_address[1]
-    policy = FetchPolicy(private_hosts=False, allowed_hosts=frozenset(["rebound.example"]), resolver=once)
+    policy = MediaPolicy(private_hosts=False, allowed_hosts=frozenset(["rebound.example"]), resolver=once)
     assert fetch(f"http://rebound.example:{port}/body", policy) == BODY
     assert asked == ["rebound.example"]
     assert server.asked[0][1]["Host"] == f"rebound.example:{port}"
@@ -261,7 +262,7 @@ def test_the_proxy_of_the_environment_is_for_a_user_alone(server, url, monkeypat
     monkeypatch.setenv("http_proxy", url)
     assert "answered 404" in refused("http://pictures.example/a.png")
     assert server.asked[0][0] == "http://pictures.example/a.png"
-    policy = FetchPolicy(private_hosts=False, resolver=resolver("10.0.0.1"))
+    policy = MediaPolicy(private_hosts=False, resolver=resolver("10.0.0.1"))
     assert "private address" in refused("http://pictures.example/a.png", policy)
     assert len(server.asked) == 1
 
@@ -291,12 +292,12 @@ def test_paths_that_are_no_file(tmp_path):
 
 def test_the_size_limit_of_files(tmp_path):
     (tmp_path / "a").write_bytes(BODY)
-    assert "more than 9 bytes" in refused(tmp_path / "a", FetchPolicy(max_bytes=9))
+    assert "more than 9 bytes" in refused(tmp_path / "a", MediaPolicy(max_bytes=9))
 
 
 def test_no_paths():
     for source in ("/etc/passwd", Path("/etc/passwd"), "file:///etc/passwd", "a.png"):
-        assert refused(source, FetchPolicy(paths=None)).startswith("local files are not allowed here")
+        assert refused(source, MediaPolicy(paths=None)).startswith("local files are not allowed here")
 
 
 def test_paths_below_a_folder(tmp_path):
@@ -306,7 +307,7 @@ def test_paths_below_a_folder(tmp_path):
     outside.write_bytes(b"secret")
     (media / "link.png").symlink_to(outside)
     (media / "inside.png").symlink_to(media / "a.png")
-    policy = FetchPolicy(paths=media)
+    policy = MediaPolicy(paths=media)
     for source in ("a.png", str(media / "a.png"), (media / "a.png").as_uri(), "inside.png"):
         assert fetch(source, policy) == BODY
     for source in ("../secret", str(outside), outside.as_uri(), "link.png", f"{media}/../secret", "~/a.png"):
@@ -343,7 +344,7 @@ def test_data_uris_that_are_none(uri, expected):
 
 
 def test_the_size_limit_of_data_uris():
-    policy = FetchPolicy(max_bytes=9)
+    policy = MediaPolicy(max_bytes=9)
     for uri in ("data:;base64," + base64.b64encode(bytes(10)).decode(), "data:," + "a" * 10):
         assert "more than 9 bytes" in refused(uri, policy)
     assert fetch("data:;base64," + base64.b64encode(bytes(9)).decode(), policy) == bytes(9)
@@ -352,7 +353,7 @@ def test_the_size_limit_of_data_uris():
 @settings(deadline=None)
 @given(st.binary())
 def test_base64_of_any_bytes(data):
-    assert decode_base64(base64.b64encode(data).decode(), ANY) == data
+    assert fetch("data:;base64," + base64.b64encode(data).decode(), ANY) == data
 
 
 @settings(deadline=None)
@@ -360,7 +361,7 @@ def test_base64_of_any_bytes(data):
 def test_any_text_is_bytes_or_one_error(text):
     with expected_error():
         assert isinstance(
-            fetch(text, FetchPolicy(paths=None, private_hosts=False, resolver=resolver("10.0.0.1"))), bytes
+            fetch(text, MediaPolicy(paths=None, private_hosts=False, resolver=resolver("10.0.0.1"))), bytes
         )
 
 
@@ -380,9 +381,9 @@ def test_all_addresses_of_a_host_share_one_time_limit(monkeypatch):
         now[0] += timeout_s
         raise TimeoutError("timed out")
 
-    monkeypatch.setattr("g3n_mlx.media.fetch.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("g3n_mlx.media.fetch.socket.create_connection", silent)
-    policy = FetchPolicy(resolver=lambda host, port: [f"8.8.8.{last}" for last in range(200)], timeout_s=5.0)
+    monkeypatch.setattr("g3n_mlx.media.download.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("g3n_mlx.media.download.socket.create_connection", silent)
+    policy = MediaPolicy(resolver=lambda host, port: [f"8.8.8.{last}" for last in range(200)], timeout_s=5.0)
     with pytest.raises(ValueError, match="took longer than 5 s"):
         fetch("http://many.example/picture.png", policy)
     assert len(tried) == 1

@@ -14,10 +14,10 @@ from PIL import Image as pil
 
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.installation import install_command
-from g3n_mlx.media.fetch import FetchPolicy
 from g3n_mlx.media.image import Image, ImageProcessing
+from g3n_mlx.media.policy import MediaPolicy
 
-ANY = FetchPolicy()
+ANY = MediaPolicy()
 PROCESSING = ImageProcessing(height=192, width=192, resample=2, rescale=1 / 255)
 GOLDEN = Path(__file__).parents[1] / "golden" / "image_processing.npz"
 NAMES = sorted({name.rpartition(".")[0] for name in np.load(GOLDEN).files})
@@ -51,11 +51,11 @@ def encoded(picture: np.ndarray | pil.Image, kind: str, **options) -> bytes:
     return buffer.getvalue()
 
 
-def rgb(source, policy: FetchPolicy = ANY) -> np.ndarray:
+def rgb(source, policy: MediaPolicy = ANY) -> np.ndarray:
     return Image(source).rgb(policy)
 
 
-def refused(source, policy: FetchPolicy = ANY) -> str:
+def refused(source, policy: MediaPolicy = ANY) -> str:
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - each caller reads the message
         rgb(source, policy)
     message = str(caught.value)
@@ -351,11 +351,11 @@ def test_decompression_bombs():
     """The size is refused by the header, before anything is decoded."""
     bomb = png(struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0), zlib.compress(b"\0" * 1000))
     assert refused(bomb).startswith("the picture has more than 178,956,970 pixels, the most that is decoded")
-    policy = FetchPolicy(max_pixels=2399)
+    policy = MediaPolicy(max_pixels=2399)
     expected = "the picture has more than 2,399 pixels, the most that is decoded: it is 60 × 40"
     for source in (encoded(drawn(), "PNG"), drawn(), pil.fromarray(drawn())):
         assert refused(source, policy) == expected
-    assert rgb(drawn(), FetchPolicy(max_pixels=2400)).shape == (40, 60, 3)
+    assert rgb(drawn(), MediaPolicy(max_pixels=2400)).shape == (40, 60, 3)
 
 
 def test_a_large_picture_within_the_limit_warns_of_nothing(recwarn):

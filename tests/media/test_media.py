@@ -18,13 +18,14 @@ from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.installation import install_command
 from g3n_mlx.media.audio import AudioFeatures
-from g3n_mlx.media.fetch import FetchPolicy
 from g3n_mlx.media.image import ImageFeatures
 from g3n_mlx.media.opener import MediaOpener
-from g3n_mlx.prompt.prompt import Prompt, prepare
+from g3n_mlx.media.policy import MediaPolicy
+from g3n_mlx.prompt.preparer import Preparer
+from g3n_mlx.prompt.prompt import Prompt
 from g3n_mlx.prompt.tokenizer import Tokenizer
 
-ANY = FetchPolicy()
+ANY = MediaPolicy()
 RATE = 16_000
 
 
@@ -45,15 +46,15 @@ def tokenizer(tiny_folder) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def ask(opener, tokenizer):
-    def ask(*parts, policy: FetchPolicy = ANY) -> Prompt:
-        return prepare([{"role": "user", "content": list(parts)}], tokenizer, opener, policy)
+    def ask(*parts, policy: MediaPolicy = ANY) -> Prompt:
+        return Preparer(tokenizer, opener, 10_000).prepare([{"role": "user", "content": list(parts)}], policy)
 
     return ask
 
 
 @pytest.fixture(scope="module")
 def refused(ask):
-    def refused(*parts, policy: FetchPolicy = ANY) -> str:
+    def refused(*parts, policy: MediaPolicy = ANY) -> str:
         with pytest.raises(ValueError) as caught:  # noqa: PT011 - each caller reads the message
             ask(*parts, policy=policy)
         message = str(caught.value)
@@ -161,7 +162,7 @@ def test_urls(ask, refused, server, url, monkeypatch):  # noqa: F811
     message = refused("Look:", Image(f"{url}/missing"))
     assert message.startswith("messages[0].content[1]: ")
     assert "answered 404" in message
-    assert "private address" in refused(Image(picture), policy=FetchPolicy(private_hosts=False))
+    assert "private address" in refused(Image(picture), policy=MediaPolicy(private_hosts=False))
 
 
 def test_the_order_of_parts_is_kept(ask, tokenizer):
@@ -260,7 +261,7 @@ def test_what_the_checkpoint_can_not_read(tiny_folder, config, tokenizer):
         (blind, Video(b"unread"), "image"),
     ):
         with pytest.raises(ValueError, match=rf"content\[0\]: this checkpoint can't read .* it has no {tower} tower"):
-            prepare([{"role": "user", "content": [part]}], tokenizer, opener, ANY)
+            Preparer(tokenizer, opener, 10_000).prepare([{"role": "user", "content": [part]}])
 
 
 def test_missing_extras_are_named(refused, monkeypatch):
@@ -274,7 +275,7 @@ def test_missing_extras_are_named(refused, monkeypatch):
 
 
 def test_nothing_remote_or_local_beyond_the_policy(refused):
-    policy = FetchPolicy(paths=None, private_hosts=False)
+    policy = MediaPolicy(paths=None, private_hosts=False)
     assert "local files are not allowed here" in refused({"type": "image", "path": "/etc/passwd"}, policy=policy)
     assert "private address" in refused({"type": "image", "url": "http://127.0.0.1/a.png"}, policy=policy)
 
@@ -301,7 +302,7 @@ def test_what_one_policy_opened_another_still_refuses(ask, refused, tmp_path):
     path.write_bytes(encoded(drawn(), "PNG"))
     picture = Image(path)
     ask(picture)
-    assert "local files are not allowed here" in refused(picture, policy=FetchPolicy(paths=None))
+    assert "local files are not allowed here" in refused(picture, policy=MediaPolicy(paths=None))
     ask(picture)
 
 
@@ -310,7 +311,7 @@ def test_what_one_policy_opened_another_still_refuses(ask, refused, tmp_path):
 
 def test_pictures_and_sound_of_a_video(opener, ask, tokenizer, config):
     """Every picture after its time, and each clip after the pictures of its stretch."""
-    seconds = 3 * opener._audio_processing.max_clip_samples / RATE
+    seconds = 3 * opener.audio_processing.max_clip_samples / RATE
     data = video_file(seconds, sound=tones(48_000, seconds))
     prompt = ask("Watch:", Video(data))
     kinds = [kind for kind, _ in digests(prompt)]
@@ -325,7 +326,7 @@ def test_pictures_and_sound_of_a_video(opener, ask, tokenizer, config):
 
 
 def test_long_sound_is_whole_and_says_what_it_costs(opener, ask, caplog):
-    processing = opener._audio_processing
+    processing = opener.audio_processing
     seconds = 2.5 * processing.max_clip_samples / RATE
     waveform = np.random.default_rng(1).uniform(-0.5, 0.5, round(seconds * RATE)).astype(np.float32)
     prompt = ask("Listen:", Audio(waveform, RATE))
@@ -342,7 +343,7 @@ def test_long_sound_is_whole_and_says_what_it_costs(opener, ask, caplog):
 
 
 def test_split_audio_gives_the_clips_that_a_prompt_has(opener, ask):
-    seconds = 2.5 * opener._audio_processing.max_clip_samples / RATE
+    seconds = 2.5 * opener.audio_processing.max_clip_samples / RATE
     waveform = tones(RATE, seconds)
     clips = opener.split_audio(Audio(waveform, RATE), ANY)
     assert clips[0][0] == 0
@@ -365,7 +366,7 @@ def test_features_are_of_the_towers_sizes(opener, ask, config):
 def test_a_processor_file_that_is_missing(config, tokenizer, tmp_path):
     opener = MediaOpener(tmp_path, config)
     with pytest.raises(ValueError, match=r"content\[0\]: .* has no preprocessor_config\.json"):
-        prepare([{"role": "user", "content": [Image(drawn())]}], tokenizer, opener, ANY)
+        Preparer(tokenizer, opener, 10_000).prepare([{"role": "user", "content": [Image(drawn())]}])
 
 
 def test_processor_config_of_transformers_5(tiny_folder, config, tokenizer, tmp_path):
@@ -376,7 +377,7 @@ def test_processor_config_of_transformers_5(tiny_folder, config, tokenizer, tmp_
     (tmp_path / "processor_config.json").write_text(json.dumps(nested))
     parts = [Image(drawn()), Audio(tones(RATE), RATE)]
     prompts = [
-        prepare([{"role": "user", "content": parts}], tokenizer, MediaOpener(folder, config), ANY)
+        Preparer(tokenizer, MediaOpener(folder, config), 10_000).prepare([{"role": "user", "content": parts}])
         for folder in (Path(tmp_path), tiny_folder)
     ]
     assert prompts[0].identity == prompts[1].identity

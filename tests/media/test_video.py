@@ -11,10 +11,10 @@ from media_files import shade, sound_file, tones, video_file
 from PIL import Image as pil
 
 from g3n_mlx.installation import install_command
-from g3n_mlx.media.fetch import FetchPolicy
+from g3n_mlx.media.policy import MediaPolicy
 from g3n_mlx.media.video import Video, time_stamp
 
-ANY = FetchPolicy()
+ANY = MediaPolicy()
 # Container and codec, and whether the container declares how long its pictures last.
 KINDS = {
     "mp4": ("mp4", "mpeg4"),
@@ -27,11 +27,11 @@ KINDS = {
 }
 
 
-def frames(video: Video, policy: FetchPolicy = ANY) -> list[tuple[float, np.ndarray]]:
-    return list(video.frames(video.data(policy), policy))
+def frames(video: Video, policy: MediaPolicy = ANY) -> list[tuple[float, np.ndarray]]:
+    return list(video.open(policy).frames())
 
 
-def refused(video: Video, policy: FetchPolicy = ANY) -> str:
+def refused(video: Video, policy: MediaPolicy = ANY) -> str:
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - each caller reads the message
         frames(video, policy)
     message = str(caught.value)
@@ -112,12 +112,12 @@ def test_a_turned_video_stands_upright():
 
 def test_sound():
     video = Video(video_file(3.0, sound=tones(48_000, 3.0)))
-    start_s, waveform = video.sound(video.data(ANY), 16_000, ANY)
+    start_s, waveform = video.open(ANY).sound(16_000)
     assert abs(start_s) < 0.05
     assert abs(len(waveform) / 16_000 - 3) < 0.1
     assert 0.15 < np.abs(waveform).max() < 0.5
     silent = Video(video_file(1.0))
-    assert silent.sound(silent.data(ANY), 16_000, ANY) is None
+    assert silent.open(ANY).sound(16_000) is None
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_damage_is_an_error_of_ours_or_none(kind):
         with contextlib.suppress(ValueError):
             video = Video(damaged.tobytes())
             assert frames(video)
-            video.sound(video.data(ANY), 16_000, ANY)
+            video.open(ANY).sound(16_000)
 
 
 def test_codecs_that_are_not_known():
@@ -161,7 +161,7 @@ def test_codecs_that_are_not_known():
     unknown = Video(data.replace(b"FMP4", b"zzzz"))
     assert refused(unknown) == "the video's pictures are in a format that is not known here, or damaged"
     with pytest.raises(ValueError, match="pictures are in a format"):
-        unknown.sound(unknown.data(ANY), 16_000, ANY)
+        unknown.open(ANY).sound(16_000)
 
 
 def test_what_is_no_video(tmp_path):
@@ -184,10 +184,10 @@ def test_a_playlist_opens_no_other_file(tmp_path):
 def test_limits():
     data = video_file(2.0)
     assert (
-        refused(Video(data), FetchPolicy(max_seconds=1.5)) == "the video is longer than 1.5 s, the most that is taken"
+        refused(Video(data), MediaPolicy(max_seconds=1.5)) == "the video is longer than 1.5 s, the most that is taken"
     )
     expected = "the video's pictures are 64 × 48, more than 3,000 pixels"
-    assert refused(Video(data), FetchPolicy(max_pixels=3000)) == expected
+    assert refused(Video(data), MediaPolicy(max_pixels=3000)) == expected
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
-from g3n_mlx.media.fetch import FetchPolicy
 from g3n_mlx.media.opener import MediaOpener
 from g3n_mlx.media.part import Media
-from g3n_mlx.prompt.prompt import Prompt, PromptTooLong, encode, prepare
+from g3n_mlx.prompt.preparer import Preparer
+from g3n_mlx.prompt.prompt import Prompt, PromptTooLong, encode
 from g3n_mlx.prompt.template import Border, Control, render
 from g3n_mlx.prompt.tokenizer import CONTROL_WORDS, Tokenizer
 
@@ -43,7 +43,7 @@ def test_goldens(golden_json, tokenizer, ending):
 
 def prepared(messages, tokenizer, opener=None) -> Prompt:
     """The prompt of messages without media, unless there is something to open them."""
-    return prepare(messages, tokenizer, opener or TEXT_ALONE, FetchPolicy())
+    return Preparer(tokenizer, opener or TEXT_ALONE, 10_000).prepare(messages)
 
 
 def test_prepare_is_the_goldens_prompt(golden_json, tokenizer):
@@ -91,10 +91,10 @@ def test_a_text_beyond_any_context_is_refused_before_it_is_read(tokenizer, monke
     longest = max(len(token.encode()) for token in tokenizer._inner.get_vocab())
     assert tokenizer.max_token_bytes == longest
     fits, beyond = "a" * (6 * longest - len("user\n\nmodel\n")), "é" * (6 * longest // 2 + 1)
-    assert prepare(fits, tokenizer, TEXT_ALONE, FetchPolicy(), 6).token_ids
+    assert Preparer(tokenizer, TEXT_ALONE, 6).prepare(fits).token_ids
     monkeypatch.setattr(tokenizer, "encode", None)
     with pytest.raises(PromptTooLong, match=rf"bytes, .* context of 6 tokens holds {6 * longest:,}.*: shorten it"):
-        prepare(beyond, tokenizer, TEXT_ALONE, FetchPolicy(), 6)
+        Preparer(tokenizer, TEXT_ALONE, 6).prepare(beyond)
 
 
 def test_system_text_is_a_border_that_conversations_share(tokenizer):

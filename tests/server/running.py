@@ -23,7 +23,7 @@ import uvicorn
 from PIL import Image
 
 from g3n_mlx import load
-from g3n_mlx.media.fetch import FetchPolicy
+from g3n_mlx.media.policy import MediaPolicy
 from g3n_mlx.server.app import create_app
 from g3n_mlx.server.engine import Engine, ServerLimits
 from g3n_mlx.server.gate import GatePolicy
@@ -64,7 +64,7 @@ class Server:
 
 
 def started(folder: Path, **options: Any) -> Server:
-    """Starts a server in a thread; options: fields of ServerLimits, GatePolicy and FetchPolicy, and the scheduler's."""
+    """Starts a server in a thread; options: fields of ServerLimits, GatePolicy and MediaPolicy, and the scheduler's."""
 
     def given(names: dict[str, Any]) -> dict[str, Any]:
         return {name: options.pop(name, default) for name, default in names.items()}
@@ -79,7 +79,7 @@ def started(folder: Path, **options: Any) -> Server:
     # In float32 an answer is the same whether its prompt was cached or not: what differs, no draw sees.
     loader = functools.partial(load, folder, backend=backend, dtype="float32")
     scheduler = Scheduler(loader, parallel=parallel, metrics=metrics, **scheduling)
-    policy = FetchPolicy(**{**STRICT, **options})
+    policy = MediaPolicy(**{**STRICT, **options})
     engine = Engine(scheduler.start(), scheduler, ServerLimits(parallel=parallel, policy=policy, **limits), metrics)
     app = create_app(engine, ModelTable(**names), GatePolicy(**gate))
     listener = socket.create_server(("127.0.0.1", 0))

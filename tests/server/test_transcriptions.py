@@ -25,7 +25,7 @@ def short_clips(monkeypatch):
 @pytest.fixture(scope="module")
 def clip_s(model):
     """The longest clip that the model hears at once, in seconds."""
-    processing = model._opener._audio_processing
+    processing = model.preparer.opener.audio_processing
     return processing.max_clip_samples / processing.sampling_rate
 
 
