@@ -11,10 +11,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from g3n_mlx.checkpoint.folder import Checkpoint, open_layout
+from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.checkpoint.hub import cache_folder, resolve
-from g3n_mlx.checkpoint.names import nested_config
+from g3n_mlx.checkpoint.names import canonical_tensors, nested_config
 from g3n_mlx.checkpoint.quantization import Quantization
+from g3n_mlx.checkpoint.shards import open_shards
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.manifest import TEXT, dead_manifest
 from g3n_mlx.config.model import ModelConfig
@@ -29,6 +30,7 @@ from g3n_mlx.convert.write import (
 )
 from g3n_mlx.matformer.plan import SlicePlan, find_slice, plan_slice
 from g3n_mlx.matformer.table import slices_for
+from g3n_mlx.matformer.view import open_sliced
 
 logger = logging.getLogger(__name__)
 
@@ -66,13 +68,13 @@ def convert(
     folder = resolve(source, revision)
     output = Path(output).expanduser()
     plan = None if matformer is None else plan_for(folder, matformer, matformer_config)
-    checkpoint = Checkpoint.open(folder, plan)
+    checkpoint = open_sliced(folder, plan)
     if not (folder / "tokenizer.json").is_file():
         logger.warning("%s has no tokenizer.json: put one into %s, or nobody can chat with it", folder, output)
     try:
         check_free_name(output)
         place = appearing_folder(output, wait_for_others=False)
-        _write(checkpoint, output, place, q_bits, q_group_size, ple_bits, dtype, progress)
+        _write(checkpoint, plan, output, place, q_bits, q_group_size, ple_bits, dtype, progress)
     finally:
         checkpoint.close()
     return output
@@ -97,11 +99,11 @@ def cached_conversion(
     ).hexdigest()
     target = cache_folder() / "conversions" / f"{folder.resolve().name}-{q_bits}bit-{key[:16]}"
     if not target.is_dir():
-        checkpoint = Checkpoint.open(folder, plan)
+        checkpoint = open_sliced(folder, plan)
         try:
             logger.info("quantizing %s once, into %s", folder, target)
             place = appearing_folder(target, wait_for_others=True, otherwise=_OUTSIDE_THE_CACHE)
-            _write(checkpoint, target, place, q_bits, q_group_size, ple_bits, None, progress)
+            _write(checkpoint, plan, target, place, q_bits, q_group_size, ple_bits, None, progress)
         except FileExistsError:
             if not target.is_dir():
                 raise
@@ -120,19 +122,20 @@ def plan_for(folder: Path, matformer: str, matformer_config: str | Path | None =
 
 def fingerprint(folder: Path) -> str:
     """What a checkpoint is, without reading all of it: config, and name, size, time and header of every shard."""
-    layout = open_layout(folder)
+    shards, on_disk = open_shards(folder)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for shard in layout.shards:
+    for shard in shards:
         status = shard.path.stat()
         digest.update(repr((shard.path.name, status.st_size, status.st_mtime_ns)).encode())
         shard.close()
-    for name, stored in sorted(layout.tensors.items()):
+    for name, stored in sorted(canonical_tensors(on_disk, folder).items()):
         digest.update(repr((name, stored.shard.path.name, stored.offset, stored.dtype, stored.shape)).encode())
     return digest.hexdigest()
 
 
 def _write(
     checkpoint: Checkpoint,
+    plan: SlicePlan | None,
     output: Path,
     place: AbstractContextManager[Path],
     q_bits: int | None,
@@ -162,7 +165,7 @@ def _write(
     with place as partial:
         check_space(output, jobs)
         write_shards(partial, jobs, progress)
-        copy_sidecars(checkpoint.folder, partial, whole=checkpoint.slice_name is None)
+        copy_sidecars(checkpoint.folder, partial, whole=plan is None)
         # Last: a folder without config.json is none that anybody loads.
         write_json(partial / "config.json", _config(checkpoint, chosen, stored))
 

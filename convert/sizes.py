@@ -52,8 +52,7 @@ def size_slices(
         shapes = text_manifest(text) | dead_manifest(text)
         chosen: Mapping[str, Quantization] = {}
         if stored:
-            paths = {name.removesuffix(".weight") for name in shapes}
-            chosen = {path: stored[plan.source_name(path)] for path in paths if plan.source_name(path) in stored}
+            chosen = {name: how for path, how in stored.items() if (name := plan.sliced_name(path)) is not None}
         elif q_bits is not None:
             chosen = choose_quantizations(shapes, q_bits, q_group_size, ple_bits)
         disk = resident = 0

@@ -11,6 +11,7 @@ from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.convert import cached_conversion, plan_for
 from g3n_mlx.installation import install_command
+from g3n_mlx.matformer.view import open_sliced
 from g3n_mlx.model import Gemma3n
 from g3n_mlx.prompt.tokenizer import Tokenizer
 
@@ -48,7 +49,7 @@ def load(
     name = folder.resolve().name if Path(path_or_id).expanduser().is_dir() else str(path_or_id)
     plan = None if matformer is None else plan_for(folder, matformer, matformer_config)
     if q_bits is None:
-        checkpoint = Checkpoint.open(folder, plan)
+        checkpoint = open_sliced(folder, plan)
     else:
         folder = cached_conversion(folder, q_bits=q_bits, plan=plan)
         checkpoint = Checkpoint.open(folder)

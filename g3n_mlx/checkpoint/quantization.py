@@ -12,6 +12,8 @@ import numpy as np
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
+# The tensors that stand for a quantized weight.
+PARTS = ("weight", "scales", "biases")
 
 # Elements worked on at once: a float32 block and its temporaries stay in a core's own cache.
 _BLOCK_ELEMENTS = 1 << 17

@@ -8,7 +8,7 @@ Format: safetensors, README.md ("Format").
 import json
 import mmap
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
@@ -104,6 +104,27 @@ class MappedTensor:
         """Gives the pages back that were read so far; they come again from the file when needed."""
         if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows, which trims a process by itself
             self._map.madvise(mmap.MADV_DONTNEED)
+
+
+class OpenFiles:
+    """The files of one folder, which several views read and the last one closes."""
+
+    def __init__(self, shards: Sequence[Shard]):
+        self._shards = shards
+        self._holders = 0
+        self._lock = threading.Lock()
+
+    def hold(self) -> None:
+        with self._lock:
+            self._holders += 1
+
+    def release(self) -> None:
+        """Closes the files when nobody else holds them."""
+        with self._lock:
+            self._holders -= 1
+            if self._holders == 0:
+                for shard in self._shards:
+                    shard.close()
 
 
 def open_shards(folder: Path) -> tuple[list[Shard], dict[str, StoredTensor]]:

@@ -1,14 +1,16 @@
 """What is kept of a tensor on disk: reads of its rows into memory, and tables that stay on disk."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 
 from g3n_mlx.checkpoint.quantization import Quantization, dequantize, to_float32
 from g3n_mlx.checkpoint.shards import DTYPES, MappedTensor, Shard, StoredTensor
-from g3n_mlx.matformer.plan import Ranges
+
+# Ranges [start, stop) along one axis, ascending.
+Ranges = tuple[tuple[int, int], ...]
 
 # A gap between kept columns is worth skipping from a page upwards: below, the disk brings it anyway.
 _PAGE_BYTES = 4096
@@ -31,6 +33,33 @@ class Source:
     columns: Ranges | None = None  # kept columns in stored units: words of packed codes, or one scale a group
     axes: tuple[int, ...] | None = None  # the transposition from the stored to the published order
     absent: bool = False  # not on disk: reads as zeros
+
+    @property
+    def dtype(self) -> np.dtype:
+        return DTYPES[self.stored.dtype]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of what is kept."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    def narrowed(self, rows: Ranges | None, columns: Ranges | None) -> "Source":
+        """Some rows and columns of what is kept here; None is all of them."""
+        shape = list(self.shape)
+        for axis, kept in enumerate((rows, columns)):
+            if kept is not None:
+                shape[axis] = sum(stop - start for start, stop in kept)
+        return replace(self, shape=tuple(shape), rows=_within(self.rows, rows), columns=_within(self.columns, columns))
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows [start, stop) of what is kept, in memory of their own."""
+        length = self.shape[0] if self.shape else 1
+        stop = length if stop is None else stop
+        assert 0 <= start <= stop <= length, (start, stop, length)
+        if self.absent:
+            return np.zeros((stop - start, *self.shape[1:]), self.dtype)
+        array = _read_rows(self, start, stop)
+        return array if self.axes is None else np.ascontiguousarray(array.transpose(self.axes))
 
 
 class RowTable:
@@ -75,10 +104,10 @@ class RowTable:
         return dequantize(packed, scales, biases, self._quantization.bits, self._quantization.group_size)
 
 
-def read_rows(source: Source, start: int, stop: int) -> np.ndarray:
+def _read_rows(source: Source, start: int, stop: int) -> np.ndarray:
     """Rows [start, stop) of what is kept, axes as stored."""
     stored = source.stored
-    dtype = DTYPES[stored.dtype]
+    dtype = source.dtype
     row_bytes = prod(stored.shape[1:]) * dtype.itemsize
     spans = None
     if source.columns is not None:
@@ -96,6 +125,13 @@ def read_rows(source: Source, start: int, stop: int) -> np.ndarray:
         filled += last - first
     columns = stored.shape[1:] if source.columns is None else (kept_bytes // dtype.itemsize,)
     return out.reshape(-1).view(dtype).reshape((stop - start, *columns) if stored.shape else ())
+
+
+def _within(outer: Ranges | None, inner: Ranges | None) -> Ranges | None:
+    """Ranges that count what `outer` keeps, as ranges of what is stored."""
+    if outer is None or inner is None:
+        return inner if outer is None else outer
+    return tuple(run for start, stop in inner for run in _runs(outer, start, stop))
 
 
 def _runs(rows: Ranges | None, start: int, stop: int) -> Iterator[tuple[int, int]]:

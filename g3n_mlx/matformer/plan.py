@@ -12,12 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from g3n_mlx.checkpoint.source import Ranges
 from g3n_mlx.config.manifest import PLE_TABLE, TEXT
 from g3n_mlx.config.text import TextConfig
 from g3n_mlx.matformer.table import Slice
-
-# Ranges [start, stop) along one axis, ascending.
-Ranges = tuple[tuple[int, int], ...]
 
 _LAYER = re.compile(rf"^{re.escape(TEXT)}layers\.(\d+)\.(.*)$")
 _PER_LAYER_LISTS = ("layer_types", "activation_sparsity_pattern")
@@ -31,10 +29,13 @@ class SlicePlan:
     kept_layers: tuple[int, ...]  # indices in the checkpoint, ascending
     intermediate_size: tuple[int, ...]  # one per kept layer
 
-    def source_name(self, name: str) -> str:
-        """The checkpoint's name for a tensor or module of the slice."""
+    def sliced_name(self, name: str) -> str | None:
+        """The slice's name for a tensor or module of the checkpoint; None when its layer is skipped."""
         match = _LAYER.match(name)
-        return name if match is None else f"{TEXT}layers.{self.kept_layers[int(match[1])]}.{match[2]}"
+        if match is None:
+            return name
+        layer = int(match[1])
+        return f"{TEXT}layers.{self.kept_layers.index(layer)}.{match[2]}" if layer in self.kept_layers else None
 
 
 @dataclass(frozen=True, slots=True)

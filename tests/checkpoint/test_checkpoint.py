@@ -1,6 +1,5 @@
-"""Checkpoints of every layout, whole and sliced, and what is said about broken ones."""
+"""Checkpoints of every layout, and what is said about broken ones."""
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -13,14 +12,13 @@ import checkpoint_files as files
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.checkpoint.quantization import Quantization, dequantize, quantize, to_float32
 from g3n_mlx.convert import convert
 from g3n_mlx.matformer.plan import plan_slice
 from g3n_mlx.matformer.table import Slice
+from g3n_mlx.matformer.view import open_sliced
 
 PLE = "language_model.embed_tokens_per_layer"
 
@@ -63,7 +61,6 @@ def test_published_layout(tiny: Checkpoint, published: tuple[dict[str, Any], dic
         assert tiny.info(name).dtype == "BF16"
         assert name in tiny
     assert tiny.dead_names[0] not in tiny
-    assert tiny.slice_name is None
     assert tiny.quantization("language_model.embed_tokens") is None
 
 
@@ -123,77 +120,6 @@ def test_rows_of_turned_kernels(
         assert same(checkpoint.read(name, 2, 5), tiny.read(name)[2:5])
 
 
-def test_sliced_goldens(tiny_folder: Path, tiny: Checkpoint, golden_json: Callable[[str], Any]) -> None:
-    for case in golden_json("matformer").values():
-        chosen = slice_of(case["slice"]["intermediate_size"], case["slice"]["skipped_layers"])
-        sliced = Checkpoint.open(tiny_folder, plan_slice(tiny.config.text, chosen))
-        assert sliced.slice_name == "test"
-        assert sliced.raw_config["text_config"] == case["text_config"]
-        assert {f"model.{name}" for name in (*sliced.names, *sliced.dead_names)} == set(case["tensors"])
-        for name, expected in case["tensors"].items():
-            array = sliced.read(name.removeprefix("model."))
-            assert list(array.shape) == expected["shape"]
-            assert hashlib.sha256(array.tobytes()).hexdigest() == expected["sha256"], name
-
-
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_row_ranges_of_slices(tiny_folder: Path, data: st.DataObject) -> None:
-    whole = Checkpoint.open(tiny_folder)
-    skipped = data.draw(st.sets(st.sampled_from([0, 1, 2, 5, 6, 7, 8, 9]), max_size=6))
-    widths = data.draw(st.lists(st.integers(1, 256), min_size=10 - len(skipped), max_size=10 - len(skipped)))
-    sliced = Checkpoint.open(tiny_folder, plan_slice(whole.config.text, slice_of(widths, sorted(skipped))))
-    name = data.draw(st.sampled_from([name for name in sliced.names if name.startswith("language_model.")]))
-    complete = sliced.read(name)
-    start = data.draw(st.integers(0, len(complete)))
-    stop = data.draw(st.integers(start, len(complete)))
-    assert same(sliced.read(name, start, stop), complete[start:stop])
-    whole.close()
-    sliced.close()
-
-
-def test_slice_of_a_slice(tiny_folder: Path, tiny: Checkpoint, tmp_path: Path) -> None:
-    first = write_table(tmp_path, [256] * 5 + [192] * 4, [6])
-    once = convert(tiny_folder, tmp_path / "once", matformer="test", matformer_config=first, progress=False)
-    checkpoint = Checkpoint.open(once)
-    twice = Checkpoint.open(once, plan_slice(checkpoint.config.text, slice_of([64] * 8, [7])))  # 8 of the original
-    direct = Checkpoint.open(tiny_folder, plan_slice(tiny.config.text, slice_of([64] * 8, [6, 8])))
-    assert twice.config == direct.config
-    assert set(twice.names) == set(direct.names)
-    for name in direct.names:
-        assert same(twice.read(name), direct.read(name)), name
-
-
-def write_table(folder: Path, widths: list[int], skipped: list[int]) -> Path:
-    path = folder / f"slices-{len(list(folder.iterdir()))}.csv"
-    path.write_text(
-        "name,# Layers,# Effective Params (B),MMLU PT accuracy,FFN Hidden Dims,Layers Skipped\n"
-        f'test,{len(widths)},,,"{widths}","{skipped}"\n'
-    )
-    return path
-
-
-def test_wide_gaps_are_not_read(tmp_path: Path, published: tuple[dict[str, Any], dict[str, np.ndarray]]) -> None:
-    """Columns far apart are read one by one, near ones with what lies between: both give the same."""
-    config, tensors = published
-    text = config["text_config"]
-    layers, units = text["num_hidden_layers"], 5000
-    wide = dict(tensors)
-    rng = np.random.default_rng(0)
-    for layer in range(layers):
-        prefix = f"model.language_model.layers.{layer}.mlp"
-        for part, shape in (("gate", (units, 128)), ("up", (units, 128)), ("down", (128, units))):
-            wide[f"{prefix}.{part}_proj.weight"] = rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
-    config = {**config, "text_config": {**text, "intermediate_size": [units] * layers}}
-    folder = files.write_folder(tmp_path / "wide", config, wide)
-    base = Checkpoint.open(folder).config.text
-    for kept in (2000, 4900):  # gaps of 6000 and 200 bytes
-        sliced = Checkpoint.open(folder, plan_slice(base, slice_of([kept] * layers, [])))
-        name = "language_model.layers.1.mlp.down_proj.weight"
-        assert same(sliced.read(name), wide[f"model.{name}"][:, :kept])
-        assert same(sliced.read(name, 3, 9), wide[f"model.{name}"][3:9, :kept])
-
-
 @pytest.mark.parametrize("plan", [None, ([128] * 8, [1, 6])])
 def test_rows_of_a_table(
     plan: tuple[list[int], list[int]] | None, tiny_folder: Path, quantized_folder: Path, tiny: Checkpoint
@@ -201,7 +127,7 @@ def test_rows_of_a_table(
     chosen = None if plan is None else plan_slice(tiny.config.text, slice_of(*plan))
     ids = np.array([0, 895, 7, 7, 300], np.int32)
     for folder in (tiny_folder, quantized_folder):
-        checkpoint = Checkpoint.open(folder, chosen)
+        checkpoint = open_sliced(folder, chosen)
         for path in (PLE, "language_model.embed_tokens"):
             quantization = checkpoint.quantization(path)
             weight = checkpoint.read(f"{path}.weight")
@@ -221,7 +147,7 @@ def test_rows_of_a_table(
                 table.gather(np.array([table.num_rows]))
             with pytest.raises(IndexError):
                 table.gather(np.array([-1]))
-            checkpoint = Checkpoint.open(folder, chosen)
+            checkpoint = open_sliced(folder, chosen)
 
 
 RESIDENT_AFTER_GATHER = """
@@ -296,39 +222,6 @@ def test_any_module_may_be_quantized(
             assert same(checkpoint.read(f"{path}.{part}"), expected)
     assert checkpoint.quantization("language_model.embed_tokens") is None
     assert "quantization" not in checkpoint.raw_config
-
-
-def test_slice_of_quantized_is_quantized_slice(tiny_folder: Path, tmp_path: Path) -> None:
-    for bits, group_size in ((2, 32), (3, 64), (4, 64), (5, 32), (6, 64), (8, 32)):
-        folder = tmp_path / f"{bits}-{group_size}"
-        folder.mkdir()
-        table = write_table(folder, [256, 192, 128, 256, 192, 128, 64, 192], [1, 6])
-        how = {"q_bits": bits, "q_group_size": group_size, "ple_bits": 8 if bits > 3 else 3, "progress": False}
-        cut = {"matformer": "test", "matformer_config": table}
-        whole = convert(tiny_folder, folder / "whole", **how)
-        expected = convert(tiny_folder, folder / "quantized-slice", **how, **cut)
-        found = convert(whole, folder / "slice-of-quantized", **cut, progress=False)
-        a, b = files.read_folder(found), files.read_folder(expected)
-        assert set(a) == set(b)
-        for name in a:
-            assert same(a[name], b[name]), name
-        assert files.read_config(found) == files.read_config(expected)
-        in_place = Checkpoint.open(whole, plan_slice(Checkpoint.open(whole).config.text, _read(table)))
-        assert {f"model.{name}" for name in (*in_place.names, *in_place.dead_names)} == set(a)
-        for name in in_place.names:
-            assert same(in_place.read(name), a[f"model.{name}"])
-
-
-def _read(table: Path) -> Slice:
-    from g3n_mlx.matformer.table import read_slices
-
-    return read_slices(table)[0]
-
-
-def test_slices_that_part_a_group(tiny: Checkpoint, quantized_folder: Path) -> None:
-    plan = plan_slice(tiny.config.text, slice_of([100] * 10, []))
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.down_proj \(0 to 100\) are not whole groups of 64"):
-        Checkpoint.open(quantized_folder, plan)
 
 
 # What is said about broken folders.

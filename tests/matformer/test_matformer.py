@@ -209,8 +209,11 @@ def test_cuts_give_the_shapes_that_the_sliced_config_asks_for(case: tuple[dict[s
     plan = plan_slice(base, chosen)
     shapes = text_manifest(base) | dead_manifest(base)
     sliced = TextConfig.from_dict(slice_config(raw, plan))
-    for name, expected in (text_manifest(sliced) | dead_manifest(sliced)).items():
-        source = plan.source_name(name)
+    sources = {plan.sliced_name(name): name for name in shapes}
+    wanted = text_manifest(sliced) | dead_manifest(sliced)
+    assert set(sources) - {None} == set(wanted)
+    for name, expected in wanted.items():
+        source = sources[name]
         kept = cut(plan, base, source.removesuffix(".weight"))
         found = list(shapes[source])
         for axis, ranges in enumerate((kept.rows, kept.columns)):
