@@ -1,77 +1,61 @@
 """POST /v1/chat/completions: messages in, an answer out, whole or as server-sent events, free or under a grammar."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import Response
 
 from g3n_mlx.engine.generate import Constraint
 from g3n_mlx.engine.results import Chunk
+from g3n_mlx.model import Gemma3n
 from g3n_mlx.server import tools
 from g3n_mlx.server.engine import Place, PlaceOf, unless_gone
 from g3n_mlx.server.errors import ApiError
+from g3n_mlx.server.exchange import Choices, respond, sampling_params, token_text
 from g3n_mlx.server.messages import template_messages
 from g3n_mlx.server.scheduler import Answer
 from g3n_mlx.server.schemas import (
     ChatChoice,
-    ChatCompletion,
     ChatRequest,
+    Completion,
     Logprobs,
     NamedTool,
     TokenLogprob,
     TopLogprob,
-    UsageAnswer,
-    new_id,
-    now,
-)
-from g3n_mlx.server.stream import (
-    END_OF_STREAM,
-    SSE,
-    UsageCount,
-    event,
-    first_of,
-    sampling_params,
-    token_text,
-    with_errors,
 )
 
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", response_model=ChatCompletion, response_model_exclude_unset=True)
-async def create_chat_completion(body: ChatRequest, request: Request, place: PlaceOf) -> ChatCompletion | Response:
-    """An answer to messages, `n` of them; in a stream, as server-sent events."""
-    body.report_unknown()
+@router.post("/v1/chat/completions", response_model=Completion[ChatChoice])
+async def create_chat_completion(body: ChatRequest, request: Request, place: PlaceOf) -> Response:
+    """A response to messages, `n` of them; in a stream, as server-sent events."""
     served = request.app.state.models.find(body.model)
     _check_formats(body)
     offered = _offered_tools(body)
-    answers = await unless_gone(request, _answers(body, offered, place))
-    work = _Work(body, place, served, answers, offered)
-    if not body.stream:
-        return await unless_gone(request, work.whole())
-    pieces = work.pieces()
-    first = await unless_gone(request, first_of(pieces))
-    return StreamingResponse(with_errors(work.events(first, pieces)), media_type=SSE)
+    tasks = await unless_gone(request, _tasks(body, offered, place))
+    is_json = _schema(body) is not None
+    parsers = [offered and offered.parser(content_is_json=is_json) for _ in tasks]
+    shape = _ChatShape(place.engine.model, parsers, logprobs=bool(body.logprobs))
+    return await respond(request, Choices(body, place, served, tasks, shape), stream=bool(body.stream))
 
 
-async def _answers(body: ChatRequest, offered: tools.Tools | None, place: Place) -> list[Answer]:
+async def _tasks(body: ChatRequest, offered: tools.Tools | None, place: Place) -> list[Answer]:
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs is given without logprobs: true", param="top_logprobs")
-    choices = range(body.n or 1)
     params = [
         sampling_params(
             place.engine.model,
             **body.sampling(choice),
-            max_tokens=body.answer_tokens,
+            max_tokens=body.max_completion_tokens or body.max_tokens,
             logprobs=body.logprobs,
             top_logprobs=body.top_logprobs,
         )
-        for choice in choices
+        for choice in range(body.num_choices)
     ]
     prompt = await place.prepared(template_messages(body.messages, offered and offered.system_text()))
-    constraints = [await _constraint(body, offered, place) for _ in choices]
-    return [Answer(prompt, params[choice], constraints[choice]) for choice in choices]
+    return [Answer(prompt, each, await _constraint(body, offered, place)) for each in params]
 
 
 def _check_formats(body: ChatRequest) -> None:
@@ -136,27 +120,23 @@ def _schema(body: ChatRequest) -> dict[str, Any] | bool | None:
     return wanted.json_schema.schema_
 
 
-class _Work:
-    """What one request runs, and its answers piece by piece."""
+class _ChatShape:
+    """A chat's choices: the role, then text and calls, at last the reason why they end."""
 
-    def __init__(
-        self, body: ChatRequest, place: Place, served: str, answers: list[Answer], offered: tools.Tools | None
-    ) -> None:
-        self._body, self._place, self._served, self._answers = body, place, served, answers
-        self._id, self._created = new_id("chatcmpl"), now()
-        self._usage = UsageCount(place, len(answers[0].prompt.token_ids), len(answers))
-        is_json = _schema(body) is not None
-        self._parsers = [offered and offered.parser(content_is_json=is_json) for _ in answers]
+    kind, chunk_kind, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
-    async def pieces(self) -> AsyncIterator[ChatChoice]:
-        """The answers as they come: their role, then text and calls, at last the reason why they end."""
+    def __init__(self, model: Gemma3n, parsers: Sequence[tools.CallParser | None], *, logprobs: bool) -> None:
+        """parsers: of each choice, None where nothing is called."""
+        self._model, self._parsers, self._wants_logprobs = model, parsers, logprobs
+
+    async def pieces(self, steps: AsyncIterator[tuple[int, Chunk]]) -> AsyncIterator[ChatChoice]:
+        """Deltas; log probabilities stand beside the first one of their token."""
         begun: set[int] = set()
-        async for index, chunk in self._place.run(self._answers):
-            self._usage.take(index, chunk)
+        async for index, chunk in steps:
             if index not in begun:
                 begun.add(index)
                 yield _piece(index, {"role": "assistant", "content": ""})
-            logprobs = self._logprobs(chunk) if self._body.logprobs and chunk.token is not None else None
+            logprobs = self._logprobs(chunk) if self._wants_logprobs and chunk.token is not None else None
             deltas = self._deltas(index, chunk)
             if not deltas and logprobs is not None:
                 deltas = [{"content": ""}]
@@ -168,8 +148,22 @@ class _Work:
                 called = parser is not None and parser.num_calls > 0 and chunk.finish_reason == "stop"
                 yield _piece(index, {}, reason="tool_calls" if called else chunk.finish_reason)
 
+    def empty(self, index: int) -> ChatChoice:
+        """A whole choice before its first piece."""
+        return ChatChoice(index=index, message={}, logprobs=None, finish_reason=None)
+
+    def add(self, choice: ChatChoice, piece: ChatChoice) -> None:
+        """Adds a piece to a whole choice: texts grow, calls are found by their index."""
+        assert choice.message is not None
+        assert piece.delta is not None
+        _extend(choice.message, piece.delta)
+        choice.finish_reason = piece.finish_reason
+        if piece.logprobs is not None:
+            choice.logprobs = choice.logprobs or Logprobs(content=[])
+            choice.logprobs.content += piece.logprobs.content
+
     def _deltas(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
-        """What a chunk adds to the answer."""
+        """What a chunk adds to the message."""
         parser = self._parsers[index]
         if parser is None:
             return [{"content": chunk.text}] if chunk.text else []
@@ -181,49 +175,13 @@ class _Work:
     def _logprobs(self, chunk: Chunk) -> Logprobs:
         assert chunk.token is not None
         assert chunk.logprob is not None
-        likeliest = [self._token(token_id, logprob) for token_id, logprob in chunk.top_logprobs or ()]
+        most_likely = [self._token(token_id, logprob) for token_id, logprob in chunk.top_logprobs or ()]
         drawn = self._token(chunk.token, chunk.logprob)
-        return Logprobs(content=[TokenLogprob(**drawn.model_dump(), top_logprobs=likeliest)])
+        return Logprobs(content=[TokenLogprob(**drawn.model_dump(), top_logprobs=most_likely)])
 
     def _token(self, token_id: int, logprob: float) -> TopLogprob:
-        model = self._place.engine.model
-        text = token_text(model, token_id)
-        content = model.tokenizer.bytes_of(token_id)
+        text, content = token_text(self._model, token_id), self._model.tokenizer.bytes_of(token_id)
         return TopLogprob(token=text, logprob=logprob, bytes=list(text.encode() if content is None else content))
-
-    async def whole(self) -> ChatCompletion:
-        """All answers, complete."""
-        choices = [
-            ChatChoice(index=index, message={}, logprobs=None, finish_reason=None)
-            for index in range(len(self._answers))
-        ]
-        async for piece in self.pieces():
-            choice = choices[piece.index]
-            assert choice.message is not None
-            _extend(choice.message, piece.delta or {})
-            choice.finish_reason = piece.finish_reason
-            if piece.logprobs is not None:
-                if choice.logprobs is None:
-                    choice.logprobs = Logprobs(content=[])
-                choice.logprobs.content += piece.logprobs.content
-        for choice in choices:
-            if choice.message and choice.message.get("tool_calls"):
-                choice.message["content"] = choice.message["content"] or None
-        return self._completion("chat.completion", choices, self._usage.answer())
-
-    async def events(self, first: ChatChoice, rest: AsyncIterator[ChatChoice]) -> AsyncIterator[str]:
-        """The pieces as server-sent events."""
-        yield event(self._completion("chat.completion.chunk", [first]))
-        async for piece in rest:
-            yield event(self._completion("chat.completion.chunk", [piece]))
-        if self._body.wants_usage:
-            yield event(self._completion("chat.completion.chunk", [], self._usage.answer()))
-        yield END_OF_STREAM
-
-    def _completion(self, kind: Any, choices: list[ChatChoice], usage: UsageAnswer | None = None) -> ChatCompletion:
-        return ChatCompletion(
-            id=self._id, object=kind, created=self._created, model=self._served, choices=choices, usage=usage
-        )
 
 
 def _piece(
@@ -233,11 +191,11 @@ def _piece(
 
 
 def _extend(message: dict[str, Any], delta: dict[str, Any]) -> None:
-    """Adds a delta to a message: texts grow, calls are found by their index."""
     for name, value in delta.items():
         if name == "content":
-            message["content"] = message.get("content", "") + value
+            message["content"] = (message.get("content") or "") + value
         elif name == "tool_calls":
+            message["content"] = message.get("content") or None
             calls = message.setdefault("tool_calls", [])
             for call in value:
                 if call["index"] == len(calls):

@@ -5,72 +5,64 @@ With `echo` and `logprobs` the prompt's own tokens are scored; `max_tokens` 0 th
 """
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import Response
 
 from g3n_mlx.engine.results import Chunk
 from g3n_mlx.engine.scores import TokenScore
+from g3n_mlx.model import Gemma3n
 from g3n_mlx.prompt.prompt import Prompt
 from g3n_mlx.server.engine import TOO_LONG, Place, PlaceOf, unless_gone
 from g3n_mlx.server.errors import ApiError
+from g3n_mlx.server.exchange import Choices, respond, sampling_params, token_text
 from g3n_mlx.server.scheduler import Answer
-from g3n_mlx.server.schemas import (
-    MAX_PROMPTS,
-    Completion,
-    CompletionChoice,
-    CompletionLogprobs,
-    CompletionRequest,
-    UsageAnswer,
-    new_id,
-    now,
-)
-from g3n_mlx.server.stream import (
-    END_OF_STREAM,
-    SSE,
-    UsageCount,
-    event,
-    first_of,
-    sampling_params,
-    token_text,
-    with_errors,
-)
+from g3n_mlx.server.schemas import MAX_PROMPTS, Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 
 router = APIRouter()
 
 
-@router.post("/v1/completions", response_model=Completion, response_model_exclude_unset=True)
-async def create_completion(body: CompletionRequest, request: Request, place: PlaceOf) -> Completion | Response:
-    """Answers to prompts, `n` for each; in a stream, as server-sent events."""
-    body.report_unknown()
+@router.post("/v1/completions", response_model=Completion[CompletionChoice])
+async def create_completion(body: CompletionRequest, request: Request, place: PlaceOf) -> Response:
+    """What follows each prompt, `n` times; in a stream, as server-sent events."""
     served = request.app.state.models.find(body.model)
     _check(body)
-    prompts = await unless_gone(request, _prompts(body, place))
-    work = _Work(body, place, served, prompts)
-    if not body.stream:
-        return await unless_gone(request, work.whole())
-    pieces = work.pieces()
-    first = await unless_gone(request, first_of(pieces))
-    return StreamingResponse(with_errors(work.events(first, pieces)), media_type=SSE)
+    tasks = await unless_gone(request, _tasks(body, place))
+    shape = _CompletionShape(place.engine.model, body, tasks)
+    return await respond(request, Choices(body, place, served, tasks, shape), stream=bool(body.stream))
 
 
 def _check(body: CompletionRequest) -> None:
     if body.suffix:
         raise ApiError(400, "suffix is not supported: Gemma 3n does not fill in the middle", param="suffix")
-    if body.best_of is not None and body.best_of != (body.n or 1):
-        raise ApiError(400, f"best_of is {body.best_of}, expected n, {body.n or 1}, or nothing", param="best_of")
+    if body.best_of is not None and body.best_of != body.num_choices:
+        raise ApiError(400, f"best_of is {body.best_of}, expected n, {body.num_choices}, or nothing", param="best_of")
     if body.max_tokens == 0 and not body.echo:
         raise ApiError(400, "max_tokens is 0, which needs echo: there is nothing else to answer", param="max_tokens")
-    batch = body.prompt if isinstance(body.prompt, list) and not isinstance(body.prompt[0], int) else [body.prompt]
-    if len(batch) * (body.n or 1) > MAX_PROMPTS:
+    if len(body.prompts) * body.num_choices > MAX_PROMPTS:
         raise ApiError(400, f"more than {MAX_PROMPTS} answers in one request", param="prompt")
 
 
-async def _prompts(body: CompletionRequest, place: Place) -> list[Prompt]:
-    given: Any = body.prompt
-    batch = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
-    return [await _prompt(text_or_ids, place) for text_or_ids in batch]
+async def _tasks(body: CompletionRequest, place: Place) -> list[Answer]:
+    model, scored = place.engine.model, body.logprobs if body.echo else None
+    tasks: list[Answer] = []
+    for text_or_ids in body.prompts:
+        prompt = await _prompt(text_or_ids, place)
+        for choice in range(body.num_choices):
+            params = None
+            if body.max_tokens != 0:
+                params = sampling_params(
+                    model,
+                    **body.sampling(choice),
+                    max_tokens=body.max_tokens,
+                    logprobs=body.logprobs is not None,
+                    top_logprobs=body.logprobs,
+                    # Evaluation tools ask for one token behind the scores and cut off its entry (lm_eval's
+                    # local-completions): it has to be there also when it is the end of the text.
+                    ignore_eos=scored is not None and body.max_tokens == 1,
+                )
+            tasks.append(Answer(prompt, params, scored=scored))
+    return tasks
 
 
 async def _prompt(text_or_ids: str | list[int], place: Place) -> Prompt:
@@ -93,121 +85,80 @@ async def _prompt(text_or_ids: str | list[int], place: Place) -> Prompt:
     return Prompt(tuple(ids), (len(ids),))
 
 
-class _Work:
-    """What one request runs, and its answers piece by piece."""
+class _CompletionShape:
+    """The choices of completions: the echo of the prompt, its scores, then text."""
 
-    def __init__(self, body: CompletionRequest, place: Place, served: str, prompts: Sequence[Prompt]) -> None:
-        self._body, self._place, self._served = body, place, served
-        self._id, self._created = new_id("cmpl"), now()
-        self._model = place.engine.model
-        choices = body.n or 1
-        # Evaluation tools ask for one token behind the scores and cut off its entry (lm_eval's local-completions): it
-        # has to be there also when it is the end of the text.
-        self._scores_alone = bool(body.echo) and body.logprobs is not None and body.max_tokens == 1
-        self._usage = UsageCount(place, sum(len(prompt.token_ids) for prompt in prompts), choices)
-        self._tasks = [self._task(prompt, choice) for prompt in prompts for choice in range(choices)]
+    kind = chunk_kind = "text_completion"
+    id_prefix = "cmpl"
 
-    def _task(self, prompt: Prompt, choice: int) -> Answer:
-        body, top = self._body, self._body.logprobs
-        scored = top if body.echo else None
-        if body.max_tokens == 0:
-            return Answer(prompt, None, scored=scored)
-        params = sampling_params(
-            self._model,
-            **body.sampling(choice),
-            max_tokens=body.max_tokens,
-            logprobs=top is not None,
-            top_logprobs=top,
-            ignore_eos=self._scores_alone,
-        )
-        return Answer(prompt, params, scored=scored)
+    def __init__(self, model: Gemma3n, body: CompletionRequest, tasks: Sequence[Answer]) -> None:
+        self._model, self._body, self._tasks = model, body, tasks
 
-    async def pieces(self) -> AsyncIterator[CompletionChoice]:
-        """The answers as they come, the echo of the prompts first."""
+    async def pieces(
+        self, steps: AsyncIterator[tuple[int, Chunk | list[TokenScore]]]
+    ) -> AsyncIterator[CompletionChoice]:
+        """The echo of all prompts first."""
         offsets = [0] * len(self._tasks)  # of the next token's text, in characters
-        ended: set[int] = set()  # answers whose only token is an end
+        ended: set[int] = set()  # choices whose only token is an end
         for index, task in enumerate(self._tasks):
             if self._body.echo:
-                text = self._model.tokenizer.decode(task.prompt.token_ids)
-                yield CompletionChoice(index=index, text=text, logprobs=None, finish_reason=None)
-        async for index, step in self._place.run(self._tasks):
-            chunks: list[TokenScore | Chunk] = step if isinstance(step, list) else [step]
+                yield _piece(index, self._model.tokenizer.decode(task.prompt.token_ids))
+        async for index, step in steps:
             logprobs = None
             if self._body.logprobs is not None:
-                logprobs, offsets[index] = self._logprobs(chunks, offsets[index])
-            if isinstance(step, Chunk):
-                self._usage.take(index, step)
-                text, reason = step.text, step.finish_reason
-                if step.token in self._model.eos_token_ids:
-                    ended.add(index)
-                if reason is not None and index in ended:
-                    reason = "stop"
-            else:
-                text, reason = "", None
-            yield CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=reason)
+                scores = step if isinstance(step, list) else [step]
+                logprobs, offsets[index] = self._logprobs(scores, offsets[index])
+            if isinstance(step, list):
+                yield _piece(index, "", logprobs)
+                continue
+            if step.token in self._model.eos_token_ids:
+                ended.add(index)
+            reason = "stop" if step.finish_reason is not None and index in ended else step.finish_reason
+            if step.text or reason or (logprobs and logprobs.tokens):
+                yield _piece(index, step.text, logprobs, reason)
         if self._body.max_tokens == 0:
             for index in range(len(self._tasks)):
-                yield CompletionChoice(index=index, text="", logprobs=None, finish_reason="length")
+                yield _piece(index, "", reason="length")
 
-    def _logprobs(self, steps: Sequence[TokenScore | Chunk], offset: int) -> tuple[CompletionLogprobs, int]:
+    def empty(self, index: int) -> CompletionChoice:
+        """A whole choice before its first piece."""
+        return _piece(index, "")
+
+    def add(self, choice: CompletionChoice, piece: CompletionChoice) -> None:
+        """Adds a piece to a whole choice."""
+        choice.text += piece.text
+        choice.finish_reason = piece.finish_reason or choice.finish_reason
+        if piece.logprobs is None:
+            return
+        choice.logprobs = choice.logprobs or _no_logprobs()
+        for name in CompletionLogprobs.model_fields:
+            getattr(choice.logprobs, name).extend(getattr(piece.logprobs, name))
+
+    def _logprobs(self, scores: Sequence[TokenScore | Chunk], offset: int) -> tuple[CompletionLogprobs, int]:
         """The log probabilities of some tokens whose text begins at an offset, and where it ends."""
-        found = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
-        for step in steps:
-            if step.token is None:
+        found = _no_logprobs()
+        for score in scores:
+            if score.token is None:
                 continue
-            token = token_text(self._model, step.token)
+            token = token_text(self._model, score.token)
             found.tokens.append(token)
-            found.token_logprobs.append(step.logprob)
+            found.token_logprobs.append(score.logprob)
             found.text_offset.append(offset)
-            offset += len(self._model.tokenizer.decode([step.token]))
-            likeliest: dict[str, float] = {}
-            for token_id, logprob in step.top_logprobs or ():
-                likeliest.setdefault(token_text(self._model, token_id), logprob)  # several ids may look alike
-            if step.logprob is not None:
-                likeliest.setdefault(token, step.logprob)
-            found.top_logprobs.append(None if step.logprob is None else likeliest)
+            offset += len(self._model.tokenizer.decode([score.token]))
+            most_likely: dict[str, float] = {}
+            for token_id, logprob in score.top_logprobs or ():
+                most_likely.setdefault(token_text(self._model, token_id), logprob)  # several ids may look alike
+            if score.logprob is not None:
+                most_likely.setdefault(token, score.logprob)
+            found.top_logprobs.append(None if score.logprob is None else most_likely)
         return found, offset
 
-    async def whole(self) -> Completion:
-        """All answers, complete."""
-        choices = [
-            CompletionChoice(index=index, text="", logprobs=None, finish_reason=None)
-            for index in range(len(self._tasks))
-        ]
-        async for piece in self.pieces():
-            choice = choices[piece.index]
-            choice.text += piece.text
-            choice.finish_reason = piece.finish_reason or choice.finish_reason
-            if piece.logprobs is not None:
-                if choice.logprobs is None:
-                    choice.logprobs = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
-                extend(choice.logprobs, piece.logprobs)
-        return self._completion(choices, self._usage.answer())
 
-    async def events(self, first: CompletionChoice, rest: AsyncIterator[CompletionChoice]) -> AsyncIterator[str]:
-        """The pieces as server-sent events."""
-        yield event(self._completion([first]))
-        async for piece in rest:
-            if piece.text or piece.finish_reason or (piece.logprobs and piece.logprobs.tokens):
-                yield event(self._completion([piece]))
-        if self._body.wants_usage:
-            yield event(self._completion([], self._usage.answer()))
-        yield END_OF_STREAM
-
-    def _completion(self, choices: list[CompletionChoice], usage: UsageAnswer | None = None) -> Completion:
-        return Completion(
-            id=self._id,
-            object="text_completion",
-            created=self._created,
-            model=self._served,
-            choices=choices,
-            usage=usage,
-        )
+def _piece(
+    index: int, text: str, logprobs: CompletionLogprobs | None = None, reason: str | None = None
+) -> CompletionChoice:
+    return CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=reason)
 
 
-def extend(logprobs: CompletionLogprobs, more: CompletionLogprobs) -> None:
-    """Puts the lists of the second behind those of the first."""
-    logprobs.tokens += more.tokens
-    logprobs.token_logprobs += more.token_logprobs
-    logprobs.top_logprobs += more.top_logprobs
-    logprobs.text_offset += more.text_offset
+def _no_logprobs() -> CompletionLogprobs:
+    return CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])

@@ -7,7 +7,7 @@ answer was sent, the client went away or something failed.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -55,8 +55,8 @@ class Engine:
         self.limits = limits
         self.metrics = metrics
         self.places_taken = 0
-        # A transcription keeps its sound, up to a gigabyte, until it is done: no more than can be answered at once.
-        self.long_sounds = asyncio.Semaphore(limits.parallel)
+        # A transcription keeps its audio, up to a gigabyte, until it is done: no more than can be answered at once.
+        self.long_audio = asyncio.Semaphore(limits.parallel)
         self.media_threads = ThreadPoolExecutor(MEDIA_THREADS, thread_name_prefix="media")
         self.text_threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
 
@@ -100,21 +100,21 @@ class Place:
         self.deadline = self.arrived + engine.limits.request_timeout_s
         self.constrained_by = "response_format"  # the field whose fault it is when a grammar fails on the way
         self.jobs: list[Job] = []  # in progress or waiting
-        self._holds_sound = False
+        self._holds_audio = False
 
     @property
     def policy(self) -> MediaPolicy:
         """Where media may come from, and until when they must be open."""
         return replace(self.engine.limits.policy, deadline=self.deadline)
 
-    async def hold_sound(self) -> None:
-        """Waits for one of the few places for sounds of hours; kept until the place is left."""
+    async def hold_audio(self) -> None:
+        """Waits for one of the few places for hours of audio; kept until the place is left."""
         try:
             async with asyncio.timeout(self.deadline - time.monotonic()):
-                await self.engine.long_sounds.acquire()
+                await self.engine.long_audio.acquire()
         except TimeoutError:
             raise self.too_late() from None
-        self._holds_sound = True
+        self._holds_audio = True
 
     async def opened(self, work: Callable[[], T], param: str, *, media: bool = False) -> T:
         """The result of work that neither the event loop nor the model may wait for: it runs in a thread of its own.
@@ -180,12 +180,12 @@ class Place:
                 yield index, step
 
     def stop(self) -> None:
-        """Stops every job before its next step, and releases the long sound."""
+        """Stops every job before its next step, and releases the place for hours of audio."""
         for job in self.jobs:
             job.stopped = True
-        if self._holds_sound:
-            self._holds_sound = False
-            self.engine.long_sounds.release()
+        if self._holds_audio:
+            self._holds_audio = False
+            self.engine.long_audio.release()
 
     def too_late(self) -> ApiError:
         """The error of a request whose time is over."""
@@ -220,7 +220,7 @@ async def _place(request: Request) -> AsyncIterator[Place]:
 PlaceOf = Annotated[Place, Depends(_place)]
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     """The work's result; when the client goes away before, the work is cancelled and ApiError 499 raised."""
     working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
     try:

@@ -7,12 +7,12 @@ from g3n_mlx.server.engine import Engine, PlaceOf
 from g3n_mlx.server.errors import ApiError
 from g3n_mlx.server.messages import template_messages
 from g3n_mlx.server.schemas import (
-    DetokenizeAnswer,
     DetokenizeRequest,
+    DetokenizeResponse,
     ModelList,
     ServedModel,
-    TokenizeAnswer,
     TokenizeRequest,
+    TokenizeResponse,
     now,
 )
 
@@ -73,9 +73,8 @@ async def metrics(request: Request) -> Response:
 
 
 @router.post("/v1/tokenize")
-async def tokenize(body: TokenizeRequest, request: Request, place: PlaceOf) -> TokenizeAnswer:
+async def tokenize(body: TokenizeRequest, request: Request, place: PlaceOf) -> TokenizeResponse:
     """The ids of a text, or of messages in the chat template."""
-    body.report_unknown()
     request.app.state.models.find(body.model)
     model = place.engine.model
     if (body.prompt is None) == (body.messages is None):
@@ -86,20 +85,19 @@ async def tokenize(body: TokenizeRequest, request: Request, place: PlaceOf) -> T
         assert body.prompt is not None
         ids = await place.encoded(body.prompt)
         ids = [model.tokenizer.bos_id, *ids] if body.add_special_tokens else ids
-    return TokenizeAnswer(tokens=ids, count=len(ids), max_model_len=model.config.text.max_position_embeddings)
+    return TokenizeResponse(tokens=ids, count=len(ids), max_model_len=model.config.text.max_position_embeddings)
 
 
 @router.post("/v1/detokenize")
-async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeAnswer:
+async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeResponse:
     """The text of some ids."""
-    body.report_unknown()
     request.app.state.models.find(body.model)
     engine: Engine = request.app.state.engine
     vocab_size = engine.model.config.text.vocab_size
     wrong = [token_id for token_id in body.tokens if token_id >= vocab_size]
     if wrong:
         raise ApiError(400, f"{wrong[0]} is no token id, expected 0 to {vocab_size - 1}", param="tokens")
-    return DetokenizeAnswer(prompt=engine.model.tokenizer.decode(body.tokens, skip_special=False))
+    return DetokenizeResponse(prompt=engine.model.tokenizer.decode(body.tokens, skip_special=False))
 
 
 def _described(request: Request, name: str) -> ServedModel:

@@ -7,11 +7,9 @@ Source: OpenAI's API reference (chat, completions, audio, models); mistral.rs fo
 
 import logging
 import time
-import uuid
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, computed_field, model_validator
 
 MAX_CHOICES = 8
 MAX_MESSAGES = 4096
@@ -33,13 +31,14 @@ Bias = Annotated[FiniteFloat, Field(ge=-100, le=100)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
+C = TypeVar("C")
+
 log = logging.getLogger(__name__)
 
 
-def report_unknown(names: Sequence[str]) -> None:
-    """One log line with these names of fields, if there are any."""
-    if names:
-        log.info("ignored fields: %s", ", ".join(f"{name!a:.60}" for name in names[:20]))
+def divisible(temperature: float) -> float:
+    """The temperature, or 0 for one so small that logits divided by it leave float32."""
+    return 0.0 if temperature < 1e-3 else temperature
 
 
 class Wire(BaseModel):
@@ -47,9 +46,17 @@ class Wire(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    def report_unknown(self) -> None:
-        """One log line with the names of the fields that this server ignores, if there are any."""
-        report_unknown(list(self.model_extra or ()))
+
+class RequestBody(Wire):
+    """A request's body; one line of the log names the fields that this server ignores."""
+
+    model: str = "default"
+
+    @model_validator(mode="after")
+    def _report_unknown(self) -> Self:
+        if self.model_extra:
+            log.info("ignored fields: %s", ", ".join(f"{name!a:.60}" for name in list(self.model_extra)[:20]))
+        return self
 
 
 class StreamOptions(Wire):
@@ -58,12 +65,12 @@ class StreamOptions(Wire):
     include_usage: bool = False
 
 
-class SamplingFields(Wire):
-    """How the answer is drawn; what is None comes from the checkpoint."""
+class SamplingFields(BaseModel):
+    """How tokens are drawn; what is None comes from the checkpoint."""
 
-    model: str = "default"
-    temperature: Annotated[FiniteFloat, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
+    temperature: Annotated[FiniteFloat, Field(ge=0, le=100), AfterValidator(divisible)] | None = None
+    # OpenAI allows 0, which leaves the most likely token: what the smallest top_p does.
+    top_p: Annotated[FiniteFloat, Field(ge=0, le=1), AfterValidator(lambda value: max(value, 1e-9))] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31)] | None = None
     min_p: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
     frequency_penalty: Penalty | None = None
@@ -72,31 +79,33 @@ class SamplingFields(Wire):
     logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=MAX_BIASES)] | None = None
     seed: Seed | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
+
+    def sampling(self, choice: int) -> dict[str, Any]:
+        """Keywords of `Gemma3n.sampling_params` for one choice: each choice of a request has its own seed."""
+        options = {name: getattr(self, name) for name in SamplingFields.model_fields}
+        if self.seed is not None:
+            options["seed"] = (self.seed + choice) % 2**64
+        if isinstance(self.stop, str):
+            options["stop"] = [self.stop]
+        return options
+
+
+class GenerationRequest(RequestBody, SamplingFields):
+    """What chat and completions have in common."""
+
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
     @property
+    def num_choices(self) -> int:
+        """Choices for each prompt."""
+        return self.n or 1
+
+    @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
-
-    def sampling(self, choice: int) -> dict[str, Any]:
-        """Keywords of `Gemma3n.sampling_params` for one choice: choices of one request have seeds of their own."""
-        return {
-            # Logits divided by less than this are beyond float32.
-            "temperature": 0.0 if self.temperature is not None and self.temperature < 1e-3 else self.temperature,
-            # OpenAI allows 0, which leaves the likeliest token: what the smallest top_p does.
-            "top_p": self.top_p if self.top_p is None else max(self.top_p, 1e-9),
-            "top_k": self.top_k,
-            "min_p": self.min_p,
-            "frequency_penalty": self.frequency_penalty,
-            "presence_penalty": self.presence_penalty,
-            "repetition_penalty": self.repetition_penalty,
-            "logit_bias": self.logit_bias,
-            "seed": None if self.seed is None else (self.seed + choice) % 2**64,
-            "stop": [self.stop] if isinstance(self.stop, str) else self.stop,
-        }
 
 
 class MediaUrl(Wire):
@@ -198,7 +207,7 @@ class GrammarField(Wire):
     value: str
 
 
-class ChatRequest(SamplingFields):
+class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -222,7 +231,7 @@ class ChatRequest(SamplingFields):
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 
 
-class CompletionRequest(SamplingFields):
+class CompletionRequest(GenerationRequest):
     """POST /v1/completions: text in, text out, without the chat template."""
 
     prompt: (
@@ -237,17 +246,22 @@ class CompletionRequest(SamplingFields):
     best_of: int | None = None
     suffix: str | None = None
 
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Texts or ids, also where one is given by itself."""
+        given: Any = self.prompt
+        return given if isinstance(given, list) and not isinstance(given[0], int) else [given]
 
-class TokenizeRequest(Wire):
+
+class TokenizeRequest(RequestBody):
     """POST /v1/tokenize: a text, or messages as the model would read them."""
 
-    model: str = "default"
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
     add_special_tokens: bool = True  # <bos> before a text
 
 
-class TokenizeAnswer(BaseModel):
+class TokenizeResponse(BaseModel):
     """The ids, and how many the model can read."""
 
     tokens: list[int]
@@ -255,14 +269,13 @@ class TokenizeAnswer(BaseModel):
     max_model_len: int
 
 
-class DetokenizeRequest(Wire):
+class DetokenizeRequest(RequestBody):
     """POST /v1/detokenize."""
 
-    model: str = "default"
     tokens: Annotated[list[TokenId], Field(max_length=2**20)]
 
 
-class DetokenizeAnswer(BaseModel):
+class DetokenizeResponse(BaseModel):
     """The text of some ids, control tokens by name."""
 
     prompt: str
@@ -274,16 +287,21 @@ class PromptTokensDetails(BaseModel):
     cached_tokens: int
 
 
-class UsageAnswer(BaseModel):
+class RequestUsage(BaseModel):
     """Counts of all choices together, and the speeds of the first one; times begin when the request came."""
 
     prompt_tokens: int
     completion_tokens: int
-    total_tokens: int
     prompt_tokens_details: PromptTokensDetails
-    avg_prompt_tok_per_sec: float = 0.0
-    avg_compl_tok_per_sec: float = 0.0
-    time_to_first_token_s: float | None = None
+    avg_prompt_tok_per_sec: float
+    avg_compl_tok_per_sec: float
+    time_to_first_token_s: float | None
+
+    @computed_field
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of prompts and completions."""
+        return self.prompt_tokens + self.completion_tokens
 
 
 class TopLogprob(BaseModel):
@@ -316,17 +334,6 @@ class ChatChoice(BaseModel):
     finish_reason: str | None = None
 
 
-class ChatCompletion(BaseModel):
-    """An answer, or a chunk of one."""
-
-    id: str
-    object: Literal["chat.completion", "chat.completion.chunk"]
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: UsageAnswer | None = None
-
-
 class CompletionLogprobs(BaseModel):
     """Log probabilities in the older shape: lists with an entry a token, None where nothing came before it."""
 
@@ -345,15 +352,15 @@ class CompletionChoice(BaseModel):
     finish_reason: str | None = None
 
 
-class Completion(BaseModel):
-    """The answers, or a chunk of one."""
+class Completion(BaseModel, Generic[C]):
+    """All choices, or a chunk of one."""
 
     id: str
-    object: Literal["text_completion"] = "text_completion"
+    object: str  # "chat.completion", "chat.completion.chunk" or "text_completion"
     created: int
     model: str
-    choices: list[CompletionChoice]
-    usage: UsageAnswer | None = None
+    choices: list[C]
+    usage: RequestUsage | None = None
 
 
 class ServedModel(BaseModel):
@@ -371,11 +378,6 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[ServedModel]
-
-
-def new_id(prefix: str) -> str:
-    """An id that no other answer has."""
-    return f"{prefix}-{uuid.uuid4().hex}"
 
 
 def now() -> int:

@@ -1,29 +1,29 @@
-"""POST /v1/audio/transcriptions and /v1/audio/translations: sound in, its words out, in OpenAI's five formats.
+"""POST /v1/audio/transcriptions and /v1/audio/translations: audio in, its words out, in OpenAI's five formats.
 
-Gemma 3n does the work itself: a sound of any length is split at quiet places into clips that it hears at once, and
+Gemma 3n does the work itself: audio of any length is split at quiet places into clips that it hears at once, and
 each clip is a question of its own. Segments are clips, so their times are the clips' borders.
 Source of the questions' wording: "Audio understanding" of Gemma's documentation, ai.google.dev.
 """
 
 import json
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Form, Request, UploadFile
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from pydantic import Field, FiniteFloat
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from pydantic import AfterValidator, Field, FiniteFloat
 
 from g3n_mlx.media.audio import Audio
-from g3n_mlx.server.engine import Place, PlaceOf, unless_gone
+from g3n_mlx.server.engine import Place, PlaceOf
 from g3n_mlx.server.errors import ApiError
+from g3n_mlx.server.exchange import respond, sampling_params
 from g3n_mlx.server.scheduler import Answer
-from g3n_mlx.server.schemas import report_unknown
-from g3n_mlx.server.stream import END_OF_STREAM, SSE, first_of, sampling_params, with_errors
+from g3n_mlx.server.schemas import RequestBody, divisible
 
-# Of a clip of half a minute nobody says more, so an answer that runs away ends here.
-CLIP_TOKENS = 512
-MAX_SOUND_S = 4 * 3600.0  # of one file, half a gigabyte an hour while it is decoded; chat messages have a limit below
+CLIP_TOKENS = 512  # nobody says more in half a minute, so a response that runs away ends here
+MAX_AUDIO_S = 4 * 3600.0  # of one file, half a gigabyte an hour while it is decoded; chat messages have a limit below
+MULTIPART = Form(media_type="multipart/form-data")
 LANGUAGES = {
     "ar": "Arabic", "bn": "Bengali", "cs": "Czech", "da": "Danish", "de": "German", "el": "Greek", "en": "English",
     "es": "Spanish", "fa": "Persian", "fi": "Finnish", "fr": "French", "he": "Hebrew", "hi": "Hindi",
@@ -33,14 +33,51 @@ LANGUAGES = {
     "uk": "Ukrainian", "ur": "Urdu", "vi": "Vietnamese", "zh": "Chinese",
 }  # fmt: skip
 
-FIELDS = (
-    *("file", "model", "language", "prompt", "response_format", "temperature", "stream"),
-    "timestamp_granularities[]",
-)
-Format = Literal["json", "text", "verbose_json", "srt", "vtt"]
-Temperature = Annotated[FiniteFloat, Field(ge=0, le=2)]
-
 router = APIRouter()
+
+
+class AudioForm(RequestBody):
+    """What transcriptions and translations have in common."""
+
+    file: UploadFile
+    prompt: str | None = None
+    response_format: Literal["json", "text", "verbose_json", "srt", "vtt"] = "json"
+    temperature: Annotated[FiniteFloat, Field(ge=0, le=2), AfterValidator(divisible)] = 0.0
+    stream: bool = False
+
+
+class TranscriptionForm(AudioForm):
+    """POST /v1/audio/transcriptions."""
+
+    language: Annotated[str | None, Field(max_length=40)] = None
+    granularities: Annotated[list[Literal["segment", "word"]] | None, Field(alias="timestamp_granularities[]")] = None
+
+
+@router.post("/v1/audio/transcriptions", response_class=Response)
+async def create_transcription(
+    request: Request, place: PlaceOf, form: Annotated[TranscriptionForm, MULTIPART]
+) -> Response:
+    """The words of some audio, in its own language."""
+    if "word" in (form.granularities or ()):
+        raise ApiError(400, "the model knows no times of words, only of segments", param="timestamp_granularities")
+    language = LANGUAGES.get((form.language or "").lower(), form.language)
+    question = f"Transcribe the following speech segment{f' in {language}' if language else ''}"
+    return await _respond(request, _Transcript(place, form, "transcribe", language or "", question))
+
+
+@router.post("/v1/audio/translations", response_class=Response)
+async def create_translation(request: Request, place: PlaceOf, form: Annotated[AudioForm, MULTIPART]) -> Response:
+    """The words of some audio, in English."""
+    question = "Translate the following speech segment into English"
+    return await _respond(request, _Transcript(place, form, "translate", "English", question))
+
+
+async def _respond(request: Request, transcript: "_Transcript") -> Response:
+    form = transcript.form
+    request.app.state.models.find(form.model)
+    if form.stream and form.response_format not in ("json", "text"):
+        raise ApiError(400, f"{form.response_format} can't be streamed: use json", param="stream")
+    return await respond(request, transcript, stream=form.stream)
 
 
 @dataclass(slots=True)
@@ -49,97 +86,39 @@ class Segment:
 
     start_s: float
     end_s: float
-    text: str
-    token_ids: list[int]
-    logprobs: list[float]
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list[int])
+    logprobs: list[float] = field(default_factory=list[float])
 
 
-@router.post("/v1/audio/transcriptions", response_class=Response)
-async def create_transcription(
-    request: Request,
-    place: PlaceOf,
-    file: UploadFile,
-    model: Annotated[str, Form()] = "default",
-    language: Annotated[str | None, Form(max_length=40)] = None,
-    prompt: Annotated[str | None, Form()] = None,
-    response_format: Annotated[Format, Form()] = "json",
-    temperature: Annotated[Temperature, Form()] = 0.0,
-    stream: Annotated[bool, Form()] = False,
-    granularities: Annotated[list[Literal["segment", "word"]] | None, Form(alias="timestamp_granularities[]")] = None,
-) -> Response:
-    """The words of a sound, in its own language."""
-    await _report_unknown(request)
-    request.app.state.models.find(model)
-    if granularities is not None and "word" in granularities:
-        raise ApiError(400, "the model knows no times of words, only of segments", param="timestamp_granularities")
-    spoken = LANGUAGES.get((language or "").lower(), language)
-    question = f"Transcribe the following speech segment{f' in {spoken}' if spoken else ''}"
-    work = _Work(place, "transcribe", spoken, _asked(question, prompt), temperature)
-    return await _answered(request, work, await file.read(), response_format, stream)
+@dataclass(slots=True)
+class _Transcript:
+    """The exchange of one audio file: every clip of it is asked about."""
 
+    place: Place
+    form: AudioForm
+    task: str
+    language: str
+    question: str
+    segments: list[Segment] = field(default_factory=list[Segment])
 
-@router.post("/v1/audio/translations", response_class=Response)
-async def create_translation(
-    request: Request,
-    place: PlaceOf,
-    file: UploadFile,
-    model: Annotated[str, Form()] = "default",
-    prompt: Annotated[str | None, Form()] = None,
-    response_format: Annotated[Format, Form()] = "json",
-    temperature: Annotated[Temperature, Form()] = 0.0,
-    stream: Annotated[bool, Form()] = False,
-) -> Response:
-    """The words of a sound, in English."""
-    await _report_unknown(request)
-    request.app.state.models.find(model)
-    question = _asked("Translate the following speech segment into English", prompt)
-    work = _Work(place, "translate", "English", question, temperature)
-    return await _answered(request, work, await file.read(), response_format, stream)
-
-
-async def _answered(request: Request, work: "_Work", data: bytes, wanted: Format, stream: bool) -> Response:
-    if not stream:
-        return await unless_gone(request, work.whole(data, wanted))
-    if wanted not in ("json", "text"):
-        raise ApiError(400, f"{wanted} can't be streamed: use json", param="stream")
-    deltas = work.deltas(data)
-    first = await unless_gone(request, first_of(deltas))
-    return StreamingResponse(with_errors(work.events(first, deltas)), media_type=SSE)
-
-
-async def _report_unknown(request: Request) -> None:
-    """One log line with the names of the fields that this server ignores, if there are any."""
-    report_unknown([name for name in await request.form() if name not in FIELDS])
-
-
-def _asked(question: str, prompt: str | None) -> str:
-    hint = f" The words may be of this kind: {prompt.strip()}" if prompt and prompt.strip() else ""
-    return f"{question}. Answer with the words alone.{hint}"
-
-
-class _Work:
-    """One sound, and what is asked about every clip of it."""
-
-    def __init__(self, place: Place, task: str, language: str | None, question: str, temperature: float) -> None:
-        self._place, self._task, self._language = place, task, language
-        self._question, self._temperature = question, temperature
-        self.segments: list[Segment] = []
-
-    async def deltas(self, data: bytes) -> AsyncIterator[str]:
+    async def pieces(self) -> AsyncIterator[str]:
         """The words as they come; an empty text, if nothing else, at the end of each clip."""
-        engine = self._place.engine
-        policy = replace(self._place.policy, max_seconds=MAX_SOUND_S)
-        options = {"temperature": 0.0 if self._temperature < 1e-3 else self._temperature, "logprobs": True}
-        params = sampling_params(engine.model, **options, max_tokens=CLIP_TOKENS)
-        await self._place.hold_sound()
-        clips = await self._place.opened(lambda: engine.model.split_audio(Audio(data), policy), "file", media=True)
+        place, model, data = self.place, self.place.engine.model, await self.form.file.read()
+        policy = replace(place.policy, max_seconds=MAX_AUDIO_S)
+        params = sampling_params(model, temperature=self.form.temperature, logprobs=True, max_tokens=CLIP_TOKENS)
+        await place.hold_audio()
+        clips = await place.opened(lambda: model.split_audio(Audio(data), policy), "file", media=True)
+        hint = self.form.prompt and self.form.prompt.strip()
+        asked = f"{self.question}. Answer with the words alone."
+        asked += f" The words may be of this kind: {hint}" if hint else ""
         for start_s, end_s, clip in clips:
-            content = [{"type": "text", "text": self._question}, {"type": "audio", "audio": clip}]
-            prompt = await self._place.prepared([{"role": "user", "content": content}], "file")
-            segment = Segment(start_s, end_s, "", [], [])
+            content = [{"type": "text", "text": asked}, {"type": "audio", "audio": clip}]
+            prompt = await place.prepared([{"role": "user", "content": content}], "file")
             between = " " if self.segments and self.segments[-1].text else ""
+            segment = Segment(start_s, end_s)
             self.segments.append(segment)
-            async for _, chunk in self._place.run([Answer(prompt, params)]):
+            async for _, chunk in place.run([Answer(prompt, params)]):
                 if chunk.token is not None:
                     segment.token_ids.append(chunk.token)
                     segment.logprobs.append(chunk.logprob)
@@ -149,31 +128,31 @@ class _Work:
                     yield between + text
                     between = ""
 
-    @property
-    def text(self) -> str:
-        """The words of all clips so far."""
-        return " ".join(segment.text.strip() for segment in self.segments if segment.text.strip())
-
-    async def whole(self, data: bytes, wanted: Format) -> Response:
-        """The answer in a format, complete."""
-        async for _ in self.deltas(data):
+    async def whole(self, pieces: AsyncIterator[str]) -> Response:
+        """The response in the format that was asked for."""
+        async for _ in pieces:
             pass
-        if wanted == "json":
-            return JSONResponse({"text": self.text, "usage": self._usage()})
-        if wanted == "verbose_json":
-            return JSONResponse(self._verbose())
-        if wanted == "text":
-            return PlainTextResponse(self.text + "\n")
-        return PlainTextResponse(srt(self.segments) if wanted == "srt" else vtt(self.segments))
+        match self.form.response_format:
+            case "json":
+                return JSONResponse({"text": self._text(), "usage": self._usage()})
+            case "verbose_json":
+                return JSONResponse(self._verbose())
+            case "text":
+                return PlainTextResponse(self._text() + "\n")
+            case "srt":
+                return PlainTextResponse(srt(self.segments))
+            case "vtt":
+                return PlainTextResponse(vtt(self.segments))
 
-    async def events(self, first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
-        """The words as server-sent events, all of them once more in the last one."""
-        yield _event({"type": "transcript.text.delta", "delta": first})
-        async for delta in rest:
+    async def events(self, pieces: AsyncIterator[str]) -> AsyncIterator[str]:
+        """The words, all of them once more in the last event."""
+        async for delta in pieces:
             if delta:
-                yield _event({"type": "transcript.text.delta", "delta": delta})
-        yield _event({"type": "transcript.text.done", "text": self.text, "usage": self._usage()})
-        yield END_OF_STREAM
+                yield json.dumps({"type": "transcript.text.delta", "delta": delta})
+        yield json.dumps({"type": "transcript.text.done", "text": self._text(), "usage": self._usage()})
+
+    def _text(self) -> str:
+        return " ".join(segment.text.strip() for segment in self.segments if segment.text.strip())
 
     def _usage(self) -> dict[str, Any]:
         return {"type": "duration", "seconds": self.segments[-1].end_s}
@@ -186,16 +165,16 @@ class _Work:
                 "end": segment.end_s,
                 "text": segment.text.strip(),
                 "tokens": segment.token_ids,
-                "temperature": self._temperature,
+                "temperature": self.form.temperature,
                 "avg_logprob": sum(segment.logprobs) / len(segment.logprobs) if segment.logprobs else 0.0,
             }
             for number, segment in enumerate(self.segments)
         ]
         return {
-            "task": self._task,
-            "language": self._language or "",
+            "task": self.task,
+            "language": self.language,
             "duration": self.segments[-1].end_s,
-            "text": self.text,
+            "text": self._text(),
             "segments": segments,
             "usage": self._usage(),
         }
@@ -227,7 +206,3 @@ def _clock(time_s: float, point: str) -> str:
 def _one_block(text: str) -> str:
     """A text without the empty lines and arrows that would end it in a subtitle file."""
     return "\n".join(line for line in text.strip().splitlines() if line.strip()).replace("-->", "->")
-
-
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data)}\n\n"

@@ -143,7 +143,7 @@ def test_what_is_refused(client, data, options, param):
 def test_no_more_sounds_are_open_than_are_answered(serve, monkeypatch):
     """One that waits for its turn holds its file alone: an hour of sound is a quarter of a gigabyte."""
     server, held = serve(parallel=2), []
-    places, split = server.engine.long_sounds, server.engine.model.split_audio
+    places, split = server.engine.long_audio, server.engine.model.split_audio
 
     def noted(*args):
         held.append(places._value < 2)

@@ -1,0 +1,168 @@
+"""How a request is answered: all at once, or piece by piece as server-sent events.
+
+`respond` is for every route. Chat and completions share `Choices`, which runs their tasks, counts the usage and sends
+OpenAI's envelope; what stands in a choice is the route's own, its `Shape`.
+"""
+
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+from fastapi import Request
+from fastapi.responses import Response, StreamingResponse
+
+from g3n_mlx.engine.results import Chunk
+from g3n_mlx.model import Gemma3n
+from g3n_mlx.sampling import SamplingParams
+from g3n_mlx.server.engine import Place, unless_gone
+from g3n_mlx.server.errors import ApiError
+from g3n_mlx.server.scheduler import Answer
+from g3n_mlx.server.schemas import (
+    ChatChoice,
+    Completion,
+    CompletionChoice,
+    GenerationRequest,
+    PromptTokensDetails,
+    RequestUsage,
+    now,
+)
+
+P = TypeVar("P")
+C = TypeVar("C", ChatChoice, CompletionChoice)
+
+
+class Exchange(Protocol[P]):
+    """One request and what is sent for it."""
+
+    def pieces(self) -> AsyncIterator[P]:
+        """The answer as it comes, at least one piece; the status is decided with the first."""
+        ...
+
+    async def whole(self, pieces: AsyncIterator[P]) -> Response:
+        """What the pieces add up to."""
+        ...
+
+    def events(self, pieces: AsyncIterator[P]) -> AsyncIterator[str]:
+        """The pieces as JSON, one server-sent event each."""
+        ...
+
+
+async def respond(request: Request, exchange: Exchange[P], *, stream: bool) -> Response:
+    """The response, whole or as a stream; raises ApiError as long as nothing was sent."""
+    pieces = exchange.pieces()
+    if not stream:
+        return await unless_gone(request, exchange.whole(pieces))
+    first = await unless_gone(request, anext(pieces))
+    return StreamingResponse(_sent(exchange.events(_chained(first, pieces))), media_type="text/event-stream")
+
+
+async def _sent(events: AsyncIterator[str]) -> AsyncIterator[str]:
+    try:
+        async for event in events:
+            yield f"data: {event}\n\n"
+        yield "data: [DONE]\n\n"
+    except ApiError as error:  # the status is sent already
+        yield f"data: {json.dumps(error.body())}\n\n"
+
+
+async def _chained(first: P, rest: AsyncIterator[P]) -> AsyncIterator[P]:
+    yield first
+    async for piece in rest:
+        yield piece
+
+
+class Shape(Protocol[C]):
+    """How a route's choices look."""
+
+    kind: str  # of a whole completion, as its `object` names it
+    chunk_kind: str
+    id_prefix: str
+
+    def pieces(self, steps: AsyncIterator[tuple[int, Any]]) -> AsyncIterator[C]:
+        """What the model's steps, each with its choice's index, add to the choices."""
+        ...
+
+    def empty(self, index: int) -> C:
+        """A whole choice before its first piece."""
+        ...
+
+    def add(self, choice: C, piece: C) -> None:
+        """Adds a piece to a whole choice."""
+        ...
+
+
+class Choices(Generic[C]):
+    """The exchange of chat and completions: tasks, their choices, their usage."""
+
+    def __init__(
+        self, body: GenerationRequest, place: Place, served: str, tasks: Sequence[Answer], shape: Shape[C]
+    ) -> None:
+        """tasks: `n` for each prompt."""
+        self._body, self._place, self._tasks, self._shape = body, place, tasks, shape
+        self._id, self._created, self._served = f"{shape.id_prefix}-{uuid.uuid4().hex}", now(), served
+        self._usage = RequestUsage(
+            prompt_tokens=sum(len(task.prompt.token_ids) for task in tasks[:: body.num_choices]),
+            completion_tokens=0,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=0),
+            avg_prompt_tok_per_sec=0.0,
+            avg_compl_tok_per_sec=0.0,
+            time_to_first_token_s=None,
+        )
+
+    def pieces(self) -> AsyncIterator[C]:
+        """The choices as they come."""
+        return self._shape.pieces(self._steps())
+
+    async def whole(self, pieces: AsyncIterator[C]) -> Response:
+        """All choices, complete."""
+        choices = [self._shape.empty(index) for index in range(len(self._tasks))]
+        async for piece in pieces:
+            self._shape.add(choices[piece.index], piece)
+        return Response(self._completion(self._shape.kind, choices, self._usage), media_type="application/json")
+
+    async def events(self, pieces: AsyncIterator[C]) -> AsyncIterator[str]:
+        """A chunk for each piece, and one with the usage where it is asked for."""
+        async for piece in pieces:
+            yield self._completion(self._shape.chunk_kind, [piece])
+        if self._body.wants_usage:
+            yield self._completion(self._shape.chunk_kind, [], self._usage)
+
+    def _completion(self, kind: str, choices: list[C], usage: RequestUsage | None = None) -> str:
+        completion = Completion[Any](
+            id=self._id, object=kind, created=self._created, model=self._served, choices=choices, usage=usage
+        )
+        return completion.model_dump_json(exclude_unset=True)
+
+    async def _steps(self) -> AsyncIterator[tuple[int, Any]]:
+        async for index, step in self._place.run(self._tasks):
+            if isinstance(step, Chunk):
+                self._count(index, step)
+            yield index, step
+
+    def _count(self, index: int, chunk: Chunk) -> None:
+        usage = self._usage
+        if chunk.token is not None and usage.time_to_first_token_s is None:
+            usage.time_to_first_token_s = time.monotonic() - self._place.arrived
+        if chunk.usage is None:
+            return
+        usage.completion_tokens += chunk.usage.completion_tokens
+        if index % self._body.num_choices == 0:  # a prompt counts once, however many choices it has
+            usage.prompt_tokens_details.cached_tokens += chunk.usage.cached_tokens
+        if index == 0:
+            usage.avg_prompt_tok_per_sec = chunk.usage.avg_prompt_tok_per_sec
+            usage.avg_compl_tok_per_sec = chunk.usage.avg_compl_tok_per_sec
+
+
+def sampling_params(model: Gemma3n, **options: Any) -> SamplingParams:
+    """The options over the checkpoint's own; raises ApiError 400 naming the one that is out of range."""
+    try:
+        return model.sampling_params(**options)
+    except ValueError as error:
+        raise ApiError(400, str(error), param=str(error).partition(" ")[0]) from None
+
+
+def token_text(model: Gemma3n, token_id: int) -> str:
+    """One token as text, control tokens by name; a byte that is no character is a replacement character."""
+    return model.tokenizer.decode([token_id], skip_special=False)
