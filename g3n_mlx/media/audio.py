@@ -17,7 +17,7 @@ import numpy as np
 
 from g3n_mlx.config.audio import AudioConfig
 from g3n_mlx.config.fields import Fields
-from g3n_mlx.media.containers import check_whole, import_av, open_container
+from g3n_mlx.media.containers import check_whole, import_av, mp3_declares_length, open_container
 from g3n_mlx.media.fetch import fetch, source_text
 from g3n_mlx.media.policy import MediaPolicy
 
@@ -241,6 +241,8 @@ def _decode(data: bytes, mono: "Mono") -> None:
         if file.frames >= _UNKNOWN_FRAMES:
             return _decode_with_av(data, mono)
         left = file.frames
+        # Of other MP3s libsndfile estimates the length from the size of the file.
+        declared = file.format != "MP3" or mp3_declares_length(data)
         try:
             # Not file.blocks(): it hands out stale samples where a damaged file holds less than it says.
             while len(block := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
@@ -248,7 +250,7 @@ def _decode(data: bytes, mono: "Mono") -> None:
                 left -= len(block)
         except soundfile.LibsndfileError as error:
             raise ValueError(f"the sound is damaged or cut off: {error.error_string}") from None
-        if left > 0:
+        if declared and left > 0:
             raise ValueError(f"the sound is damaged or cut off: {left / file.samplerate:.1f} s of it are missing")
 
 

@@ -1,9 +1,10 @@
-"""Files of sound and video: opened by PyAV, and seen to be whole.
+"""Files of audio and video: opened by PyAV, and checked to be complete.
 
-A decoder takes what is left of a file that was cut off for all of it, or fills up with silence; but nearly every
-format says how long it should be, and that is compared here. Lengths that a writer could not know (a pipe, a live
-recording) are taken as open. Sources: RIFF and AIFF chunks; RFC 3533 (Ogg); ISO 14496-12, 4.2 (boxes); RFC 8794
-(EBML); the Xing header as LAME writes it.
+Decoders accept a truncated file as if it were complete, or fill it up with silence. Most containers declare their
+length, and that is compared here in bytes: a declared duration would not do, since Matroska has one for all tracks
+together, WAV and Ogg have none, and a cut between two samples of an MP4 is seen by nothing else. Lengths that a writer
+could not know (a pipe, a live recording) are taken as open. Sources: RIFF and AIFF chunks; RFC 3533 (Ogg);
+ISO 14496-12, 4.2 (boxes); RFC 8794 (EBML).
 """
 
 import io
@@ -64,7 +65,7 @@ def _declared_bytes(data: bytes) -> int:
         return _matroska_bytes(data)
     if data[4:8] in (b"ftyp", b"moov", b"mdat"):
         return max((stop for kind, stop in _boxes(data) if kind in (b"moov", b"mdat", b"moof")), default=0)
-    return _mp3_bytes(data)
+    return 0  # MP3, FLAC and bare AAC: their decoders notice
 
 
 def _riff_bytes(data: bytes) -> int:
@@ -123,17 +124,9 @@ def _ebml_size(data: bytes, position: int) -> tuple[int, int]:
     return int.from_bytes(data[position : position + width], "big") & ((1 << 7 * width) - 1), width
 
 
-def _mp3_bytes(data: bytes) -> int:
-    """The end by the Xing header in the first frame; it may count a tag or two, so a hundredth is let go."""
+def mp3_declares_length(data: bytes) -> bool:
+    """Whether the first frame of an MP3 is a Xing, Info or VBRI header, which counts the frames."""
     start = 0
     if data[:3] == b"ID3" and len(data) > 10:
         start = 10 + sum((byte & 0x7F) << 7 * (3 - place) for place, byte in enumerate(data[6:10]))
-    frame = data[start : start + 64]
-    if len(frame) < 64 or frame[0] != 0xFF or frame[1] & 0xE0 != 0xE0:
-        return 0
-    mpeg_1, mono = frame[1] >> 3 & 3 == 3, frame[3] >> 6 == 3
-    tag = 4 + ((17 if mono else 32) if mpeg_1 else (9 if mono else 17))
-    if frame[tag : tag + 4] not in (b"Xing", b"Info") or not frame[tag + 7] & 2:
-        return 0
-    place = tag + 8 + (4 if frame[tag + 7] & 1 else 0)
-    return start + int.from_bytes(frame[place : place + 4], "big") * 99 // 100
+    return any(word in data[start : start + 64] for word in (b"Xing", b"Info", b"VBRI"))

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from media_files import AV, LEFT_HZ, RIGHT_HZ, SNDFILE, sound_file, tones, video_file
+from media_files import AV, LEFT_HZ, RIGHT_HZ, SNDFILE, sound_file, tones, video_file, write_sound
 
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
@@ -251,6 +251,31 @@ def test_files_of_a_length_that_the_writer_did_not_know():
     flac[21] &= 0xF0  # the count of samples, 36 bits of the STREAMINFO block
     flac[22:26] = bytes(4)
     assert_is_tones(waveform(bytes(flac)))
+
+
+@pytest.mark.parametrize("options", [{}, {"id3v2_version": "0"}, {"write_id3v1": "1"}], ids=str)
+def test_mp3_without_a_header_that_declares_its_length(options):
+    """libsndfile estimates it from the size of the file, which is always a little off."""
+    sound = waveform(mp3(write_xing="0", **options))
+    assert_is_tones(sound, 1.04)  # nothing says either how much of the encoder's padding to leave out
+
+
+@pytest.mark.parametrize("id3v2_version", ["0", "4"])
+def test_mp3_with_a_header_that_declares_its_length(id3v2_version):
+    data = mp3(write_xing="1", id3v2_version=id3v2_version)
+    assert_is_tones(waveform(data))
+    for part in (0.99, 0.5):
+        assert "cut off" in refused(data[: int(len(data) * part)])
+
+
+def mp3(**options: str) -> bytes:
+    """A second of `tones` as FFmpeg writes it."""
+    import av
+
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp3", options=options) as output:
+        write_sound(output, "libmp3lame", 44_100, tones(44_100))
+    return buffer.getvalue()
 
 
 def test_the_speech_of_espeak(processing):
