@@ -44,6 +44,16 @@ class Result:
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
     parsed: Any = None  # the object of `schema=Model`, a pydantic model; None where the text does not validate
 
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows: the answer, most of which are Markdown, and how it came about."""
+        usage = self.usage
+        facts = [f"{usage.completion_tokens} tokens"]
+        if usage.avg_compl_tok_per_sec:
+            facts.append(f"{usage.avg_compl_tok_per_sec:.1f} tokens/s")
+        if self.finish_reason == "length":
+            facts.append("truncated")
+        return f"{self.text}\n\n---\n*{', '.join(facts)}*"
+
     @staticmethod
     def of(chunks: Sequence[Chunk], params: SamplingParams) -> "Result":
         """All chunks of an answer as one result."""

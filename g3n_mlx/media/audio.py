@@ -5,6 +5,7 @@ any rate to the processor's. Sound longer than a clip may be is split at quiet p
 Source: transformers, feature_extraction_gemma3n.py; a clip is padded alone, never to the length of its neighbours.
 """
 
+import base64
 import io
 import math
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ PAD_MULTIPLE = 128
 # In Hz; no sound that is meant to be heard comes near. Below, resampling would make gigabytes of a small file.
 MIN_RATE, MAX_RATE = 1_000, 1_000_000
 
+_PLAYED_RATE = 16_000  # Hz, in a notebook; the released processor's
 _BLOCK_FRAMES = 1 << 17
 # Quiet places are looked for in stretches of 100 ms, shorter than most pauses between words.
 _QUIET_S, _QUIET_STEP_S = 0.1, 0.01
@@ -68,6 +70,16 @@ class Audio:
 
     def __repr__(self) -> str:
         return f"Audio({source_text(self._source)}{'' if self._rate is None else f', {self._rate} Hz'})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a player for the first minute, as the model would hear it."""
+        import soundfile
+
+        waveform = self.waveform(_PLAYED_RATE, MediaPolicy())[: _PLAYED_RATE * 60]
+        wav = io.BytesIO()
+        soundfile.write(wav, waveform, _PLAYED_RATE, format="WAV", subtype="PCM_16")
+        data = base64.b64encode(wav.getvalue()).decode()
+        return f'<audio controls src="data:audio/wav;base64,{data}"></audio>'
 
     def waveform(self, rate: int, policy: MediaPolicy) -> np.ndarray:
         """The sound as one channel at `rate` Hz, float32 [samples].

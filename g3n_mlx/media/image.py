@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # What Pillow may be asked to decode: a format beyond these is a program more that a stranger's bytes reach.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+_SHOWN_PIXELS = 512  # of an image in a notebook, each side
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 # What a damaged file makes Pillow raise: OSError, SyntaxError, ValueError and struct.error from its own readers,
 # RuntimeError from libavif and libheif, EOFError from libheif. A fuzz test holds the list to that.
@@ -69,6 +70,16 @@ class Image:
         if isinstance(source, str | Path | bytes | np.ndarray):
             return f"Image({source_text(source)})"
         return f"Image({source.mode}, {source.width} × {source.height})"
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows: the image as the model would get it, at most 512 pixels wide and high."""
+        from PIL import Image as pil
+
+        shown = pil.fromarray(self.rgb(MediaPolicy()))
+        shown.thumbnail((_SHOWN_PIXELS, _SHOWN_PIXELS))
+        png = io.BytesIO()
+        shown.save(png, "PNG")
+        return png.getvalue()
 
     def rgb(self, policy: MediaPolicy) -> np.ndarray:
         """The picture upright and without transparency, uint8 [h, w, 3].

@@ -394,3 +394,15 @@ def test_without_pyav(monkeypatch):
     message = refused(files["m4a"])
     assert message.startswith("the file is neither WAV, FLAC, OGG nor MP3")
     assert message.endswith(f"need PyAV: {install_command('video')}")
+
+
+def test_a_notebook_plays_the_first_minute():
+    sound = tones(RATE, 70.0)
+    html = Audio(sound, RATE)._repr_html_()
+    prefix, suffix = '<audio controls src="data:audio/wav;base64,', '"></audio>'
+    assert html.startswith(prefix)
+    assert html.endswith(suffix)
+    played, rate = soundfile.read(io.BytesIO(base64.b64decode(html[len(prefix) : -len(suffix)])), dtype="float32")
+    assert (rate, played.shape) == (RATE, (60 * RATE,))
+    expected = waveform(sound, RATE)[: 60 * RATE]
+    np.testing.assert_allclose(played, expected, rtol=0, atol=2**-14)

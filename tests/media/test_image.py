@@ -391,3 +391,16 @@ def test_heic_without_its_extra(monkeypatch):
     data = encoded(drawn(), "HEIF")
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     assert refused(data) == f"the picture is HEIC, which needs pillow-heif: {install_command('heif')}"
+
+
+# Notebooks.
+
+
+def test_a_notebook_shows_the_image_upright_and_not_too_large():
+    pixels = np.zeros((600, 1200, 3), np.uint8)
+    pixels[:, :600] = (255, 0, 0)
+    shown = pil.open(io.BytesIO(Image(pixels)._repr_png_()))
+    assert (shown.format, shown.size) == ("PNG", (512, 256))
+    assert (shown.getpixel((10, 100)), shown.getpixel((500, 100))) == ((255, 0, 0), (0, 0, 0))
+    small = pil.open(io.BytesIO(Image(pixels[:20, :30])._repr_png_()))
+    np.testing.assert_array_equal(np.asarray(small), pixels[:20, :30])
