@@ -7,22 +7,40 @@ and needs no array framework.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from g3n_mlx.engine.results import Chunk, Result, Usage
     from g3n_mlx.loading import load
     from g3n_mlx.media.audio import Audio
     from g3n_mlx.media.image import Image
     from g3n_mlx.media.video import Video
     from g3n_mlx.model import Gemma3n
+    from g3n_mlx.prompt.prompt import PromptTooLong
     from g3n_mlx.sampling import SamplingParams
 
     __version__: str
 
-__all__ = ["Audio", "Gemma3n", "Image", "SamplingParams", "Video", "__version__", "load"]
+__all__ = [
+    "Audio",
+    "Chunk",
+    "Gemma3n",
+    "Image",
+    "PromptTooLong",
+    "Result",
+    "SamplingParams",
+    "Usage",
+    "Video",
+    "__version__",
+    "load",
+]
 
 _HOMES = {
     "Audio": "g3n_mlx.media.audio",
+    "Chunk": "g3n_mlx.engine.results",
     "Gemma3n": "g3n_mlx.model",
     "Image": "g3n_mlx.media.image",
+    "PromptTooLong": "g3n_mlx.prompt.prompt",
+    "Result": "g3n_mlx.engine.results",
     "SamplingParams": "g3n_mlx.sampling",
+    "Usage": "g3n_mlx.engine.results",
     "Video": "g3n_mlx.media.video",
     "load": "g3n_mlx.loading",
 }

@@ -148,6 +148,10 @@ class Model(Protocol):
         """Frees the vision and the audio tower; the next image or clip reads them again."""
         ...
 
+    def close(self) -> None:
+        """Frees all weights; no call may follow."""
+        ...
+
     def peak_memory_bytes(self) -> int:
         """Most memory held on the model's device so far; 0 where the process's own memory is all there is."""
         ...

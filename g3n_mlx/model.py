@@ -3,7 +3,7 @@
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from g3n_mlx.engine.results import Chunk, Result, Usage
 from g3n_mlx.engine.scores import TokenScore, token_scores
 from g3n_mlx.engine.soft_tokens import EmbeddedMedia
 from g3n_mlx.engine.stops import StopStrings
+from g3n_mlx.failures import size_in_words
 from g3n_mlx.interface import Model, Step
 from g3n_mlx.media.audio import Audio
 from g3n_mlx.media.image import Image
@@ -28,6 +29,7 @@ from g3n_mlx.prompt.prompt import Prompt, of_token_ids
 from g3n_mlx.prompt.tokenizer import Tokenizer
 from g3n_mlx.sampling import SamplingOptions, SamplingParams, check_option_names
 
+ACTIVATION_BYTES = {"bfloat16": 2, "float32": 4}
 # Rows of logits at once in `score`: 64 MiB at the released vocabulary, in float32.
 SCORED_ROWS = 64
 
@@ -65,11 +67,55 @@ class Gemma3n:
         eos = generation_config.get("eos_token_id")
         eos = self.config.eos_token_ids if eos is None else eos
         self.eos_token_ids = frozenset(eos if isinstance(eos, Sequence) else [eos])
-        self._model = model
+        self._network: Model | None = model
         opener = MediaOpener(checkpoint.folder, checkpoint.config)
         self.preparer = Preparer(tokenizer, opener, self.config.text.max_position_embeddings)
         self._embedded = EmbeddedMedia(model)
         self._conversation: Conversation | None = None
+
+    def __repr__(self) -> str:
+        bits = sorted({stored.bits for stored in self.checkpoint.quantizations.values()})
+        memory = self.checkpoint.nbytes_in_memory(ACTIVATION_BYTES[self.dtype])
+        facts = [
+            self.name,
+            *([] if self.slice_name is None else [f"slice {self.slice_name}"]),
+            f"{' and '.join(map(str, bits))} bits" if bits else "not quantized",
+            f"{self.backend} on {self.device}",
+            self.dtype,
+            "closed" if self._network is None else f"{size_in_words(memory)} of weights in memory",
+        ]
+        return f"Gemma3n({', '.join(facts)})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the weights, the towers and all caches: nothing can be prepared or generated any more.
+
+        Later calls raise ValueError, and so do streams that are under way. Closing twice does no harm.
+        """
+        if self._network is not None:
+            self.reset()
+            self._embedded.clear()
+            self._network.close()
+            self._network = None
+            self.checkpoint.close()
+            vars(self).pop("grammars", None)
+            return_freed_memory()
+
+    @property
+    def _model(self) -> Model:
+        """What runs; raises ValueError after `close`."""
+        if self._network is None:
+            raise ValueError(f"the model {self.name} has been closed: load it again")
+        return self._network
+
+    def _check_open(self) -> None:
+        """Raises ValueError after `close`."""
+        _ = self._model
 
     @property
     def config(self) -> ModelConfig:
@@ -82,6 +128,7 @@ class Gemma3n:
         Media are fetched as the policy allows, opened and brought to the model's sizes here; the model does not run.
         Raises ValueError naming the message or part that can't be used, PromptTooLong when no context holds the text.
         """
+        self._check_open()
         return self.preparer.prepare(messages, policy)
 
     def encode_image(self, image: Any) -> np.ndarray:
@@ -104,12 +151,13 @@ class Gemma3n:
 
         Raises ValueError when it can't be opened or the checkpoint has no audio tower.
         """
+        self._check_open()
         return self.preparer.opener.split_audio(audio, policy)
 
     def drop_towers(self) -> None:
         """Frees the vision and the audio tower and what they encoded; the next image or clip reads them again."""
-        self._embedded.clear()
         self._model.drop_towers()
+        self._embedded.clear()
         return_freed_memory()
 
     def generate(
@@ -259,6 +307,7 @@ class Gemma3n:
         return prepared, sampling, constraint
 
     def _prompt(self, prompt: Any) -> Prompt:
+        self._check_open()
         if isinstance(prompt, Prompt):
             return prompt
         if isinstance(prompt, str) or (isinstance(prompt, Sequence) and any(isinstance(e, Mapping) for e in prompt)):
@@ -266,6 +315,7 @@ class Gemma3n:
         return of_token_ids(prompt, self.config.text.vocab_size)
 
     def _encoded(self, source: Image | Audio) -> np.ndarray:
+        self._check_open()
         features = [piece for piece in self.preparer.opener.open(source, ANY_MEDIA) if not isinstance(piece, str)]
         return np.concatenate([self._model.rows(self._embedded(piece)) for piece in features])
 
@@ -278,6 +328,7 @@ class Gemma3n:
             for chunk in self.answer(conversation, prompt, params, constraint):
                 if chunk is not None:
                     yield chunk
+                self._check_open()
         except GeneratorExit:
             self._conversation = conversation  # closed between two tokens
             raise

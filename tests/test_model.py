@@ -1,11 +1,14 @@
 """Gemma3n as users hold it, on the tiny checkpoint, in both backends: text, tokens, stops, turns, streams."""
 
+import re
+import weakref
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from g3n_mlx import load
+from g3n_mlx import Audio, load
 from g3n_mlx.engine.generate import PromptTooLong
 from g3n_mlx.engine.stops import StopStrings
 from g3n_mlx.prompt.prompt import Prompt
@@ -451,3 +454,89 @@ def test_reset_forgets(model):
     model.reset()
     follow = [*model.prepare(USER).token_ids, 100]
     assert model.generate(follow, **GREEDY).usage.cached_tokens == 0
+
+
+# The object itself.
+
+
+def test_the_repr_says_which_model_runs_where(model, tiny_folder, backend):
+    assert re.fullmatch(
+        rf"Gemma3n\(tiny-gemma3n, not quantized, {backend} on cpu, float32, [\d.]+ [KM]B of weights in memory\)",
+        repr(model),
+    )
+
+
+def test_the_repr_of_a_quantized_slice(backend):
+    with load("demo", backend=backend, matformer="half", device="cpu") as model:
+        assert repr(model).startswith(f"Gemma3n(demo, slice Half, 4 and 8 bits, {backend} on cpu, ")
+
+
+def test_the_memory_of_the_repr_is_what_the_weights_take(tiny_folder, backend):
+    """Of the layers and the embeddings, whatever the width of the activations."""
+    sizes = []
+    for dtype in ("float32", "bfloat16"):
+        with load(tiny_folder, backend=backend, dtype=dtype, device="cpu") as model:
+            network = model._model.language_model
+            if backend == "mlx":
+                from mlx.utils import tree_flatten
+
+                held = sum(array.nbytes for _, array in tree_flatten(network.parameters()))
+            else:
+                held = sum(tensor.nbytes for tensor in network.parameters())
+            sizes.append(model.checkpoint.nbytes_in_memory({"float32": 4, "bfloat16": 2}[dtype]))
+            assert sizes[-1] == pytest.approx(held, rel=0.02)
+    assert sizes[0] == 2 * sizes[1]
+
+
+def test_close_frees_the_weights_and_every_later_call_is_one_clear_error(tiny_folder, backend):
+    model = opened(tiny_folder, backend)
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    model.encode_image(pixels)
+    stream = model.stream(USER, **GREEDY)
+    next(stream)
+    parts = [weakref.ref(part) for part in (model._model.language_model, model._model.vision_tower)]
+    prompt = model.prepare(USER)
+    model.close()
+    model.close()
+    assert [part() for part in parts] == [None, None]
+    assert repr(model).endswith("closed)")
+    calls = [
+        lambda: model.generate(USER),
+        lambda: model.stream([100]),
+        lambda: next(stream),
+        lambda: model.logits([100]),
+        lambda: next(model.score(prompt)),
+        lambda: model.prepare(USER),
+        lambda: model.count_tokens([100]),
+        lambda: model.encode_image(pixels),
+        lambda: model.encode_audio(np.zeros(8000, np.float32), 16000),
+        lambda: model.split_audio(Audio(np.zeros(8000, np.float32), 16000)),
+        lambda: next(model.answer(model.conversation(), prompt, model.sampling_params())),
+        model.drop_towers,
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"^the model tiny-gemma3n has been closed: load it again$"):
+            call()
+
+
+def test_with_closes_also_after_an_error(tiny_folder, backend):
+    model = opened(tiny_folder, backend)
+
+    def used():
+        with model as same:
+            assert same.generate("hi", **GREEDY).token_ids
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        used()
+    with pytest.raises(ValueError, match="has been closed"):
+        model.generate("hi")
+
+
+def test_a_notebook_shows_an_answer_as_markdown(model):
+    result = model.generate(USER, **GREEDY)
+    shown = result._repr_markdown_()
+    assert shown.startswith(result.text)
+    assert re.search(r"\n\n---\n\*12 tokens, [\d.]+ tokens/s, truncated\*$", shown)
+    ended = model.generate(USER, temperature=0, logit_bias={106: 100.0})
+    assert ended._repr_markdown_() == "\n\n---\n*0 tokens*"

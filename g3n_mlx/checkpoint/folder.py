@@ -6,9 +6,10 @@ Convolution kernels are always given as published: output, input, height, width.
 """
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,21 @@ class Checkpoint:
 
         The head reads all of embed_tokens; of the PLE table a token reads one row, of the embedders nothing.
         """
-        read = (name for name in self.names if name.startswith(TEXT) and not name.startswith(f"{PLE_TABLE}."))
-        return sum(self.sources[name].num_bytes for name in read)
+        return sum(self.sources[name].num_bytes for name in self._text_names())
+
+    def nbytes_in_memory(self, itemsize: int) -> int:
+        """Bytes that the text model's weights take once they are loaded, numbers of the activations being this wide.
+
+        Packed codes stay as they are stored; the PLE table stays on disk.
+        """
+        sources = [self.sources[name] for name in self._text_names()]
+        return sum(
+            source.num_bytes if source.stored.dtype == "U32" else prod(source.shape) * itemsize for source in sources
+        )
+
+    def _text_names(self) -> Iterator[str]:
+        """The text model's tensors but for the PLE table, which is never read as a whole."""
+        return (name for name in self.names if name.startswith(TEXT) and not name.startswith(f"{PLE_TABLE}."))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows [start, stop) of a tensor, in memory of their own; BF16 comes as ml_dtypes.bfloat16."""

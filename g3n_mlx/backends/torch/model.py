@@ -6,6 +6,7 @@ checkpoints have neither: there these ids are rows of the token embeddings, as i
 Source: transformers, modeling_gemma3n.py, `Gemma3nModel`.
 """
 
+import gc
 from collections.abc import Sequence
 
 import numpy as np
@@ -149,6 +150,13 @@ class Gemma3nModel(nn.Module):
         self.audio_tower = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        """Frees all weights; no call may follow."""
+        del self.language_model
+        self.embedders.clear()
+        gc.collect()  # compiled steps and the modules that they belong to refer to each other
+        self.drop_towers()
 
     def peak_memory_bytes(self) -> int:
         """Most memory allocated on a GPU so far; 0 on the CPU."""
