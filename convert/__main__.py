@@ -11,7 +11,7 @@ from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.checkpoint.hub import resolve
 from g3n_mlx.checkpoint.names import nested_config
 from g3n_mlx.checkpoint.quantization import BITS, GROUP_SIZES
-from g3n_mlx.commands import run_command
+from g3n_mlx.commands import add_model_flag, command_parser, run_command
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.text import TextConfig
 from g3n_mlx.convert import DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS, convert
@@ -21,13 +21,14 @@ from g3n_mlx.failures import size_in_words
 from g3n_mlx.matformer.plan import fits
 from g3n_mlx.matformer.table import OWN_TABLE, PUBLISHED, read_slices
 
+NAME = "g3n-convert"
 _DEFAULT_BITS = 4
 _UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
     """Parses flags, converts or lists, and returns the exit code."""
-    parser = _parser()
+    parser = command_line(prog)
     flags = parser.parse_args(argv)
     if flags.list_slices and flags.output:
         parser.error("--list-slices converts nothing: leave out -o")
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("g3n_mlx").setLevel(logging.INFO)
     work = _list_slices if flags.list_slices else _convert
-    return run_command("g3n-convert", lambda: work(flags), stopped="stopped; nothing was written")
+    return run_command(prog, lambda: work(flags), stopped="stopped; nothing was written")
 
 
 def _convert(flags: argparse.Namespace) -> int:
@@ -125,21 +126,20 @@ def _num_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="g3n-convert",
-        description="Slices (MatFormer) and quantizes a Gemma 3n checkpoint into a new folder.",
-    )
+def command_line(prog: str = NAME) -> argparse.ArgumentParser:
+    """The flags, of a command that was called as prog."""
+    parser = command_parser(prog, "Slices (MatFormer) and quantizes a Gemma 3n checkpoint into a new folder.")
     add = parser.add_argument
-    add("--hf-path", metavar="PATH", help="the source: a folder, or a hub id such as google/gemma-3n-E4B-it")
-    add("--revision", help="branch, tag or commit of a hub id")
+    source = "the source: a folder, or a hub id such as google/gemma-3n-E4B-it"
+    add_model_flag(add, "--model", "--hf-path", dest="hf_path", help=source)
+    add_model_flag(add, "--revision")
     add("-o", "--output", type=Path, metavar="FOLDER", help="the folder to make")
     add("-q", "--quantize", action="store_true", help="quantize the text model")
-    add("--q-bits", type=int, choices=BITS, help=f"bits a weight (default {_DEFAULT_BITS})")
+    add_model_flag(add, "--q-bits", choices=BITS, metavar=None, help=f"bits per weight (default {_DEFAULT_BITS})")
     add("--q-group-size", type=int, choices=GROUP_SIZES, help=f"default {DEFAULT_GROUP_SIZE}")
     add("--ple-bits", type=int, choices=BITS, help=f"bits of the PLE table (default {DEFAULT_PLE_BITS})")
-    add("--matformer", metavar="SLICE", help="a MatFormer slice by full or short name: e2.49b-block")
-    add("--matformer-config", type=Path, metavar="FILE.csv", help="a table of slices (default: the published one)")
+    add_model_flag(add, "--matformer", help="MatFormer slice to take, by name or short form (e2.49b-block)")
+    add_model_flag(add, "--matformer-config")
     add("--dtype", choices=FLOATS, help="of what is not quantized (default bfloat16)")
     add("--list-slices", action="store_true", help="print the slices and their sizes at the chosen bits, then stop")
     add("--fits", type=_num_bytes, metavar="SIZE", help="pick the largest slice whose memory fits, for example 4GB")

@@ -1,37 +1,45 @@
-"""`python -m g3n_mlx COMMAND`: the commands and where they live; `g3n-chat` and its like start here too.
+"""`g3n COMMAND`, or `python -m g3n_mlx COMMAND`: the commands and where they live; `g3n-chat` and its like start here.
 
+A command is a package whose `__main__` has `command_line(prog)`, its parser, and `main(argv, prog)`, which returns the
+exit code; prog is how it was called. A row in COMMANDS is all that a new one needs.
 Nothing heavy is imported before a command is: Ctrl-C while that goes on ends it without a traceback.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from g3n_mlx.commands import INTERRUPTED
+from g3n_mlx.commands import INTERRUPTED, command_parser
 
 COMMANDS = {
-    "chat": ("g3n_mlx.chat.__main__", "talk to a model, or ask it once"),
-    "convert": ("g3n_mlx.convert.__main__", "slice and quantize a checkpoint"),
-    "bench": ("g3n_mlx.bench.__main__", "measure load time, speed and memory"),
-    "eval": ("g3n_mlx.eval.__main__", "measure quality on examples or a text"),
-    "server": ("g3n_mlx.server.__main__", "serve a model over OpenAI's API"),
+    "chat": ("g3n_mlx.chat", "talk to a model, or ask it once"),
+    "convert": ("g3n_mlx.convert", "slice and quantize a checkpoint"),
+    "bench": ("g3n_mlx.bench", "measure load time, speed and memory"),
+    "eval": ("g3n_mlx.eval", "measure quality on examples or a text"),
+    "serve": ("g3n_mlx.server", "serve a model over OpenAI's API"),
 }
+ALIASES = {"server": "serve"}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Hands the arguments behind the command's name to that command; returns its exit code."""
-    import argparse
-
+def main(argv: Sequence[str] | None = None, prog: str = "g3n") -> int:
+    """Hands the arguments after the command's name to that command; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="python -m g3n_mlx",
+    command: str = command_line(prog).parse_args(arguments[:1]).command
+    return _run(ALIASES.get(command, command), arguments[1:], f"{prog} {command}")
+
+
+def command_line(prog: str) -> argparse.ArgumentParser:
+    """The parser of the first argument."""
+    parser = command_parser(
+        prog,
+        "Gemma 3n in MLX and PyTorch. Every command has its own --help.",
         usage="%(prog)s COMMAND [FLAGS]",
-        description="Gemma 3n in MLX and PyTorch. Every command has its own --help.",
-        epilog="\n".join(["commands:", *(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items())]),
+        epilog="\n".join(["commands:", *(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items())]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
-    return _run(parser.parse_args(arguments[:1]).command, arguments[1:])
+    parser.add_argument("command", choices=[*COMMANDS, *ALIASES], metavar="COMMAND", help=argparse.SUPPRESS)
+    return parser
 
 
 def chat() -> int:
@@ -56,15 +64,16 @@ def evaluate() -> int:
 
 def server() -> int:
     """`g3n-server`."""
-    return _run("server")
+    return _run("serve")
 
 
-def _run(command: str, arguments: list[str] | None = None) -> int:
+def _run(command: str, arguments: list[str] | None = None, *prog: str) -> int:
+    """Without prog the command has the name of its script."""
     try:
-        return import_module(COMMANDS[command][0]).main(arguments)
+        return import_module(f"{COMMANDS[command][0]}.__main__").main(arguments, *prog)
     except KeyboardInterrupt:  # before the command could take it
         return INTERRUPTED
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog="python -m g3n_mlx"))

@@ -100,16 +100,24 @@ def test_ctrl_c_while_a_command_is_imported(monkeypatch, repository):
 
     monkeypatch.setattr(commands, "import_module", interrupted)
     scripts = tomllib.loads((repository / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
-    assert len(scripts) == len(commands.COMMANDS)
+    assert scripts.pop("g3n") == "g3n_mlx.__main__:main"
+    assert set(scripts) == {"g3n-chat", "g3n-convert", "g3n-bench", "g3n-eval", "g3n-server"}
     for place in scripts.values():
         module, _, function = place.partition(":")
         assert module == "g3n_mlx.__main__"
         assert getattr(commands, function)() == commands.INTERRUPTED
-    assert commands.main(["chat"]) == commands.INTERRUPTED
+    for name in (*commands.COMMANDS, *commands.ALIASES):
+        assert commands.main([name]) == commands.INTERRUPTED
 
 
 def test_every_script_starts_its_command(monkeypatch, capsys):
-    for name, start in (("chat", commands.chat), ("eval", commands.evaluate), ("bench", commands.bench)):
+    for name, start in (
+        ("chat", commands.chat),
+        ("convert", commands.convert),
+        ("bench", commands.bench),
+        ("eval", commands.evaluate),
+        ("server", commands.server),
+    ):
         monkeypatch.setattr("sys.argv", [f"g3n-{name}", "--help"])
         with pytest.raises(SystemExit):
             start()

@@ -17,20 +17,22 @@ from typing import Any
 import numpy as np
 
 from g3n_mlx.bench.measure import ENGINES, Request, Run
-from g3n_mlx.checkpoint.hub import default_model, resolve
-from g3n_mlx.commands import run_command
+from g3n_mlx.checkpoint.hub import resolve
+from g3n_mlx.commands import add_model_flags, command_parser, model_of, positive, run_command
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
+from g3n_mlx.convert import cached_conversion, plan_for
 from g3n_mlx.failures import size_in_words
 
+NAME = "g3n-bench"
 OURS, *PEERS = ENGINES
 PROMPT_SEED = 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
     """Parses the flags, runs, prints; returns the exit code."""
-    arguments = _parser().parse_args(argv)
-    return run_command("g3n-bench", lambda: _measure(arguments))
+    arguments = command_line(prog).parse_args(argv)
+    return run_command(prog, lambda: _measure(arguments))
 
 
 def _measure(arguments: argparse.Namespace) -> int:
@@ -46,29 +48,17 @@ def _measure(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="g3n-bench", description="Measures load time, prefill, decode and memory, each run in its own process."
-    )
-    parser.add_argument("--model", help="folder or hub id; default: the newest Gemma 3n here, else the demo model")
-    parser.add_argument("--matformer", metavar="SLICE", help="MatFormer slice to take at load, by name or short form")
-    parser.add_argument("--backend", choices=["auto", "mlx", "torch"], default="auto")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: the backend's best")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="of activations; default: the device's best")
-    parser.add_argument("--prompt-tokens", type=_positive, default=512, metavar="N")
-    parser.add_argument("--generation-tokens", type=_positive, default=128, metavar="N")
-    parser.add_argument("--num-trials", type=_positive, default=3, metavar="N")
-    parser.add_argument("--against", choices=PEERS, help="measure this peer too, in turn; it keeps its dtype")
+def command_line(prog: str = NAME) -> argparse.ArgumentParser:
+    """The flags, of a command that was called as prog."""
+    parser = command_parser(prog, "Measures load time, prefill, decode and memory, each run in its own process.")
+    add_model_flags(parser.add_argument_group("model").add_argument)
+    parser.add_argument("--prompt-tokens", type=positive, default=512, metavar="N")
+    parser.add_argument("--generation-tokens", type=positive, default=128, metavar="N")
+    parser.add_argument("--num-trials", type=positive, default=3, metavar="N")
+    parser.add_argument("--against", choices=PEERS, help="measure this peer too, in turn; it reads --model as stored")
     parser.add_argument("--peer-model", metavar="PATH", help="the peer's checkpoint, where it cannot read --model")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
 
 
 def _requests(arguments: argparse.Namespace) -> list[Request]:
@@ -78,17 +68,17 @@ def _requests(arguments: argparse.Namespace) -> list[Request]:
         raise ImportError(f"{arguments.against} is not installed: pip install {arguments.against}")
     if arguments.generation_tokens < 2:
         raise ValueError("--generation-tokens is 1, expected at least 2: the first token is counted to the prompt")
-    if arguments.model is None:
-        folder, line = default_model()
-        print(line, file=sys.stderr)
-    else:
-        folder = resolve(arguments.model)
+    folder = resolve(model_of(arguments), arguments.revision)
     config = ModelConfig.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
     # Text ids alone: those of the media ranges take another path, which not every peer has.
     borders = [sub.vocab_offset for sub in (config.vision, config.audio) if sub]
     limit = min([config.text.vocab_size, config.text.vocab_size_per_layer_input, *borders])
     ids = np.random.default_rng(PROMPT_SEED).integers(0, limit, arguments.prompt_tokens)
     prompt = tuple(int(token) for token in ids)
+    if arguments.q_bits is not None:  # converted before the clock of the first run starts
+        named = arguments.matformer is not None
+        plan = plan_for(folder, arguments.matformer, arguments.matformer_config) if named else None
+        cached_conversion(folder, q_bits=arguments.q_bits, plan=plan)
     ours = Request(
         engine=OURS,
         model=str(folder),
@@ -96,6 +86,8 @@ def _requests(arguments: argparse.Namespace) -> list[Request]:
         generation_tokens=arguments.generation_tokens,
         backend=arguments.backend,
         matformer=arguments.matformer,
+        matformer_config=None if arguments.matformer_config is None else str(arguments.matformer_config),
+        q_bits=arguments.q_bits,
         device=arguments.device,
         dtype=arguments.dtype,
     )

@@ -40,11 +40,13 @@ class Request:
     """What one process measures."""
 
     engine: str  # one of ENGINES
-    model: str  # folder
+    model: str  # folder, of the revision that was asked for
     prompt_ids: tuple[int, ...]
     generation_tokens: int  # at least 2: the first one is the prompt's
     backend: str = "auto"  # ours alone
-    matformer: str | None = None  # ours alone
+    matformer: str | None = None  # ours alone, as the two below
+    matformer_config: str | None = None  # a CSV file
+    q_bits: int | None = None  # of a conversion that is in the cache already
     device: str | None = None
     dtype: str | None = None  # ours alone, of the activations
 
@@ -120,6 +122,8 @@ def _load_ours(request: Request) -> Loaded:
         request.model,
         backend=request.backend,
         matformer=request.matformer,
+        matformer_config=request.matformer_config,
+        q_bits=request.q_bits,
         device=request.device,
         dtype=request.dtype,
     )

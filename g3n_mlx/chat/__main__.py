@@ -8,35 +8,29 @@ import io
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from g3n_mlx.chat import attachments
 from g3n_mlx.chat.session import SETTINGS, Session
 from g3n_mlx.chat.terminal import message_lines, typed_messages
-from g3n_mlx.commands import INTERRUPTED, run_command, say
+from g3n_mlx.commands import INTERRUPTED, add_model_flags, command_parser, load_from, run_command, say
+
+NAME = "g3n-chat"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
     """Parses the flags, loads the model, chats; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = command_line(prog).parse_args(argv)
     logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(message)s")
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A model's words must not fail on a terminal's letters; in a pipe they are UTF-8 everywhere.
         sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")
-    return run_command("g3n-chat", lambda: _run(arguments))
+    return run_command(prog, lambda: _run(arguments))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="g3n-chat", description="Chat with Gemma 3n, or ask it once with -p.")
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", help="folder or hub id; default: the newest Gemma 3n here, else the demo model")
-    model.add_argument("--revision", help="branch, tag or commit of a hub id")
-    model.add_argument("--matformer", metavar="SLICE", help="MatFormer slice to take at load, by name or short form")
-    model.add_argument("--matformer-config", type=Path, metavar="FILE", help="CSV table of slices of your own")
-    model.add_argument("--q-bits", type=int, metavar="N", help="quantize at first load, into the cache: 2 to 6, or 8")
-    model.add_argument("--backend", choices=["auto", "mlx", "torch"], default="auto")
-    model.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: the backend's best")
-    model.add_argument("--dtype", choices=["bfloat16", "float32"], help="of activations; default: the device's best")
+def command_line(prog: str = NAME) -> argparse.ArgumentParser:
+    """The flags, of a command that was called as prog."""
+    parser = command_parser(prog, "Chat with Gemma 3n, or ask it once with -p.")
+    add_model_flags(parser.add_argument_group("model").add_argument)
     answer = parser.add_argument_group("answer")
     answer.add_argument("-p", "--prompt", help="ask once, print the answer and exit; - reads the prompt from stdin")
     for kind in attachments.SUFFIXES:
@@ -68,24 +62,7 @@ def _run(arguments: argparse.Namespace) -> int:
     settings = {name: value for name in SETTINGS if (value := getattr(arguments, name, None)) is not None}
     SamplingParams(**settings)
     prompt = _one_shot_prompt(arguments.prompt)
-    if arguments.model is None:
-        from g3n_mlx.checkpoint.hub import default_model
-
-        arguments.model, line = default_model()
-        say(line)
-
-    from g3n_mlx.loading import load
-
-    model = load(
-        arguments.model,
-        backend=arguments.backend,
-        matformer=arguments.matformer,
-        matformer_config=arguments.matformer_config,
-        q_bits=arguments.q_bits,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        revision=arguments.revision,
-    )
+    model = load_from(arguments)
     session = Session(model, arguments.system_prompt, settings, verbose=arguments.verbose)
     if prompt is None:
         say(f"{model.name} on {model.backend} ({model.device}); /help lists the commands, Ctrl-D ends")

@@ -49,7 +49,8 @@ class Grammars:
             import llguidance
         except ImportError:
             raise ImportError(
-                f"schema, regex and lark need llguidance, which the extra 'server' brings: {install_command('server')}"
+                "schema, regex and lark need the package llguidance, which the extra 'server' brings: "
+                + install_command("server")
             ) from None
         self.limits = limits or GrammarLimits()
         self.width = width

@@ -25,13 +25,14 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from g3n_mlx.commands import run_command, say
+from g3n_mlx.commands import add_model_flags, command_parser, run_command, say
 from g3n_mlx.failures import check_folder_of, one_line
 from g3n_mlx.installation import install_command
 
 if TYPE_CHECKING:
     from g3n_mlx.model import Gemma3n
 
+NAME = "g3n-eval"
 SAMPLE = "sample.jsonl"
 DEFAULT_WINDOW_TOKENS = 2048
 FEW_TOKENS = 1000  # of a text: below, the perplexity is uncertain by some tenths of itself
@@ -51,30 +52,42 @@ class Variant:
     dtype: str | None  # None is the backend's own
     q_bits: int | None  # None leaves the checkpoint as stored
     matformer: str | None  # None is the whole model
+    revision: str | None = None  # of a hub id
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
     """Parses the flags, runs every variant, prints the table; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = command_line(prog).parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    return run_command("g3n-eval", lambda: _run(arguments))
+    return run_command(prog, lambda: _run(arguments))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="g3n-eval",
-        description="Accuracy on examples, or perplexity and KL divergence on a text, of every variant.",
+def command_line(prog: str = NAME) -> argparse.ArgumentParser:
+    """The flags, of a command that was called as prog."""
+    parser = command_parser(prog, "Accuracy on examples, or perplexity and KL divergence on a text, of every variant.")
+    variants = parser.add_argument_group(
+        "variants", "all combinations of --model, --matformer, --q-bits, --backend and --dtype, which are repeatable"
     )
-    variants = parser.add_argument_group("variants: all combinations, every flag repeatable")
-    add = variants.add_argument
-    add("--model", action="append", help="folder or hub id; default: the newest Gemma 3n here, else the demo model")
-    add("--matformer", action="append", default=[], metavar="SLICE", help="this one, or all, beside the whole")
-    add("--q-bits", action="append", default=[], type=int, choices=BITS, help="quantized, beside the model as stored")
-    add("--dtype", action="append", choices=["bfloat16", "float32"], help="of activations; default: the device's best")
-    add("--backend", action="append", choices=BACKENDS, help="both also says how often they answer the same")
+    add_model_flags(
+        variants.add_argument,
+        model={"action": "append"},
+        matformer={"action": "append", "default": [], "help": "this one, or all, beside the whole"},
+        q_bits={
+            "action": "append",
+            "default": [],
+            "choices": BITS,
+            "metavar": None,
+            "help": "quantized, beside the model as stored",
+        },
+        backend={
+            "action": "append",
+            "default": None,
+            "choices": BACKENDS,
+            "help": "both also says how often they answer the same",
+        },
+        dtype={"action": "append"},
+    )
     add = parser.add_argument
-    add("--matformer-config", type=Path, metavar="FILE", help="CSV table of slices of your own")
-    add("--device", help="cpu, cuda, cuda:1, ...; default: the backend's best")
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--examples", type=Path, metavar="FILE", help=f"JSON lines; default: the model folder's {SAMPLE}")
     task.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text, for perplexity and KL divergence")
@@ -139,17 +152,17 @@ def _variants(arguments: argparse.Namespace) -> list[Variant]:
         folder, line = default_model()
         say(line)
         arguments.model = [str(folder)]
-    folders = {model: resolve(model) for model in arguments.model}
+    folders = {model: resolve(model, arguments.revision) for model in arguments.model}
     slices = _slices(folders, arguments.matformer, arguments.matformer_config)
     bits = _bits(folders, arguments.q_bits)
     backends = [chosen_backend(name) for given in arguments.backend or ["auto"] for name in BACKENDS[given]]
     variants = [
-        Variant(model, *rest)
+        Variant(model, *rest, arguments.revision)
         for model in folders
         for rest in product(backends, arguments.dtype or [None], bits[model], [None, *slices[model]])
     ]
     if arguments.against:
-        variants.insert(0, replace(variants[0], model=arguments.against))
+        variants.insert(0, replace(variants[0], model=arguments.against, revision=None))
     return list(dict.fromkeys(variants))
 
 
@@ -203,6 +216,7 @@ def _load(variant: Variant, arguments: argparse.Namespace) -> "Gemma3n":
         q_bits=variant.q_bits,
         dtype=variant.dtype,
         device=arguments.device,
+        revision=variant.revision,
     )
 
 
@@ -220,7 +234,7 @@ def _on_examples(arguments: argparse.Namespace, variants: list[Variant]) -> dict
     from g3n_mlx.checkpoint.hub import resolve
     from g3n_mlx.eval.quality import answer, grade, read_examples
 
-    path = arguments.examples or resolve(variants[0].model) / SAMPLE
+    path = arguments.examples or resolve(variants[0].model, variants[0].revision) / SAMPLE
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"{path} {found}: give --examples FILE or --text FILE")

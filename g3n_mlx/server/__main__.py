@@ -10,48 +10,42 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from g3n_mlx.commands import INTERRUPTED
-from g3n_mlx.failures import is_expected, one_line
+from g3n_mlx.commands import (
+    Terminated,
+    add_model_flags,
+    command_parser,
+    count,
+    load_from,
+    positive,
+    positive_float,
+    run_command,
+)
 from g3n_mlx.installation import install_command
 
 if TYPE_CHECKING:
     from g3n_mlx.model import Gemma3n
 
+NAME = "g3n-server"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 log = logging.getLogger(__name__)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
     """Parses the flags, loads the model, serves until interrupted; returns the exit code."""
-    parser = _parser()
+    parser = command_line(prog)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=arguments.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     if arguments.media_root is not None and not arguments.media_root.is_dir():
         parser.error(f"--media-root {str(arguments.media_root)!r} is no folder")
-    try:
-        _serve(arguments)
-    except Exception as error:
-        if not is_expected(error):
-            raise
-        log.error("%s", one_line(error))
-        return 1
-    except KeyboardInterrupt:  # while the model was read
-        return INTERRUPTED
-    return 0
+    return run_command(prog, lambda: _serve(arguments))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="g3n-server", description="Serves a Gemma 3n over OpenAI's API.")
+def command_line(prog: str = NAME) -> argparse.ArgumentParser:
+    """The flags, of a command that was called as prog."""
+    parser = command_parser(prog, "Serves a Gemma 3n over OpenAI's API.")
     model = parser.add_argument_group("model")
-    model.add_argument("--model", help="folder or hub id; default: the newest Gemma 3n here, else the demo model")
-    model.add_argument("--revision", help="branch, tag or commit of a hub id")
-    model.add_argument("--matformer", metavar="SLICE", help="MatFormer slice to take at load, by name or short form")
-    model.add_argument("--matformer-config", type=Path, metavar="FILE", help="CSV table of slices of your own")
-    model.add_argument("--q-bits", type=int, metavar="N", help="quantize at first load, into the cache: 2 to 6, or 8")
-    model.add_argument("--backend", choices=["auto", "mlx", "torch"], default="auto")
-    model.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: the backend's best")
-    model.add_argument("--dtype", choices=["bfloat16", "float32"], help="of activations; default: the device's best")
+    add_model_flags(model.add_argument)
     model.add_argument("--served-model-name", metavar="NAME", help="id in /v1/models; default: the folder's name")
     access = parser.add_argument_group("access")
     access.add_argument("--host", default="127.0.0.1", help="address to listen at; default: 127.0.0.1, this machine")
@@ -71,21 +65,14 @@ def _parser() -> argparse.ArgumentParser:
         help="a private host that media may come from",
     )
     load = parser.add_argument_group("load")
-    load.add_argument("--parallel", type=_positive, default=4, metavar="N", help="answers in progress; default: 4")
-    load.add_argument("--max-queue", type=_count, default=64, metavar="N", help="requests behind them; default: 64")
-    load.add_argument("--cache-memory", type=_positive_float, default=4.0, metavar="GB", help="of caches; default: 4")
-    load.add_argument("--request-timeout", type=_positive_float, default=600.0, metavar="S", help="default: 600")
-    load.add_argument("--drain-timeout", type=_count, default=60, metavar="S", help="at shutdown; default: 60")
-    load.add_argument("--max-body", type=_positive, default=64, metavar="MB", help="of a request; default: 64")
+    load.add_argument("--parallel", type=positive, default=4, metavar="N", help="answers in progress; default: 4")
+    load.add_argument("--max-queue", type=count, default=64, metavar="N", help="requests behind them; default: 64")
+    load.add_argument("--cache-memory", type=positive_float, default=4.0, metavar="GB", help="of caches; default: 4")
+    load.add_argument("--request-timeout", type=positive_float, default=600.0, metavar="S", help="default: 600")
+    load.add_argument("--drain-timeout", type=count, default=60, metavar="S", help="at shutdown; default: 60")
+    load.add_argument("--max-body", type=positive, default=64, metavar="MB", help="of a request; default: 64")
     parser.add_argument("--log-level", choices=LOG_LEVELS, default="info")
     return parser
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is below 0")
-    return value
 
 
 def _port(text: str) -> int:
@@ -95,21 +82,7 @@ def _port(text: str) -> int:
     return value
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
-
-
-def _positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return value
-
-
-def _serve(arguments: argparse.Namespace) -> None:
+def _serve(arguments: argparse.Namespace) -> int:
     try:
         import uvicorn
     except ImportError:
@@ -167,8 +140,10 @@ def _serve(arguments: argparse.Namespace) -> None:
     )
     host, port = listener.getsockname()[:2]
     log.info("listening at http://%s:%d", f"[{host}]" if ":" in host else host, port)
-    with suppress(KeyboardInterrupt):  # that it was interrupted, uvicorn says once more after its shutdown
+    # uvicorn raises the signal that it has obeyed once more after its shutdown: to be told to stop is no failure.
+    with suppress(KeyboardInterrupt, Terminated):
         uvicorn.Server(config).run(sockets=[listener])
+    return 0
 
 
 def _bound(host: str, port: int) -> socket.socket:
@@ -190,23 +165,7 @@ def _bound(host: str, port: int) -> socket.socket:
 
 
 def _load(arguments: argparse.Namespace) -> "Gemma3n":
-    from g3n_mlx.checkpoint.hub import default_model
-    from g3n_mlx.loading import load
-
-    source = arguments.model
-    if source is None:
-        source, line = default_model()
-        log.info("%s", line)
-    return load(
-        source,
-        backend=arguments.backend,
-        matformer=arguments.matformer,
-        matformer_config=arguments.matformer_config,
-        q_bits=arguments.q_bits,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        revision=arguments.revision,
-    )
+    return load_from(arguments, tell=lambda line: log.info("%s", line))
 
 
 def _short_name(model: "Gemma3n", table: Path | None) -> str | None:

@@ -2,10 +2,13 @@
 
 import importlib.util
 import json
+import shutil
 
 import pytest
+from huggingface_hub import constants
 
 from g3n_mlx.bench.__main__ import main
+from g3n_mlx.checkpoint.hub import cache_folder
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
 
@@ -87,6 +90,30 @@ def test_transformers_as_the_peer(tiny_folder, capsys):
     assert summary["ratios"]["generation_tps"] == pytest.approx(
         ours["generation_tps"]["median"] / theirs["generation_tps"]["median"]
     )
+
+
+def test_a_revision_of_the_hub_that_is_quantized_first(tiny_folder, tmp_path, monkeypatch, capsys):
+    """The runs' own processes get both, and load what is in the cache already."""
+    for variable in ("HOME", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository, commit = tmp_path / "hub" / "models--a--b", "0" * 40
+    shutil.copytree(tiny_folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "v1").write_text(commit)
+    flags = ("--model", "a/b", "--revision", "v1", "--backend", "torch", "--device", "cpu", *FLOAT32, "--json")
+    read = {}
+    for bits in ((), ("--q-bits", 4)):
+        code, out, err = bench(capsys, *flags, *bits, *SMALL[:-1], 1)
+        assert code == 0, err
+        read[bits] = json.loads(out)["engines"]["g3n_mlx"]["weight_bytes_per_token"]
+    assert read["--q-bits", 4] < read[()] / 2
+    (made,) = cache_folder().glob(f"conversions/{commit}-4bit-*")
+    assert made.is_relative_to(tmp_path)
+    code, _, err = bench(capsys, "--model", "a/b", "--revision", "v2", *SMALL)
+    assert code == 1
+    assert "v2" in err
 
 
 @pytest.mark.parametrize(

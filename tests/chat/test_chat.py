@@ -467,5 +467,5 @@ def test_table_of_commands(capsys):
 
 
 def test_at_most_25_flags():
-    actions = command._parser()._actions
+    actions = command.command_line()._actions
     assert len(actions) <= 25

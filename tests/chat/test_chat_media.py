@@ -233,7 +233,9 @@ def test_flags(backend, folder, tiny_folder):
 
 
 def test_parts_of_the_flags_are_in_order():
-    arguments = command._parser().parse_args(["--image", "a.png", "--audio", "https://b/c.wav", "--image", "d.png"])
+    arguments = command.command_line().parse_args(
+        ["--image", "a.png", "--audio", "https://b/c.wav", "--image", "d.png"]
+    )
     assert [part["type"] for part in arguments.attached] == ["image", "audio", "image"]
     assert arguments.attached[1] == {"type": "audio", "audio": "https://b/c.wav"}
 
