@@ -5,8 +5,8 @@ import weakref
 
 import numpy as np
 import pytest
+from image_files import drawn, encoded
 from media_files import sound_file, tones, video_file
-from test_image import drawn, encoded
 
 from g3n_mlx import Audio, Image, Video, load
 from g3n_mlx.engine.generate import PromptTooLong

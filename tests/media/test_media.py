@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from image_files import drawn, encoded
 from media_files import sound_file, tones, video_file
 from PIL import Image as pil
 from test_fetch import Answers, no_proxy, server, url  # noqa: F401 - fixtures
-from test_image import drawn, encoded
 
 from g3n_mlx import Audio, Image, Video
 from g3n_mlx.config.fields import read_json
