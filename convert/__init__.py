@@ -13,10 +13,9 @@ from typing import Any
 
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.checkpoint.hub import cache_folder, resolve
-from g3n_mlx.checkpoint.names import canonical_tensors, nested_config
+from g3n_mlx.checkpoint.names import canonical_tensors
 from g3n_mlx.checkpoint.quantization import Quantization
 from g3n_mlx.checkpoint.shards import open_shards
-from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.manifest import TEXT, dead_manifest
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.convert.quantize import FLOATS, choose_quantizations, plan_jobs
@@ -115,9 +114,8 @@ def cached_conversion(
 def plan_for(folder: Path, matformer: str, matformer_config: str | Path | None = None) -> SlicePlan:
     """The plan of a named slice for the checkpoint in a folder; of it, config.json and its own slices are read."""
     slices = slices_for(folder, None if matformer_config is None else Path(matformer_config))
-    where = folder / "config.json"
-    config = ModelConfig.from_dict(nested_config(read_json(where)), str(where))
-    return plan_slice(config.text, find_slice(matformer, slices, config.text))
+    text = ModelConfig.from_file(folder).text
+    return plan_slice(text, find_slice(matformer, slices, text))
 
 
 def fingerprint(folder: Path) -> str:

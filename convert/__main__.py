@@ -9,10 +9,10 @@ from pathlib import Path
 
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.checkpoint.hub import resolve
-from g3n_mlx.checkpoint.names import nested_config
 from g3n_mlx.checkpoint.quantization import BITS, GROUP_SIZES
 from g3n_mlx.commands import add_model_flag, command_parser, run_command
 from g3n_mlx.config.fields import read_json
+from g3n_mlx.config.model import read_config
 from g3n_mlx.config.text import TextConfig
 from g3n_mlx.convert import DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS, convert
 from g3n_mlx.convert.quantize import FLOATS
@@ -84,7 +84,7 @@ def _sized(flags: argparse.Namespace) -> list[SizedSlice]:
     raw_text, own_table, stored = read_json(PUBLISHED.with_name("gemma3n-e4b.json")), None, {}
     if flags.hf_path is not None:
         folder = resolve(flags.hf_path, flags.revision, weights=False)
-        raw_config = nested_config(read_json(folder / "config.json"))
+        raw_config = read_config(folder)
         raw_text = raw_config["text_config"]
         if "quantization" in raw_config or "quantization_config" in raw_config:  # which modules, the shards know
             folder = resolve(flags.hf_path, flags.revision)

@@ -10,13 +10,12 @@ from pathlib import Path
 
 from g3n_mlx import load
 from g3n_mlx.checkpoint.hub import demo_folder
-from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
 
 
 def half_width_table(folder: Path) -> Path:
     """A table with one slice: every layer of the model, each with half its FFN."""
-    text = ModelConfig.from_dict(read_json(folder / "config.json")).text
+    text = ModelConfig.from_file(folder).text
     widths = [width // 2 for width in text.intermediate_size]
     path = Path(tempfile.mkdtemp()) / "slices.csv"
     path.write_text(

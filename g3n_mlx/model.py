@@ -65,7 +65,8 @@ class Gemma3n:
         self.slice_name = slice_name
         self.sampling_defaults = SamplingParams.published_defaults(generation_config)
         eos = generation_config.get("eos_token_id")
-        eos = self.config.eos_token_ids if eos is None else eos
+        if eos is None:  # where neither file says it, what ends a turn of the chat template
+            eos = self.config.eos_token_ids or [tokenizer.id_of("<eos>"), tokenizer.id_of("<end_of_turn>")]
         self.eos_token_ids = frozenset(eos if isinstance(eos, Sequence) else [eos])
         self._network: Model | None = model
         opener = MediaOpener(checkpoint.folder, checkpoint.config)

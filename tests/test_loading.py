@@ -194,6 +194,15 @@ def test_one_end_as_a_number(open_model, tiny_folder, tmp_path):
     assert open_model(folder).eos_token_ids == {7}
 
 
+def test_ends_that_no_file_names_are_those_of_the_tokenizer(open_model, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    (folder / "generation_config.json").unlink()
+    config = files.read_config(folder)
+    del config["eos_token_id"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert open_model(folder).eos_token_ids == {1, 106}  # <eos> and <end_of_turn>
+
+
 # What was loaded, and where.
 
 

@@ -19,7 +19,6 @@ import numpy as np
 from g3n_mlx.bench.measure import ENGINES, Request, Run
 from g3n_mlx.checkpoint.hub import resolve
 from g3n_mlx.commands import add_model_flags, command_parser, model_of, positive, run_command
-from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.convert import cached_conversion, plan_for
 from g3n_mlx.failures import size_in_words
@@ -69,7 +68,7 @@ def _requests(arguments: argparse.Namespace) -> list[Request]:
     if arguments.generation_tokens < 2:
         raise ValueError("--generation-tokens is 1, expected at least 2: the first token is counted to the prompt")
     folder = resolve(model_of(arguments), arguments.revision)
-    config = ModelConfig.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+    config = ModelConfig.from_file(folder)
     # Text ids alone: those of the media ranges take another path, which not every peer has.
     borders = [sub.vocab_offset for sub in (config.vision, config.audio) if sub]
     limit = min([config.text.vocab_size, config.text.vocab_size_per_layer_input, *borders])

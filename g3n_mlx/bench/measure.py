@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.failures import is_expected, one_line
 from g3n_mlx.memory import peak_process_bytes
@@ -209,8 +208,7 @@ def _load_transformers(request: Request) -> Loaded:
 
 def _decode_reads(request: Request) -> Callable[[str], bool]:
     """Whether a decode step reads all of a peer's tensor: not the PLE table, not the k/v of KV-sharing layers."""
-    path = Path(request.model) / "config.json"
-    first_shared = ModelConfig.from_dict(read_json(path), str(path)).text.first_kv_shared_layer
+    first_shared = ModelConfig.from_file(Path(request.model)).text.first_kv_shared_layer
 
     def reads(name: str) -> bool:
         layer = re.search(r"\.layers\.(\d+)\.self_attn\.[kv]_", name)

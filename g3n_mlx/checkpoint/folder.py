@@ -28,16 +28,14 @@ from g3n_mlx.checkpoint.names import (
     canonical_tensors,
     declared_quantization,
     lacks_stem_bias,
-    nested_config,
     tower_names,
     without_absent_modalities,
 )
 from g3n_mlx.checkpoint.quantization import PARTS, Quantization
 from g3n_mlx.checkpoint.shards import OpenFiles, StoredTensor, open_shards
 from g3n_mlx.checkpoint.source import RowTable, Source
-from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.manifest import PLE_TABLE, TEXT, dead_manifest, text_manifest
-from g3n_mlx.config.model import ModelConfig
+from g3n_mlx.config.model import ModelConfig, read_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +79,7 @@ class Checkpoint:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder: expected a model folder with config.json")
         where = str(folder / "config.json")
-        raw_config = nested_config(read_json(folder / "config.json"))
+        raw_config = read_config(folder)
         declared = declared_quantization(raw_config, where)
         config = ModelConfig.from_dict(raw_config, where)
         shards, on_disk = open_shards(folder)

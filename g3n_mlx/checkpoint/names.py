@@ -14,7 +14,6 @@ from g3n_mlx.checkpoint.quantization import Quantization
 from g3n_mlx.checkpoint.shards import StoredTensor
 from g3n_mlx.config.manifest import TEXT
 from g3n_mlx.config.model import ModelConfig
-from g3n_mlx.config.text import FULL, SLIDING
 
 logger = logging.getLogger(__name__)
 
@@ -31,19 +30,6 @@ _PREFIXES = (
     ),
     ("model.", TEXT),
 )
-# Of a flat config, what stands outside text_config in a nested one.
-_OUTER_KEYS = (
-    "eos_token_id",
-    "bos_token_id",
-    "pad_token_id",
-    "model_type",
-    "torch_dtype",
-    "dtype",
-    "quantization",
-    "quantization_config",
-    "transformers_version",
-    "initializer_range",
-)
 # What mx.quantize takes where nothing is said (mlx, ops.cpp, `quantize`, mode "affine").
 _MLX_DEFAULT = Quantization(bits=4, group_size=64)
 
@@ -54,33 +40,6 @@ class Declared:
 
     default: Quantization
     modules: Mapping[str, Quantization | None]  # canonical module paths; None is dense
-
-
-def nested_config(raw: dict[str, Any]) -> dict[str, Any]:
-    """A config.json in the published shape: text under `text_config`, both RoPE bases as keys of their own.
-
-    Text-only files (Gemma3nForCausalLM) are flat, transformers 5 writes `rope_parameters`.
-    """
-    if isinstance(raw.get("text_config"), dict):
-        nested = {**raw, "text_config": dict(raw["text_config"])}
-    else:
-        outer = {key: raw[key] for key in _OUTER_KEYS if key in raw}
-        inner = {key: value for key, value in raw.items() if key not in outer and key != "architectures"}
-        nested = {**outer, "text_config": inner}
-        if raw.get("model_type") == "gemma3n_text":
-            inner["model_type"] = "gemma3n_text"
-            nested |= {"architectures": ["Gemma3nForConditionalGeneration"], "model_type": "gemma3n"}
-    text = nested["text_config"]
-    parameters = text.get("rope_parameters")
-    if isinstance(parameters, dict) and _plain_rope(parameters.get(FULL)) and _plain_rope(parameters.get(SLIDING)):
-        del text["rope_parameters"]
-        text["rope_theta"] = parameters[FULL]["rope_theta"]
-        text["rope_local_base_freq"] = parameters[SLIDING]["rope_theta"]
-    return nested
-
-
-def _plain_rope(entry: Any) -> bool:
-    return isinstance(entry, dict) and "rope_theta" in entry and entry.get("rope_type", "default") == "default"
 
 
 def canonical_name(name: str) -> str:

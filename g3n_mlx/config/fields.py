@@ -30,7 +30,10 @@ class Fields:
     def get(self, key: str) -> Any:
         """Any value; raises ValueError when the key is missing."""
         if key not in self._raw:
-            raise ValueError(f"{self._where}: the key {key!r} is missing")
+            raise ValueError(
+                f"{self._where}: the key {key!r} is missing: copy it from the config.json of the model that this "
+                "checkpoint was made from"
+            )
         return self._raw[key]
 
     def integer(self, key: str, at_least: int = 0) -> int:

@@ -7,12 +7,27 @@ Source of the semantics: transformers, configuration_gemma3n.py.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from g3n_mlx.config.audio import AudioConfig
-from g3n_mlx.config.fields import Fields
-from g3n_mlx.config.text import TextConfig
+from g3n_mlx.config.fields import Fields, read_json
+from g3n_mlx.config.text import FULL, SLIDING, TextConfig
 from g3n_mlx.config.vision import VisionConfig
+
+# Of a flat config, the keys that stand outside text_config in a nested one.
+_OUTER_KEYS = (
+    "eos_token_id",
+    "bos_token_id",
+    "pad_token_id",
+    "model_type",
+    "torch_dtype",
+    "dtype",
+    "quantization",
+    "quantization_config",
+    "transformers_version",
+    "initializer_range",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +37,7 @@ class ModelConfig:
     text: TextConfig
     vision: VisionConfig | None
     audio: AudioConfig | None
-    eos_token_ids: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]  # empty when the file names none
 
     def embedder_of(self, token_id: int) -> str | None:
         """The embedder of an id of the image or audio range, `embed_vision` or `embed_audio`; None for text.
@@ -36,14 +51,20 @@ class ModelConfig:
         return None
 
     @staticmethod
+    def from_file(path: Path) -> "ModelConfig":
+        """Reads the config of a model folder, or a config.json; raises FileNotFoundError or ValueError."""
+        return ModelConfig.from_dict(read_config(path), str(_file(path)))
+
+    @staticmethod
     def from_dict(raw: dict[str, Any], where: str = "config.json") -> "ModelConfig":
-        """Reads a checkpoint's config.json; raises ValueError when it is not a usable Gemma 3n."""
+        """Takes the content of config.json in any spelling; raises ValueError when it is not a usable Gemma 3n."""
+        raw = _nested(raw, where)
         kind = raw.get("model_type")
         if kind not in ("gemma3n", "gemma3n_text"):
             raise ValueError(f"{where}: model_type is {kind!r}, expected 'gemma3n' or 'gemma3n_text'")
         vision, audio = raw.get("vision_config"), raw.get("audio_config")
-        text = raw.get("text_config", raw)
-        eos = next(e for e in (raw.get("eos_token_id"), text.get("eos_token_id"), [1, 106]) if e is not None)
+        text = raw["text_config"]
+        eos = next((e for e in (raw.get("eos_token_id"), text.get("eos_token_id")) if e is not None), [])
 
         def soft(kind: str) -> int:
             return Fields(raw, where).integer(f"{kind}_soft_tokens_per_image", at_least=1)
@@ -54,3 +75,44 @@ class ModelConfig:
             audio=AudioConfig.from_dict(audio, soft("audio"), f"{where}, audio_config") if audio else None,
             eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
         )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The JSON of a model folder or of a config.json file in the published spelling, whichever it has on disk.
+
+    The language model stands under `text_config`, with both RoPE bases as keys of their own. Raises FileNotFoundError
+    or ValueError.
+    """
+    path = _file(path)
+    return _nested(read_json(path), str(path))
+
+
+def _file(path: Path) -> Path:
+    return path if path.suffix == ".json" else path / "config.json"
+
+
+def _nested(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    if isinstance(raw.get("text_config"), dict):
+        nested = {**raw, "text_config": dict(raw["text_config"])}
+    else:
+        outer = {key: raw[key] for key in _OUTER_KEYS if key in raw}
+        inner = {key: value for key, value in raw.items() if key not in outer and key != "architectures"}
+        nested = {**outer, "text_config": inner}
+        if raw.get("model_type") == "gemma3n_text":
+            inner["model_type"] = "gemma3n_text"
+            nested |= {"architectures": ["Gemma3nForConditionalGeneration"], "model_type": "gemma3n"}
+    text = nested["text_config"]
+    parameters = text.pop("rope_parameters", None)
+    if parameters is not None:
+        text["rope_theta"] = _rope_base(parameters, FULL, where)
+        text["rope_local_base_freq"] = _rope_base(parameters, SLIDING, where)
+    return nested
+
+
+def _rope_base(parameters: Any, kind: str, where: str) -> Any:
+    entry = parameters.get(kind) if isinstance(parameters, dict) else None
+    if not isinstance(entry, dict) or entry.get("rope_type", "default") != "default" or "rope_theta" not in entry:
+        raise ValueError(
+            f"{where}: rope_parameters[{kind!r}] is {entry!r}, expected rope_type 'default' and a rope_theta"
+        )
+    return entry["rope_theta"]

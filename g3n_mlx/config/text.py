@@ -13,7 +13,6 @@ import numpy as np
 from g3n_mlx.config.fields import Fields
 
 SLIDING = "sliding_attention"
-
 FULL = "full_attention"
 
 
@@ -79,11 +78,10 @@ class TextConfig:
 
     @staticmethod
     def from_dict(raw: dict[str, Any], where: str = "config.json") -> "TextConfig":
-        """Reads a text config; raises ValueError naming the key that is missing or does not fit."""
+        """Takes the `text_config` of a published config.json; raises ValueError naming the key that does not fit."""
         values = Fields(raw, where)
         layers = values.integer("num_hidden_layers", at_least=1)
         _require_supported(raw, where)
-        rope_theta, rope_local = _rope_bases(raw, values, where)
         config = TextConfig(
             vocab_size=values.integer("vocab_size", at_least=1),
             vocab_size_per_layer_input=values.integer("vocab_size_per_layer_input", at_least=1),
@@ -99,8 +97,8 @@ class TextConfig:
             layer_types=values.per_layer("layer_types", layers, str),
             sliding_window=values.integer("sliding_window", at_least=1),
             max_position_embeddings=values.integer("max_position_embeddings", at_least=1),
-            rope_theta=rope_theta,
-            rope_local_base_freq=rope_local,
+            rope_theta=values.number("rope_theta"),
+            rope_local_base_freq=values.number("rope_local_base_freq"),
             rms_norm_eps=float(values.get("rms_norm_eps")),
             final_logit_softcapping=_optional_float(values.get("final_logit_softcapping")),
             laurel_rank=values.integer("laurel_rank", at_least=1),
@@ -122,21 +120,6 @@ def _require_supported(raw: dict[str, Any], where: str) -> None:
     for key, value in expected.items():
         if key in raw and raw[key] != value:
             raise ValueError(f"{where}: {key} is {raw[key]!r}, only {value!r} is supported")
-
-
-def _rope_bases(raw: dict[str, Any], values: Fields, where: str) -> tuple[float, float]:
-    parameters = raw.get("rope_parameters")
-    if parameters is None:
-        return float(values.get("rope_theta")), float(values.get("rope_local_base_freq"))
-    bases = []
-    for kind in (FULL, SLIDING):
-        entry = parameters.get(kind) or {}
-        if entry.get("rope_type", "default") != "default" or "rope_theta" not in entry:
-            raise ValueError(
-                f"{where}: rope_parameters[{kind!r}] is {entry!r}, expected rope_type 'default' and a rope_theta"
-            )
-        bases.append(float(entry["rope_theta"]))
-    return bases[0], bases[1]
 
 
 def _check_text(config: TextConfig, where: str) -> None:

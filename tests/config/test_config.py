@@ -6,7 +6,7 @@ import json
 import pytest
 
 from g3n_mlx.config.fields import read_json
-from g3n_mlx.config.model import ModelConfig
+from g3n_mlx.config.model import ModelConfig, read_config
 from g3n_mlx.config.text import FULL, SLIDING, TextConfig
 
 
@@ -42,10 +42,41 @@ def test_transformers_5_rope_parameters(raw):
         FULL: {"rope_type": "default", "rope_theta": full},
         SLIDING: {"rope_type": "default", "rope_theta": sliding},
     }
-    assert TextConfig.from_dict(text) == TextConfig.from_dict(raw["text_config"])
+    for spelled in ({**raw, "text_config": text}, {**text, "model_type": "gemma3n_text"}):
+        assert ModelConfig.from_dict(spelled).text == ModelConfig.from_dict(raw).text
+        assert "rope_parameters" in text  # the argument is left as it is
     text["rope_parameters"][FULL]["rope_type"] = "yarn"
     with pytest.raises(ValueError, match="rope_type 'default'"):
-        TextConfig.from_dict(text)
+        ModelConfig.from_dict({**raw, "text_config": text})
+    for entry in (None, {}, 7):
+        text["rope_parameters"] = {FULL: {"rope_theta": full}, SLIDING: entry}
+        with pytest.raises(ValueError, match=r"rope_parameters\['sliding_attention'\] is"):
+            ModelConfig.from_dict({**raw, "text_config": text})
+
+
+def test_a_file_is_read_by_its_folder_or_its_own_path(raw, tiny_folder):
+    config = ModelConfig.from_dict(raw)
+    assert ModelConfig.from_file(tiny_folder) == ModelConfig.from_file(tiny_folder / "config.json") == config
+
+
+def test_every_spelling_is_read_as_the_published_one(raw, tmp_path):
+    text = {key: value for key, value in raw["text_config"].items() if not key.startswith("rope_")}
+    text["rope_parameters"] = {FULL: {"rope_theta": 1e6}, SLIDING: {"rope_type": "default", "rope_theta": 1e4}}
+    (tmp_path / "config.json").write_text(json.dumps({**text, "model_type": "gemma3n_text", "eos_token_id": 1}))
+    found = read_config(tmp_path)
+    rope = {key: raw["text_config"][key] for key in ("rope_theta", "rope_local_base_freq")}
+    kept = {
+        key: value for key, value in text.items() if key not in ("rope_parameters", "torch_dtype", "initializer_range")
+    }
+    assert found["text_config"] == kept | rope
+    assert (found["model_type"], found["eos_token_id"], found["torch_dtype"]) == ("gemma3n", 1, "bfloat16")
+
+
+def test_a_config_may_leave_the_ends_of_an_answer_to_others(raw):
+    del raw["eos_token_id"]
+    assert ModelConfig.from_dict(raw).eos_token_ids == ()
+    raw["text_config"]["eos_token_id"] = 1
+    assert ModelConfig.from_dict(raw).eos_token_ids == (1,)
 
 
 def test_scalar_widths_become_one_a_layer(raw):
@@ -81,7 +112,7 @@ def test_kv_owners_are_the_last_of_their_type(raw, layers):
 @pytest.mark.parametrize("key", ["hidden_size", "layer_types", "rms_norm_eps", "final_logit_softcapping", "rope_theta"])
 def test_a_missing_key_is_named(raw, key):
     del raw["text_config"][key]
-    with pytest.raises(ValueError, match=key):
+    with pytest.raises(ValueError, match=f"{key}' is missing: copy it from the config.json of the model"):
         ModelConfig.from_dict(raw)
 
 
