@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from g3n_mlx import completion
 from g3n_mlx.commands import INTERRUPTED, command_parser
 
 COMMANDS = {
@@ -18,12 +19,15 @@ COMMANDS = {
     "bench": ("g3n_mlx.bench", "measure load time, speed and memory"),
     "eval": ("g3n_mlx.eval", "measure quality on examples or a text"),
     "serve": ("g3n_mlx.server", "serve a model over OpenAI's API"),
+    "completion": ("g3n_mlx.completion", "print the script for completion by Tab"),
 }
 ALIASES = {"server": "serve"}
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "g3n") -> int:
     """Hands the arguments after the command's name to that command; returns its exit code."""
+    if completion.is_asked():
+        completion.complete(completion.whole_command_line(COMMANDS, ALIASES))
     arguments = list(sys.argv[1:] if argv is None else argv)
     command: str = command_line(prog).parse_args(arguments[:1]).command
     return _run(ALIASES.get(command, command), arguments[1:], f"{prog} {command}")
@@ -70,7 +74,10 @@ def server() -> int:
 def _run(command: str, arguments: list[str] | None = None, *prog: str) -> int:
     """Without prog the command has the name of its script."""
     try:
-        return import_module(f"{COMMANDS[command][0]}.__main__").main(arguments, *prog)
+        module = import_module(f"{COMMANDS[command][0]}.__main__")
+        if completion.is_asked():
+            completion.complete(module.command_line())
+        return module.main(arguments, *prog)
     except KeyboardInterrupt:  # before the command could take it
         return INTERRUPTED
 

@@ -55,13 +55,17 @@ def resolve(path_or_id: str | Path, revision: str | None = None, *, weights: boo
     return _download(hub_id, revision, _WANTED_FILES if weights else _DESCRIPTION_FILES)
 
 
+def models_here() -> list[tuple[Path, str]]:
+    """Every complete Gemma 3n of this program's conversions and of the hub cache: its folder, its path or hub id."""
+    return [*_cached_conversions(), *_hub_snapshots()]
+
+
 def default_model() -> tuple[Path, str]:
     """The model to use when none was named, and the line that says which one it is.
 
     The newest complete Gemma 3n of this program's conversions and of the hub cache, else the embedded demo.
     """
-    found = [*_cached_conversions(), *_hub_snapshots()]
-    if found:
+    if found := models_here():
         folder, name = max(found, key=lambda entry: (entry[0] / "config.json").stat().st_mtime)
         return folder, f"no --model given: using the newest Gemma 3n on this machine, {name}"
     return demo_folder(), (
