@@ -1,16 +1,21 @@
 """The seam: what the core asks of a backend, as calls of the whole model.
 
-Ints, numpy arrays, opaque caches, samplers, soft tokens and steps cross it, nothing else. `prefill` and `decode`
-return a Step at once; `int(step)` waits for its token. So a backend may start on the next token before the last one is
-known.
+One call takes rows of several sequences, flat behind each other (batch.py): the weights are read once for all of them.
+Ints and numpy arrays cross the seam, and arrays of the backend that the core only hands on: logits, steps, soft tokens,
+rows of a KV cache. Calls return at once; `int(step)` waits for the token. So a backend may start on the next call
+before the last token is known. All calls come from one thread (engine/runner.py).
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
 from g3n_mlx.sampling import SamplingParams
+
+# Tokens that a cache can forget at any time: longer than a draft of tokens is worth.
+MAX_TRIM_TOKENS = 64
 
 
 class Step(Protocol):
@@ -30,15 +35,11 @@ class Step(Protocol):
 
 
 class SoftTokens(Protocol):
-    """Rows [n, D] on the device that stand for a picture or a sound in the text model."""
+    """Rows [n, D] on the device that stand for an image or an audio clip in the text model."""
 
-    def __len__(self) -> int:
-        """How many rows."""
-        ...
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, rows: slice, /) -> "SoftTokens":
-        """Some of the rows."""
-        ...
+    def __getitem__(self, rows: slice, /) -> "SoftTokens": ...
 
     @property
     def nbytes(self) -> int:
@@ -46,87 +47,98 @@ class SoftTokens(Protocol):
         ...
 
 
-Soft = Sequence[tuple[int, SoftTokens]]  # where among a call's ids soft tokens begin, and they themselves
+Soft = Sequence[tuple[int, SoftTokens]]  # (index of the first id they replace, soft tokens) pairs
 
 
-class Snapshot(Protocol):
-    """What a cache needs to come back to an offset."""
+class KVArrays(Protocol):
+    """What a KV cache asks of an array framework (engine/cache.py); arrays are [1, K, S, H]."""
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the copied rows."""
+    def grown(self, old: Any | None, like: Any, used: int, rows: int, /) -> Any:
+        """An array of `rows` rows shaped as `like`, beginning with the `used` rows of the old one."""
+        ...
+
+    def joined(self, first: Any, second: Any, /) -> Any:
+        """Rows behind rows."""
+        ...
+
+    def copied(self, rows: Any, start: int, end: int, /) -> Any:
+        """Rows [start, end) in memory of their own."""
         ...
 
 
 class Cache(Protocol):
-    """Keys and values of one sequence, for every layer that owns some."""
+    """Keys and values of one sequence (engine/cache.py), as a backend sees it."""
 
     @property
     def offset(self) -> int:
-        """Tokens the cache has seen: the position of the next one."""
+        """Tokens seen: the position of the next one."""
         ...
 
     @property
-    def nbytes(self) -> int:
-        """Bytes allocated."""
-        ...
-
-    def nbytes_at(self, tokens: int) -> int:
-        """Bytes allocated once it holds so many tokens; one must have been seen, for its size."""
-        ...
-
-    def snapshot(self) -> Snapshot:
-        """A copy of what later tokens overwrite (the sliding windows), to come back to this offset."""
-        ...
-
-    def restore(self, snapshot: Snapshot, back: int = 0) -> None:
-        """Back to the offset of a snapshot taken of this cache, less `back`, which is 0 or 1.
-
-        The tokens before it must be the same ones.
-        """
-        ...
-
-    def fork(self, snapshot: Snapshot, back: int = 0) -> "Cache":
-        """A cache of its own where `restore` would take this one, which stays as it is."""
+    def layers(self) -> Mapping[int, Any]:
+        """Per layer that owns keys and values: `update(keys, values)` appends, and returns all that may be seen."""
         ...
 
 
 class Sampler(Protocol):
-    """Draws the tokens of one answer; keeps its penalties' counts and its stream of uniform numbers."""
+    """Draws the tokens of one answer; keeps its penalties' counts."""
+
+    def draw(self, logits: Any, position: int, mask: np.ndarray | None = None, /) -> Step:
+        """The token at a position of the answer, from 0, out of a row [V] of logits.
+
+        mask: bool [V], the tokens that may be drawn.
+        """
+        ...
+
+    def forget(self, n: int) -> None:
+        """Takes the last n drawn tokens out of the penalties' counts: a draft that was not accepted."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """That tokens be drawn after the last rows of a sequence in a call: 1 to decode, k + 1 to verify a draft of k."""
+
+    sampler: Sampler
+    position: int  # of the first drawn token in the answer, from 0: it decides the uniform number
+    masks: Sequence[np.ndarray | None] = (None,)  # for each, bool [V]: the tokens that may be drawn
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What one sequence appends to its cache in a call: ids, or the token of a step that may not be known yet."""
+
+    cache: Cache
+    token_ids: np.ndarray | Step  # int64 [T]
+    soft: Soft = ()
+    draw: Draw | None = None  # None: keys and values alone, so the layers that share others' are skipped
 
 
 class Model(Protocol):
-    """A loaded model of one backend. One sequence a call."""
+    """A loaded model of one backend."""
 
-    def make_cache(self) -> Cache:
-        """An empty cache."""
+    @property
+    def kv_arrays(self) -> KVArrays:
+        """What the KV caches of the sequences are made of."""
         ...
 
     def make_sampler(self, params: SamplingParams, prompt_ids: Sequence[int]) -> Sampler:
         """A sampler for one answer; the prompt's ids count for the repetition penalty."""
         ...
 
-    def prefill(
-        self,
-        token_ids: np.ndarray,
-        cache: Cache,
-        sampler: Sampler | None,
-        soft: Soft = (),
-        mask: np.ndarray | None = None,
-    ) -> Step | None:
-        """Appends [T] ids to the cache; with a sampler, draws the token that follows the last of them.
+    def __call__(self, batch: Any, /) -> Any:
+        """Appends a Batch to the caches of its sequences; logits [R, V] of the rows that are kept, None where R is 0.
 
-        Soft tokens replace the embeddings of the ids they cover. mask: bool [V], the tokens that may be drawn.
-        Without a sampler the layers that share keys and values are skipped: they leave nothing in the cache.
+        Soft tokens replace the embeddings of the ids they cover. Each sequence gets the logits that it would get alone.
         """
         ...
 
-    def decode(self, step: Step, cache: Cache, sampler: Sampler, mask: np.ndarray | None = None) -> Step:
-        """Appends the step's token to the cache and draws the next one, of those that the mask lets through."""
+    def begin_next(self, steps: Sequence[Any], caches: Sequence[Cache]) -> None:
+        """Allows the backend to start on the decode step that appends the tokens of these steps to the caches."""
         ...
 
-    def logits(self, token_ids: np.ndarray, cache: Cache, soft: Soft = ()) -> np.ndarray:
-        """Appends [T] ids to the cache; returns every row's logits, float32 [T, V]."""
+    def numpy(self, array: Any) -> np.ndarray:
+        """Logits or soft tokens on the host, float32."""
         ...
 
     def embed_image(self, pixels: np.ndarray) -> SoftTokens:
@@ -138,10 +150,6 @@ class Model(Protocol):
 
         Always the config's count; what the clip leaves over is the embedding of the vocabulary's last id.
         """
-        ...
-
-    def rows(self, soft_tokens: SoftTokens) -> np.ndarray:
-        """Soft tokens as float32 [n, D]."""
         ...
 
     def drop_towers(self) -> None:

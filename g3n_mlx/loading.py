@@ -10,7 +10,9 @@ from g3n_mlx.checkpoint import hub
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.convert import cached_conversion, plan_for
+from g3n_mlx.engine.runner import Runner, model_thread
 from g3n_mlx.installation import install_command
+from g3n_mlx.interface import Model
 from g3n_mlx.matformer.view import open_sliced
 from g3n_mlx.model import Gemma3n
 from g3n_mlx.prompt.tokenizer import Tokenizer
@@ -56,10 +58,15 @@ def load(
     activations = devices.dtype_of(dtype, place, bool(checkpoint.quantizations))
     tokenizer = Tokenizer.from_folder(folder)
     generation = folder / "generation_config.json"
-    devices.claim(place)
     model_file = importlib.import_module(f"g3n_mlx.backends.{backend}.model")
+    thread = model_thread(backend, devices.leave)
+
+    def built() -> Model:
+        devices.claim(place)
+        return model_file.Gemma3nModel(checkpoint, activations, place)
+
     return Gemma3n(
-        model_file.Gemma3nModel(checkpoint, activations, place),
+        Runner(thread.call(built), thread, name),
         checkpoint,
         tokenizer,
         name=name,

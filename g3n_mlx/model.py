@@ -1,6 +1,9 @@
-"""Gemma3n: what `load` returns and users hold. Messages in, text out, over the loop of generate.py."""
+"""Gemma3n: what `load` returns and users hold. Messages in, text out, over the engine."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Self, Unpack
@@ -9,16 +12,18 @@ import numpy as np
 
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.model import ModelConfig
+from g3n_mlx.engine.answer import Answer, chunks_of
+from g3n_mlx.engine.cache import Cache
 from g3n_mlx.engine.conversation import Conversation
-from g3n_mlx.engine.generate import Constraint, Timings, check_length, chunks, generate_tokens, soft_tokens
 from g3n_mlx.engine.grammar import Grammars
+from g3n_mlx.engine.many import answers
 from g3n_mlx.engine.options import AnswerOptions, constraint_of, parsed, with_media
-from g3n_mlx.engine.results import Chunk, Result, Usage
-from g3n_mlx.engine.scores import TokenScore, token_scores
+from g3n_mlx.engine.results import Chunk, Result
+from g3n_mlx.engine.runner import Runner
+from g3n_mlx.engine.scores import PromptReader, TokenScore
+from g3n_mlx.engine.sequence import Constraint, TokenSequence, check_length, chunks
 from g3n_mlx.engine.soft_tokens import EmbeddedMedia
-from g3n_mlx.engine.stops import StopStrings
 from g3n_mlx.failures import size_in_words
-from g3n_mlx.interface import Model, Step
 from g3n_mlx.media.audio import Audio
 from g3n_mlx.media.image import Image
 from g3n_mlx.media.opener import MediaOpener
@@ -30,8 +35,8 @@ from g3n_mlx.prompt.tokenizer import Tokenizer
 from g3n_mlx.sampling import SamplingOptions, SamplingParams, check_option_names
 
 ACTIVATION_BYTES = {"bfloat16": 2, "float32": 4}
-# Rows of logits at once in `score`: 64 MiB at the released vocabulary, in float32.
-SCORED_ROWS = 64
+# Answers in progress at once, of many prompts.
+PARALLEL = 4
 
 PromptLike = str | Sequence[int] | Sequence[Mapping[str, Any]] | Prompt
 
@@ -39,13 +44,13 @@ PromptLike = str | Sequence[int] | Sequence[Mapping[str, Any]] | Prompt
 class Gemma3n:
     """A model ready to answer. Made by `g3n_mlx.load`.
 
-    It keeps the cache of its last conversation, so that the next turn only runs what is new. Not for several
-    threads at once, but for its `preparer`; two streams that overlap in one thread do not disturb each other.
+    It keeps the cache of its last conversation, so that the next turn only runs what is new. It may be used from any
+    thread, and from several at once: their calls of the model queue up, so overlapping streams go on step by step.
     """
 
     def __init__(
         self,
-        model: Model,
+        runner: Runner,
         checkpoint: Checkpoint,
         tokenizer: Tokenizer,
         *,
@@ -68,11 +73,12 @@ class Gemma3n:
         if eos is None:  # where neither file says it, what ends a turn of the chat template
             eos = self.config.eos_token_ids or [tokenizer.id_of("<eos>"), tokenizer.id_of("<end_of_turn>")]
         self.eos_token_ids = frozenset(eos if isinstance(eos, Sequence) else [eos])
-        self._network: Model | None = model
+        self.runner = runner  # of the network, in the thread that it lives in
         opener = MediaOpener(checkpoint.folder, checkpoint.config)
         self.preparer = Preparer(tokenizer, opener, self.config.text.max_position_embeddings)
-        self._embedded = EmbeddedMedia(model)
+        self._embedded = EmbeddedMedia(runner)
         self._conversation: Conversation | None = None
+        self._conversation_lock = threading.Lock()
 
     def __repr__(self) -> str:
         bits = sorted({stored.bits for stored in self.checkpoint.quantizations.values()})
@@ -83,7 +89,7 @@ class Gemma3n:
             f"{' and '.join(map(str, bits))} bits" if bits else "not quantized",
             f"{self.backend} on {self.device}",
             self.dtype,
-            "closed" if self._network is None else f"{size_in_words(memory)} of weights in memory",
+            "closed" if self.runner.closed else f"{size_in_words(memory)} of weights in memory",
         ]
         return f"Gemma3n({', '.join(facts)})"
 
@@ -98,25 +104,17 @@ class Gemma3n:
 
         Later calls raise ValueError, and so do streams that are under way. Closing twice does no harm.
         """
-        if self._network is not None:
+        if not self.runner.closed:
             self.reset()
             self._embedded.clear()
-            self._network.close()
-            self._network = None
+            self.runner.close()
             self.checkpoint.close()
             vars(self).pop("grammars", None)
             return_freed_memory()
 
-    @property
-    def _model(self) -> Model:
-        """What runs; raises ValueError after `close`."""
-        if self._network is None:
-            raise ValueError(f"the model {self.name} has been closed: load it again")
-        return self._network
-
     def _check_open(self) -> None:
         """Raises ValueError after `close`."""
-        _ = self._model
+        _ = self.runner.model
 
     @property
     def config(self) -> ModelConfig:
@@ -157,8 +155,8 @@ class Gemma3n:
 
     def drop_towers(self) -> None:
         """Frees the vision and the audio tower and what they encoded; the next image or clip reads them again."""
-        self._model.drop_towers()
         self._embedded.clear()
+        self.runner.call(self.runner.model.drop_towers)
         return_freed_memory()
 
     def generate(
@@ -185,6 +183,75 @@ class Gemma3n:
         Prompt, options and errors as in `generate`; they are checked in this call, not at the first chunk.
         """
         return self._stream(*self._request(prompt, params, options))
+
+    async def agenerate(
+        self, prompt: PromptLike, params: SamplingParams | None = None, **options: Unpack[AnswerOptions]
+    ) -> Result:
+        """`generate` for an event loop. Cancelling it stops the generation within one token."""
+        prepared, sampling, constraint = await asyncio.to_thread(self._request, prompt, params, options)
+        result = Result.of([chunk async for chunk in self._astream(prepared, sampling, constraint)], sampling)
+        return replace(result, parsed=parsed(result.text, options.get("schema")))
+
+    async def astream(
+        self, prompt: PromptLike, params: SamplingParams | None = None, **options: Unpack[AnswerOptions]
+    ) -> AsyncGenerator[Chunk, None]:
+        """`stream` for an event loop; errors come with the first chunk. Cancelling it stops it within one token."""
+        request = await asyncio.to_thread(self._request, prompt, params, options)
+        async with contextlib.aclosing(self._astream(*request)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    def stream_many(
+        self,
+        prompts: Iterable[PromptLike],
+        params: SamplingParams | None = None,
+        *,
+        parallel: int = PARALLEL,
+        **options: Unpack[AnswerOptions],
+    ) -> Iterator[tuple[int, Result | Exception]]:
+        """The answers to many prompts as they are complete, each with the number of its prompt; errors in their place.
+
+        Each is the answer that it would get alone, prompt i with the seed + i. `parallel` of them are in progress at a
+        time, their next tokens drawn in one call of the model; a prompt is taken when there is room for it.
+        """
+        if not isinstance(parallel, int) or parallel < 1:
+            raise ValueError(f"parallel is {parallel!r}, expected an integer of at least 1")
+        if options.get("constraint") is not None:
+            raise ValueError("a constraint is good for one answer: give many prompts a schema, regex or lark")
+        base = self.sampling_params(params, **_sampling(options))
+        samplings: dict[int, SamplingParams] = {}
+
+        def begun() -> Iterator[tuple[int, Answer | Exception]]:
+            for number, prompt in enumerate(prompts):
+                samplings[number] = base if base.seed is None else replace(base, seed=base.seed + number)
+                try:
+                    request = self._request(prompt, samplings[number], _format(options))
+                    yield number, self.answer(self.conversation(), *request)
+                except (ValueError, OSError) as error:
+                    yield number, error
+
+        for number, outcome in answers(self.runner, begun(), parallel):
+            if isinstance(outcome, Exception):
+                yield number, outcome
+                continue
+            result = Result.of(outcome, samplings.pop(number))
+            yield number, replace(result, parsed=parsed(result.text, options.get("schema")))
+
+    def generate_many(
+        self,
+        prompts: Iterable[PromptLike],
+        params: SamplingParams | None = None,
+        *,
+        parallel: int = PARALLEL,
+        **options: Unpack[AnswerOptions],
+    ) -> list[Result]:
+        """The answers to many prompts, in their order; the first error of a prompt ends it. See `stream_many`."""
+        found: dict[int, Result] = {}
+        for number, result in self.stream_many(prompts, params, parallel=parallel, **options):
+            if isinstance(result, Exception):
+                raise result
+            found[number] = result
+        return [found[number] for number in sorted(found)]
 
     def sampling_params(
         self, params: SamplingParams | None = None, **overrides: Unpack[SamplingOptions]
@@ -229,30 +296,21 @@ class Gemma3n:
         Raises as `generate`, at the first chunk.
         """
         prepared = self._prompt(prompt)
-        ids = np.asarray(prepared.token_ids, dtype=np.int64)
         check_length(prepared, 0, self.config.text.max_position_embeddings)
-        cache = self._model.make_cache()
+        reader = PromptReader(self.runner, self.config.text, prepared, self._embedded)
         for a, b in chunks(0, start, (), SamplingParams().prefill_step_size):
-            self._model.prefill(ids[a:b], cache, None, soft_tokens(prepared.media, a, b, self._embedded))
-        for a, b in chunks(start, len(ids), (start,), rows):
-            yield self._model.logits(ids[a:b], cache, soft_tokens(prepared.media, a, b, self._embedded))
+            reader.skip(a, b)
+        for a, b in chunks(start, len(prepared.token_ids), (start,), rows):
+            yield reader.logits(a, b)
 
     def score(self, prompt: Prompt, top_logprobs: int = 0) -> Iterator[list[TokenScore]]:
         """Log probabilities of a prompt's own tokens, part by part. Raises PromptTooLong before anything runs."""
-        ids = np.asarray(prompt.token_ids, dtype=np.int64)
         check_length(prompt, 0, self.config.text.max_position_embeddings)
-        cache = self._model.make_cache()
-        last: np.ndarray | None = None
-        for a, b in chunks(0, len(ids), prompt.borders, SCORED_ROWS):
-            logits = self._model.logits(ids[a:b], cache, soft_tokens(prompt.media, a, b, self._embedded))
-            before = logits[:-1] if last is None else np.concatenate([last, logits[:-1]])
-            last = logits[-1:]
-            scores = token_scores(ids[b - len(before) : b], before, top_logprobs)
-            yield scores if a else [TokenScore(int(ids[0]), None, None), *scores]
+        yield from PromptReader(self.runner, self.config.text, prompt, self._embedded).scores(top_logprobs)
 
     def conversation(self) -> Conversation:
         """An empty cache, for `answer`."""
-        return Conversation(self._model.make_cache())
+        return Conversation(Cache(self.config.text, self.runner.model.kv_arrays))
 
     def answer(
         self,
@@ -260,36 +318,19 @@ class Gemma3n:
         prompt: Prompt,
         params: SamplingParams,
         constraint: Constraint | None = None,
-    ) -> Generator[Chunk | None, None, None]:
-        """The answer as it comes, over a cache of the caller's: None for every part of the prompt that was read.
+    ) -> Answer:
+        """An answer that is yet to run, over a cache of the caller's: a task for the runner, alone or among others.
 
-        What a server takes in turns for several callers. Broken off between two of them the conversation stays good.
-        Raises PromptTooLong before anything runs.
+        Broken off between two of its wishes, the conversation stays good. Raises PromptTooLong.
         """
-        timings = Timings()
+        model, text = self.runner.model, self.config.text
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
-        decoder, stops = self.tokenizer.stream(), StopStrings(params.stop)
-        steps = generate_tokens(
-            self._model,
-            conversation,
-            prompt,
+        return Answer(
+            TokenSequence(model, text, conversation, prompt, params, stop_ids, self._embedded, constraint),
+            self.tokenizer.stream(),
             params,
-            stop_ids,
-            self.config.text.max_position_embeddings,
-            timings,
-            self._embedded,
-            constraint,
+            lambda: max(peak_process_bytes(), model.peak_memory_bytes()),
         )
-        for step in steps:
-            if step is None:
-                yield None
-                continue
-            yield Chunk(stops.push(decoder.push(int(step))), int(step), *_logprobs(step, params))
-            if stops.found:
-                break
-        rest = "" if stops.found else stops.push(decoder.finish()) + stops.finish()
-        reason = "length" if timings.at_limit and not stops.found else "stop"
-        yield Chunk(rest, finish_reason=reason, usage=self._usage(timings))
 
     def reset(self) -> None:
         """Forgets the cached conversation and frees its memory."""
@@ -300,8 +341,7 @@ class Gemma3n:
     ) -> tuple[Prompt, SamplingParams, Constraint | None]:
         """What `answer` takes, made of what `generate` takes."""
         check_option_names(options, AnswerOptions.__annotations__)
-        overrides: Any = {name: options[name] for name in options if name in SamplingOptions.__annotations__}
-        sampling = self.sampling_params(params, **overrides)
+        sampling = self.sampling_params(params, **_sampling(options))
         constraint = constraint_of(options, lambda: self.grammars)
         prepared = self._prompt(with_media(prompt, options))
         check_length(prepared, 1, self.config.text.max_position_embeddings)
@@ -318,37 +358,53 @@ class Gemma3n:
     def _encoded(self, source: Image | Audio) -> np.ndarray:
         self._check_open()
         features = [piece for piece in self.preparer.opener.open(source, ANY_MEDIA) if not isinstance(piece, str)]
-        return np.concatenate([self._model.rows(self._embedded(piece)) for piece in features])
+        numpy = self.runner.model.numpy
+        return np.concatenate(
+            [self.runner.call(lambda piece=piece: numpy(self._embedded(piece))) for piece in features]
+        )
 
     def _stream(
         self, prompt: Prompt, params: SamplingParams, constraint: Constraint | None
     ) -> Generator[Chunk, None, None]:
-        # Taken out while in use: what breaks off inside a model call leaves a cache nobody can trust.
-        conversation, self._conversation = self._conversation or self.conversation(), None
+        conversation = self._taken_conversation()
+        answer = self.answer(conversation, prompt, params, constraint)
         try:
-            for chunk in self.answer(conversation, prompt, params, constraint):
-                if chunk is not None:
-                    yield chunk
-                self._check_open()
+            while not answer.finished:
+                yield from chunks_of(*self.runner.advance([answer]))
         except GeneratorExit:
             self._conversation = conversation  # closed between two tokens
             raise
         self._conversation = conversation
 
-    def _usage(self, timings: Timings) -> Usage:
-        computed = timings.prompt_tokens - timings.cached_tokens
-        decoded = timings.completion_tokens - 1
-        return Usage(
-            prompt_tokens=timings.prompt_tokens,
-            cached_tokens=timings.cached_tokens,
-            completion_tokens=timings.completion_tokens,
-            time_to_first_token_s=timings.prefill_s,
-            avg_prompt_tok_per_sec=computed / timings.prefill_s,
-            avg_compl_tok_per_sec=decoded / timings.decode_s if decoded > 0 and timings.decode_s else 0.0,
-            peak_memory_bytes=max(peak_process_bytes(), self._model.peak_memory_bytes()),
-        )
+    async def _astream(
+        self, prompt: Prompt, params: SamplingParams, constraint: Constraint | None
+    ) -> AsyncGenerator[Chunk, None]:
+        conversation = self._taken_conversation()
+        answer = self.answer(conversation, prompt, params, constraint)
+        try:
+            while not answer.finished:
+                for chunk in chunks_of(*await self.runner.advance_async([answer])):
+                    yield chunk
+        except GeneratorExit:
+            self._conversation = conversation
+            raise
+        self._conversation = conversation
+
+    def _taken_conversation(self) -> Conversation:
+        """The cached conversation, taken out while in use, or an empty one.
+
+        What breaks off inside a call of the model leaves a cache that nobody can trust.
+        """
+        with self._conversation_lock:
+            conversation, self._conversation = self._conversation, None
+        return conversation or self.conversation()
 
 
-def _logprobs(step: Step, params: SamplingParams) -> tuple[float | None, tuple[tuple[int, float], ...] | None]:
-    top = tuple(step.top_logprobs(params.top_logprobs)) if params.top_logprobs else None
-    return (step.logprob() if params.logprobs or params.top_logprobs else None), top
+def _sampling(options: AnswerOptions) -> Any:
+    """The options that say how an answer is sampled."""
+    return {name: options[name] for name in options if name in SamplingOptions.__annotations__}
+
+
+def _format(options: AnswerOptions) -> Any:
+    """The others: what it looks like, and media."""
+    return {name: options[name] for name in options if name not in SamplingOptions.__annotations__}

@@ -1,4 +1,4 @@
-"""How the next token is chosen: the options of one answer, and the stream of uniform numbers.
+"""How the next token is chosen: the options, the uniform numbers, and the draw in numpy.
 
 Both backends draw on their device, by the same rules: candidates stand in the order logit descending, id ascending;
 top_k, then top_p and min_p cut that list; one uniform number per token picks from it by inverse CDF. So equal logits
@@ -143,12 +143,18 @@ def _is_int(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-class UniformStream:
-    """The uniform numbers in [0, 1) of one answer, one a drawn token, from a seeded numpy generator."""
+class Uniforms:
+    """The uniform numbers in [0, 1) of one answer: the one of a position depends on it and the seed alone.
 
-    def __init__(self, seed: int | None):
-        self._generator = np.random.default_rng(seed)
+    So a draft that is drawn and rejected does not change what follows. Philox (Salmon et al., SC 2011) turns a counter,
+    the position, and a key, the seed, into random bits.
+    """
 
-    def next(self) -> float:
-        """The next number, exact in float32 and below 1 there."""
-        return float(self._generator.random(dtype=np.float32))
+    def __init__(self, seed: int | None) -> None:
+        """seed: an integer of any size; None takes one from the system."""
+        self._key = np.random.SeedSequence(seed).generate_state(2, np.uint64)
+
+    def at(self, position: int) -> float:
+        """The number of a position of the answer, from 0; exact in float32 and below 1 there."""
+        generator = np.random.Generator(np.random.Philox(counter=position, key=self._key))
+        return float(generator.random(dtype=np.float32))

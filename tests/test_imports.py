@@ -14,7 +14,7 @@ CORE = [
     "config.model",
     "convert",
     "engine.conversation",
-    "engine.generate",
+    "engine.sequence",
     "interface",
     "loading",
     "matformer.plan",

@@ -164,7 +164,7 @@ def test_every_layout_gives_the_goldens(open_model, tiny_folder, published, tmp_
             "model.embed_tokens.weight" if layout == "text_only" else "model.language_model.embed_tokens.weight"
         ]
         media_id = next(token for token in media if token >= 896)
-        embedded = model._model.embed(np.array([media_id]))
+        embedded = model.runner.model.embed(np.array([media_id]))
         expected = rows[media_id].astype(np.float32) * np.sqrt(np.float32(rows.shape[1]))
         np.testing.assert_allclose(np.asarray(embedded)[0], expected, rtol=1e-6)
     else:

@@ -5,11 +5,10 @@ import weakref
 
 import numpy as np
 import pytest
-from image_files import drawn, encoded
-from media_files import sound_file, tones, video_file
+from media_files import drawn, encoded, sound_file, tones, video_file
 
 from g3n_mlx import Audio, Image, Video, load
-from g3n_mlx.engine.generate import PromptTooLong
+from g3n_mlx.engine.sequence import PromptTooLong
 from g3n_mlx.engine.soft_tokens import EmbeddedMedia
 
 RATE = 16_000
@@ -27,7 +26,7 @@ def encodings(model, monkeypatch):
     calls: list[str] = []
 
     def counted(kind: str):
-        original = getattr(model._model, f"embed_{kind}")
+        original = getattr(model.runner.model, f"embed_{kind}")
 
         def embed(*arguments):
             calls.append(kind)
@@ -36,8 +35,8 @@ def encodings(model, monkeypatch):
         return embed
 
     for kind in ("image", "audio"):
-        monkeypatch.setattr(model._model, f"embed_{kind}", counted(kind))
-    monkeypatch.setattr(model, "_embedded", EmbeddedMedia(model._model))
+        monkeypatch.setattr(model.runner.model, f"embed_{kind}", counted(kind))
+    monkeypatch.setattr(model, "_embedded", EmbeddedMedia(model.runner))
     model.reset()
     return calls
 
@@ -125,12 +124,12 @@ def test_the_second_turn_encodes_nothing(model, encodings):
 def test_dropped_towers_are_gone_and_come_back(model, encodings):
     question = [user(Image(drawn()), Audio(tones(RATE), RATE), "What are these?")]
     answer = model.generate(question, **SHORT).token_ids
-    towers = [weakref.ref(model._model.vision_tower), weakref.ref(model._model.audio_tower)]
+    towers = [weakref.ref(model.runner.model.vision_tower), weakref.ref(model.runner.model.audio_tower)]
     assert all(tower() is not None for tower in towers)
     model.drop_towers()
     assert all(tower() is None for tower in towers)
     assert model.generate("No picture", **SHORT).token_ids
-    assert model._model.vision_tower is None
+    assert model.runner.model.vision_tower is None
     assert model.generate(question, **SHORT).token_ids == answer
 
 
@@ -138,7 +137,7 @@ def test_bad_media_are_said_before_the_model_runs(model, encodings, monkeypatch)
     def never(*_):
         raise AssertionError("the model ran")
 
-    monkeypatch.setattr(model._model, "prefill", never)
+    monkeypatch.setattr(model.runner, "advance", never)
     with pytest.raises(ValueError, match=r"messages\[0\]\.content\[1\]: not a picture"):
         model.stream([user(Image(drawn()), Image(b"no picture"))])
     assert not encodings

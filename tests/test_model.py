@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from g3n_mlx import Audio, load
-from g3n_mlx.engine.generate import PromptTooLong
+from g3n_mlx.engine.runner import Runner
+from g3n_mlx.engine.sequence import PromptTooLong
 from g3n_mlx.engine.stops import StopStrings
 from g3n_mlx.prompt.prompt import Prompt
 
@@ -435,15 +436,20 @@ def test_two_streams_do_not_disturb_each_other(model):
 @pytest.mark.parametrize("broken", ["prefill", "decode"])
 def test_an_interrupt_inside_a_model_call_leaves_a_usable_model(model, monkeypatch, broken):
     whole = model.generate(USER, **GREEDY).token_ids
-    network = model._model
-    original = getattr(network, broken)
+    network = model.runner.model
 
-    def interrupted(*arguments):
-        original(*arguments)  # the cache has moved on, the conversation has not
-        raise KeyboardInterrupt
+    class Interrupted:
+        def __getattr__(self, name):
+            return getattr(network, name)
+
+        def __call__(self, batch):
+            logits = network(batch)  # the cache has moved on, the conversation has not
+            if (broken == "decode") == bool(batch.steps):
+                raise KeyboardInterrupt
+            return logits
 
     with monkeypatch.context() as patch:
-        patch.setattr(network, broken, interrupted)
+        patch.setattr(model, "runner", Runner(Interrupted(), model.runner.thread, "tiny"))
         with pytest.raises(KeyboardInterrupt):
             model.generate([*model.prepare(USER).token_ids, *whole], **GREEDY)
     assert model.generate(USER, **GREEDY).token_ids == whole
@@ -476,7 +482,7 @@ def test_the_memory_of_the_repr_is_what_the_weights_take(tiny_folder, backend):
     sizes = []
     for dtype in ("float32", "bfloat16"):
         with load(tiny_folder, backend=backend, dtype=dtype, device="cpu") as model:
-            network = model._model.language_model
+            network = model.runner.model.language_model
             if backend == "mlx":
                 from mlx.utils import tree_flatten
 
@@ -494,7 +500,7 @@ def test_close_frees_the_weights_and_every_later_call_is_one_clear_error(tiny_fo
     model.encode_image(pixels)
     stream = model.stream(USER, **GREEDY)
     next(stream)
-    parts = [weakref.ref(part) for part in (model._model.language_model, model._model.vision_tower)]
+    parts = [weakref.ref(part) for part in (model.runner.model.language_model, model.runner.model.vision_tower)]
     prompt = model.prepare(USER)
     model.close()
     model.close()
@@ -511,7 +517,7 @@ def test_close_frees_the_weights_and_every_later_call_is_one_clear_error(tiny_fo
         lambda: model.encode_image(pixels),
         lambda: model.encode_audio(np.zeros(8000, np.float32), 16000),
         lambda: model.split_audio(Audio(np.zeros(8000, np.float32), 16000)),
-        lambda: next(model.answer(model.conversation(), prompt, model.sampling_params())),
+        lambda: model.answer(model.conversation(), prompt, model.sampling_params()),
         model.drop_towers,
     ]
     for call in calls:

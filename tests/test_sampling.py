@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from reference_draw import candidates, draw, penalize
 
-from g3n_mlx.sampling import SamplingParams, UniformStream
+from g3n_mlx.sampling import SamplingParams, Uniforms
 
 NEUTRAL = SamplingParams()
 
@@ -82,13 +82,13 @@ def test_published_defaults():
     assert SamplingParams(**greedy).greedy
 
 
-# The stream of uniform numbers.
+# The uniform numbers.
 
 
 def test_uniform_numbers_are_a_seeds_own():
     def first(seed):
-        stream = UniformStream(seed)
-        return [stream.next() for _ in range(1000)]
+        uniforms = Uniforms(seed)
+        return [uniforms.at(position) for position in range(1000)]
 
     assert first(1) == first(1) != first(2)
     assert first(None) != first(None)
@@ -97,6 +97,23 @@ def test_uniform_numbers_are_a_seeds_own():
     assert (numbers < 1).all()
     assert (numbers.astype(np.float32) == numbers).all()
     assert abs(numbers.mean() - 0.5) < 0.05
+
+
+@given(st.integers(0, 2**200), st.lists(st.integers(0, 40_000), min_size=1, max_size=20))
+def test_a_uniform_number_is_its_positions_own(seed, positions):
+    """In whatever order they are asked for, of whatever size the seed is."""
+    uniforms = Uniforms(seed)
+    asked = [uniforms.at(position) for position in positions]
+    assert asked == [Uniforms(seed).at(position) for position in positions]
+
+
+def test_uniform_numbers_do_not_change_between_versions():
+    """A seed that someone noted down gives the same answer later."""
+    assert [Uniforms(7).at(position) for position in (0, 1, 1000)] == [
+        0.268638551235199,
+        0.23281240463256836,
+        0.5559308528900146,
+    ]
 
 
 # The draw. Few values, so that many tie.

@@ -5,9 +5,9 @@ What the pair is allowed to have differently:
 | place | mlx | torch |
 |---|---|---|
 | every module | `__call__` | `forward` |
-| RoPE | `mx.fast.rope`, angles in float32 | cos and sin cast to the activations' dtype, as the reference does |
+| RoPE | `mx.fast.rope` on [T, N, 1, H], angles in float32 | cos and sin in the activations' dtype, as published |
 | attention | one kernel for all | in decode, heads of a group as rows of one query |
-| decode step | compiled layer by layer where the device can compile | eager |
+| decode step | compiled from one attention to the next (`steps.py`) | the layers' own forward |
 | quantized products | `mx.quantized_matmul` | int4 kernels on a packed form; blocks of dequantized rows |
 | quantized activations | float32 on the CPU device, where bf16 products are off by 5 % | the chosen dtype |
 | caches | functional updates | in place |
@@ -19,6 +19,10 @@ Names that one of them alone has:
 
 - MLX evaluates lazily: `weights.py:evaluated`; it has no log-softmax, and its CPU device adds in sequence, in float32:
   `sampling.py:log_softmax`, `sampling.py:cumulated`.
+- Compiled decode steps, in halves of layers: `steps.py:between`, `steps.py:before_attention`,
+  `steps.py:after_attention`,
+  `steps.py:same`, `steps.py:DecodeSteps.started`, `steps.py:DecodeSteps.finished`, `steps.py:DecodeSteps.first`,
+  `steps.py:DecodeSteps.last`, `model.py:Gemma3nModel.decode_graph`.
 - MLX has no resize by output size: `vision.py:interpolated`.
 - torch's CPU kernels for bfloat16 are compiled for every count of rows: `layers.py:padded`.
 - torch's packed int4 form: `layers.py:PackedLinear`, `layers.py:blockwise_product`, `layers.py:has_amx`,

@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 
 from g3n_mlx.config.model import ModelConfig
+from g3n_mlx.engine.runner import run
 from g3n_mlx.failures import is_expected, one_line
+from g3n_mlx.interface import Rows
 from g3n_mlx.memory import peak_process_bytes
 
 ENGINES = ("g3n_mlx", "mlx-lm", "transformers")
@@ -134,12 +136,10 @@ def _load_ours(request: Request) -> Loaded:
                 on_token()
 
     def decode_graph() -> Any:
-        import mlx.core as mx
-
-        backend: Any = model._model  # pyright: ignore[reportPrivateUsage]
-        text, cache, token = backend.language_model, backend.make_cache(), np.array([request.prompt_ids[-1]])
-        backend.logits(np.array(request.prompt_ids[:WARM_UP_PROMPT]), cache)
-        return text.logits(text(text.ahead(text.embed(mx.array(token)), cache.offset), token, cache, "last"))
+        network: Any = model.runner.model
+        cache = model.conversation().cache
+        run(network, [Rows(cache, np.array(request.prompt_ids[:WARM_UP_PROMPT]))])
+        return network.decode_graph(request.prompt_ids[-1], cache)
 
     return Loaded(
         description=f"g3n_mlx, {model.backend}, {model.dtype}, {model.device}",
@@ -147,7 +147,7 @@ def _load_ours(request: Request) -> Loaded:
         weight_bytes_per_token=model.checkpoint.nbytes_per_token,
         framework=model.backend,
         device=model.device,
-        decode_graph=decode_graph if model.backend == "mlx" else None,
+        decode_graph=(lambda: model.runner.call(decode_graph)) if model.backend == "mlx" else None,
     )
 
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
-from g3n_mlx.engine.generate import Constraint
 from g3n_mlx.engine.grammar import Grammars, closed
+from g3n_mlx.engine.sequence import Constraint
 from g3n_mlx.media.audio import Audio
 from g3n_mlx.media.image import Image
 from g3n_mlx.media.video import Video

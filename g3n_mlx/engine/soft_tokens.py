@@ -2,7 +2,8 @@
 
 from collections import OrderedDict
 
-from g3n_mlx.interface import Model, SoftTokens
+from g3n_mlx.engine.runner import Runner
+from g3n_mlx.interface import SoftTokens
 from g3n_mlx.media.image import ImageFeatures
 from g3n_mlx.prompt.prompt import Features
 
@@ -13,8 +14,8 @@ KEPT_SOFT_TOKENS_BYTES = 256 << 20
 class EmbeddedMedia:
     """Features to soft tokens, each picture or sound once: those used last are kept, found by their content."""
 
-    def __init__(self, model: Model) -> None:
-        self._model = model
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
         self._kept: OrderedDict[bytes, SoftTokens] = OrderedDict()
 
     def __call__(self, features: Features) -> SoftTokens:
@@ -23,9 +24,9 @@ class EmbeddedMedia:
             self._kept.move_to_end(features.digest)
             return self._kept[features.digest]
         if isinstance(features, ImageFeatures):
-            soft = self._model.embed_image(features.values())
+            soft = self._runner.model.embed_image(features.values())
         else:
-            soft = self._model.embed_audio(features.frames, features.mask)
+            soft = self._runner.model.embed_audio(features.frames, features.mask)
         self._kept[features.digest] = soft
         while sum(kept.nbytes for kept in self._kept.values()) > KEPT_SOFT_TOKENS_BYTES and len(self._kept) > 1:
             self._kept.popitem(last=False)

@@ -115,13 +115,10 @@ def _serve(arguments: argparse.Namespace) -> int:
         ),
     )
     metrics = Metrics()
+    model = _load(arguments)
     scheduler = Scheduler(
-        lambda: _load(arguments),
-        parallel=arguments.parallel,
-        cache_bytes=int(arguments.cache_memory * 1e9),
-        metrics=metrics,
+        model, parallel=arguments.parallel, cache_bytes=int(arguments.cache_memory * 1e9), metrics=metrics
     )
-    model = scheduler.start()
     engine = Engine(model, scheduler, limits, metrics)
     table = ModelTable(arguments.served_model_name or model.name, _short_name(model, arguments.matformer_config))
     policy = GatePolicy(

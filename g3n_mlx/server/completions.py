@@ -16,7 +16,7 @@ from g3n_mlx.prompt.prompt import Prompt
 from g3n_mlx.server.engine import TOO_LONG, Place, PlaceOf, unless_gone
 from g3n_mlx.server.errors import ApiError
 from g3n_mlx.server.exchange import Choices, respond, sampling_params, token_text
-from g3n_mlx.server.scheduler import Answer
+from g3n_mlx.server.scheduler import Task
 from g3n_mlx.server.schemas import MAX_PROMPTS, Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 
 router = APIRouter()
@@ -43,9 +43,9 @@ def _check(body: CompletionRequest) -> None:
         raise ApiError(400, f"more than {MAX_PROMPTS} answers in one request", param="prompt")
 
 
-async def _tasks(body: CompletionRequest, place: Place) -> list[Answer]:
+async def _tasks(body: CompletionRequest, place: Place) -> list[Task]:
     model, scored = place.engine.model, body.logprobs if body.echo else None
-    tasks: list[Answer] = []
+    tasks: list[Task] = []
     for text_or_ids in body.prompts:
         prompt = await _prompt(text_or_ids, place)
         for choice in range(body.num_choices):
@@ -61,7 +61,7 @@ async def _tasks(body: CompletionRequest, place: Place) -> list[Answer]:
                     # local-completions): it has to be there also when it is the end of the text.
                     ignore_eos=scored is not None and body.max_tokens == 1,
                 )
-            tasks.append(Answer(prompt, params, scored=scored))
+            tasks.append(Task(prompt, params, scored=scored))
     return tasks
 
 
@@ -91,7 +91,7 @@ class _CompletionShape:
     kind = chunk_kind = "text_completion"
     id_prefix = "cmpl"
 
-    def __init__(self, model: Gemma3n, body: CompletionRequest, tasks: Sequence[Answer]) -> None:
+    def __init__(self, model: Gemma3n, body: CompletionRequest, tasks: Sequence[Task]) -> None:
         self._model, self._body, self._tasks = model, body, tasks
 
     async def pieces(

@@ -16,14 +16,14 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 
-from g3n_mlx.engine.generate import check_length
 from g3n_mlx.engine.grammar import GrammarError, Grammars
+from g3n_mlx.engine.sequence import check_length
 from g3n_mlx.media.policy import MediaPolicy
 from g3n_mlx.model import Gemma3n
 from g3n_mlx.prompt.prompt import Prompt, PromptTooLong
 from g3n_mlx.server.errors import CLIENT_GONE, ApiError
 from g3n_mlx.server.metrics import Metrics
-from g3n_mlx.server.scheduler import DONE, Answer, Ended, Expired, Job, Scheduler
+from g3n_mlx.server.scheduler import DONE, Ended, Expired, Job, Scheduler, Task
 
 T = TypeVar("T")
 
@@ -154,7 +154,7 @@ class Place:
 
         return await self.opened(work, param, media=media)
 
-    async def run(self, tasks: Sequence[Answer]) -> AsyncIterator[tuple[int, Any]]:
+    async def run(self, tasks: Sequence[Task]) -> AsyncIterator[tuple[int, Any]]:
         """The steps of several tasks as they come, each with its task's index. Raises ApiError."""
         loop, steps = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Any]]()
 

@@ -18,7 +18,7 @@ from g3n_mlx.model import Gemma3n
 from g3n_mlx.sampling import SamplingParams
 from g3n_mlx.server.engine import Place, unless_gone
 from g3n_mlx.server.errors import ApiError
-from g3n_mlx.server.scheduler import Answer
+from g3n_mlx.server.scheduler import Task
 from g3n_mlx.server.schemas import (
     ChatChoice,
     Completion,
@@ -97,7 +97,7 @@ class Choices(Generic[C]):
     """The exchange of chat and completions: tasks, their choices, their usage."""
 
     def __init__(
-        self, body: GenerationRequest, place: Place, served: str, tasks: Sequence[Answer], shape: Shape[C]
+        self, body: GenerationRequest, place: Place, served: str, tasks: Sequence[Task], shape: Shape[C]
     ) -> None:
         """tasks: `n` for each prompt."""
         self._body, self._place, self._tasks, self._shape = body, place, tasks, shape

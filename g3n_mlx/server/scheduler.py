@@ -1,28 +1,30 @@
-"""The one thread that owns the model: answers in progress take their steps in turn, the others wait in a queue.
+"""Which answers are in progress: each takes a step in every round, the others wait in a queue.
 
-A step is a part of a prompt or one token, so a short question does not wait behind a long answer, and what a request
-is given depends on its own prompt alone. Every answer reserves at its start what its cache can grow to, so that the
-caches stay below their limit; idle ones in the prefix cache give way.
+In a round everyone who decodes gets a token, all in one call of the model, and one other a part of its prompt; so a
+short question does not wait for a long answer to end, and what a request is given depends on its own prompt alone.
+Every answer reserves at its start what its cache can grow to, so that the caches stay below their limit; idle ones in
+the prefix cache give way.
 """
 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Final
 
+from g3n_mlx.engine.answer import Answer
 from g3n_mlx.engine.conversation import Conversation
-from g3n_mlx.engine.generate import Constraint
 from g3n_mlx.engine.prefix_cache import PrefixCache
 from g3n_mlx.engine.results import Chunk
+from g3n_mlx.engine.runner import Failure, Rounds
 from g3n_mlx.engine.scores import TokenScore
+from g3n_mlx.engine.sequence import Constraint
 from g3n_mlx.model import Gemma3n
 from g3n_mlx.prompt.prompt import Prompt
 from g3n_mlx.sampling import SamplingParams
 from g3n_mlx.server.metrics import Metrics
 
-Step = Chunk | list[TokenScore] | None
 DONE: Final = object()
 
 
@@ -35,7 +37,7 @@ class Ended(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Task:
     """What a request asks of the model: to score its prompt's tokens, to answer it, or first one, then the other."""
 
     prompt: Prompt
@@ -53,7 +55,7 @@ class Answer:
 class Job:
     """A task on its way through the scheduler. `stopped` may be set by any thread, the rest is the scheduler's."""
 
-    task: Answer
+    task: Task
     deliver: Callable[[Any], None]  # given every step, and at the end DONE or an exception; raises nothing
     arrived: float  # time.monotonic()
     deadline: float
@@ -67,43 +69,49 @@ class Running:
 
     job: Job
     reserved_bytes: int
-    steps: Generator[Any, None, None] = field(init=False)
-    conversation: Conversation | None = None  # from its first step on
+    scores: Iterator[list[TokenScore]] | None = None  # None: none were asked for, or all are delivered
+    answer: Answer | None = None
     last_token: float | None = None  # time.monotonic() of its last token
+
+    @property
+    def decoding(self) -> bool:
+        """Whether its next step is a token; else it is a part of a prompt."""
+        return self.scores is None and self.answer is not None and self.answer.decoding
+
+    @property
+    def conversation(self) -> Conversation | None:
+        """The cache of its answer."""
+        return None if self.answer is None else self.answer.sequence.conversation
 
 
 class Scheduler:
-    """Owns the model and the thread that it lives in."""
+    """Runs the jobs of a model, in a thread of its own."""
 
-    def __init__(self, open_model: Callable[[], Gemma3n], *, parallel: int, cache_bytes: int, metrics: Metrics) -> None:
-        """open_model is called in the thread, since arrays of some frameworks belong to the thread that made them."""
-        self._open_model = open_model
+    def __init__(self, model: Gemma3n, *, parallel: int, cache_bytes: int, metrics: Metrics) -> None:
+        """The model answers once here: proof that it can, and the measure of what caches will take."""
+        self._model = model
         self._parallel = parallel
         self._cache_bytes = cache_bytes
         self._metrics = metrics
+        self._size = measured_cache(model)
+        self._prefixes = PrefixCache(model.conversation)
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._closing = self._ended = False
         self._started: dict[int, float] = {}  # when a request whose jobs wait had one started, by its id
-        self._running: list[Running] = []
-        self._model: Gemma3n | None = None
-        self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._live, name="model", daemon=True)
-
-    def start(self) -> Gemma3n:
-        """Starts the thread and waits until the model has answered once; raises what went wrong with that."""
+        self._rounds: Rounds[Running] = Rounds(lambda running: running.decoding)
+        self._thread = threading.Thread(target=self._live, name="scheduler", daemon=True)
         self._thread.start()
-        with self._changed:
-            self._changed.wait_for(lambda: self._model is not None or self._failure is not None)
-        if self._failure is not None:
-            raise self._failure
-        assert self._model is not None
-        return self._model
 
     @property
     def alive(self) -> bool:
         """Whether jobs will be answered."""
-        return self._model is not None and self._thread.is_alive() and not self._closing
+        return self._thread.is_alive() and not self._closing
+
+    @property
+    def running(self) -> int:
+        """How many jobs are in progress."""
+        return len(self._rounds.tasks)
 
     def submit(self, job: Job) -> None:
         """Puts a job into the queue."""
@@ -123,20 +131,8 @@ class Scheduler:
 
     def _live(self) -> None:
         try:
-            model = self._open_model()
-            self._size = first_words(model)
-        except Exception as error:  # noqa: BLE001 - it belongs to the thread that waits in `start`
-            with self._changed:
-                self._failure = error
-                self._changed.notify()
-            return
-        self._prefixes = PrefixCache(model.conversation)
-        with self._changed:
-            self._model = model
-            self._changed.notify()
-        try:
             while self._work_or_end():
-                self._admit(model)
+                self._admit()
                 self._round()
         finally:
             self._end()
@@ -144,47 +140,47 @@ class Scheduler:
     def _work_or_end(self) -> bool:
         """Waits for something to do; False when there is nothing more to come."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._running or self._closing)
-            return bool(self._waiting or self._running)
+            self._changed.wait_for(lambda: self._waiting or self._rounds.tasks or self._closing)
+            return bool(self._waiting or self._rounds.tasks)
 
     def _end(self) -> None:
-        """Nobody waits for a thread that is no more; there is nobody left unless it failed."""
+        """Releases every waiter; there are none unless the thread failed."""
         with self._changed:
             self._ended = True
-            jobs = [running.job for running in self._running] + list(self._waiting)
+            jobs = [running.job for running in self._rounds.tasks] + list(self._waiting)
             self._waiting.clear()
         for job in jobs:
             job.deliver(Ended())
 
-    def _admit(self, model: Gemma3n) -> None:
+    def _admit(self) -> None:
         """Starts waiting jobs, as many as the limits allow; one always.
 
         In their order, but a request of many prompts goes to the end of the queue with each that is started.
         """
-        context_tokens, window = model.config.text.max_position_embeddings, model.config.text.sliding_window
+        text = self._model.config.text
+        context_tokens, window = text.max_position_embeddings, text.sliding_window
         with self._changed:
             self._drop_late_ones()
-            admitted: list[tuple[Job, int]] = []
-            reserved = sum(running.reserved_bytes for running in self._running)
+            admitted: list[Running] = []
+            reserved = sum(running.reserved_bytes for running in self._rounds.tasks)
             known = {id(job.request) for job in self._waiting}
             self._started = {request: when for request, when in self._started.items() if request in known}
-            while self._waiting and len(self._running) + len(admitted) < self._parallel:
+            while self._waiting and len(self._rounds.tasks) + len(admitted) < self._parallel:
                 job = min(self._waiting, key=lambda job: self._started.get(id(job.request), job.arrived))
                 task = job.task
                 wanted = self._size.nbytes_at(task.tokens(context_tokens), window)
                 if task.scored is not None and task.params is not None:  # scores have a cache of their own
                     wanted += self._size.nbytes_at(len(task.prompt.token_ids), window)
-                if (self._running or admitted) and reserved + wanted > self._cache_bytes:
+                if (self._rounds.tasks or admitted) and reserved + wanted > self._cache_bytes:
                     break
                 reserved += wanted
                 self._started[id(job.request)] = time.monotonic()
                 self._waiting.remove(job)
-                admitted.append((job, wanted))
+                admitted.append(Running(job, wanted))
             self._metrics.waiting.set(len(self._waiting))
-        for job, wanted in admitted:
-            running = Running(job, wanted)
-            running.steps = self._steps(running, model)
-            self._running.append(running)
+        for running in admitted:
+            self._rounds.tasks.append(running)
+            self._begin(running)
 
     def _drop_late_ones(self) -> None:
         now = time.monotonic()
@@ -192,76 +188,103 @@ class Scheduler:
             self._waiting.remove(job)
             job.deliver(Expired())
 
-    def _round(self) -> None:
-        """One step of every running job. Decoding several of them in one call of the model would be done here."""
-        for running in list(self._running):
-            self._step(running)
-
-    def _steps(self, running: Running, model: Gemma3n) -> Generator[Any, None, None]:
-        """Scores part by part, then chunks; None where there is nothing to tell."""
-        task = running.job.task
-        if task.params is not None:
-            others = [other.conversation for other in self._running if other.conversation is not None]
-            running.conversation = self._prefixes.take(task.prompt.identity, others)
-        self._account()
-        if task.scored is not None:
-            yield from model.score(task.prompt, task.scored)
-        if task.params is not None and running.conversation is not None:
-            yield from model.answer(running.conversation, task.prompt, task.params, task.constraint)
-
-    def _step(self, running: Running) -> None:
-        job = running.job
+    def _begin(self, running: Running) -> None:
+        model, task = self._model, running.job.task
         try:
-            step = self._next(running)
-        except BaseException as error:  # noqa: BLE001 - whatever befalls one request, a panic in Rust say, others go on
-            # Its cache may be half written, so nobody gets it.
-            step = error
-        if step is DONE or isinstance(step, BaseException):
-            self._running.remove(running)
-            self._account()
-        else:
-            self._measure(running, step)
-        if step is not None:
-            job.deliver(step)
+            if task.scored is not None:
+                running.scores = model.score(task.prompt, task.scored)
+            if task.params is not None:
+                others = [one.conversation for one in self._rounds.tasks if one.conversation is not None]
+                conversation = model.runner.call(lambda: self._prefixes.take(task.prompt.identity, others))
+                running.answer = model.answer(conversation, task.prompt, task.params, task.constraint)
+        except Exception as error:  # noqa: BLE001 - whatever befalls one request, others go on
+            self._remove(running, error)
+            return
+        self._account()
+        if running.scores is None and running.answer is None:  # nothing was asked for
+            self._finish(running)
 
-    def _next(self, running: Running) -> Any:
-        """The job's next step; DONE or Expired at its end, when its cache is kept."""
-        late = time.monotonic() > running.job.deadline
-        step = DONE if late or running.job.stopped else next(running.steps, DONE)
-        if step is DONE:
-            running.steps.close()
-            if running.conversation is not None:
-                self._prefixes.put(running.conversation)
-        return Expired() if late else step
+    def _round(self) -> None:
+        """One step of every running job that decodes, and a part of the prompt of one that does not."""
+        for running in list(self._rounds.tasks):
+            if running.job.stopped or time.monotonic() > running.job.deadline:
+                self._finish(running)
+        for tasks in self._rounds.calls():
+            (first, *_) = tasks
+            if first.scores is not None:
+                self._score(first)
+                continue
+            answers = [running.answer for running in tasks if running.answer is not None]
+            for running, outcome in zip(tasks, self._model.runner.advance(answers), strict=True):
+                self._hand_out(running, outcome)
+
+    def _score(self, running: Running) -> None:
+        assert running.scores is not None
+        try:
+            part = next(running.scores, None)
+        except Exception as error:  # noqa: BLE001 - whatever befalls one request, others go on
+            self._remove(running, error)
+            return
+        if part is not None:
+            self._metrics.prompt_tokens.inc(len(part) if running.job.task.params is None else 0)
+            running.job.deliver(part)
+            return
+        running.scores = None
+        if running.answer is None:
+            self._finish(running)
+
+    def _hand_out(self, running: Running, outcome: "list[Chunk] | Failure") -> None:
+        if isinstance(outcome, Failure):
+            self._remove(running, outcome.error)  # its cache may be half written, so nobody gets it
+            return
+        for chunk in outcome:
+            self._measure(running, chunk)
+            running.job.deliver(chunk)
+        if running.answer is not None and running.answer.finished:
+            self._finish(running)
+
+    def _finish(self, running: Running) -> None:
+        """Ends a job that is complete, stopped or late; its cache is kept."""
+        conversation, job = running.conversation, running.job
+        if conversation is not None:
+            self._model.runner.call(lambda: self._prefixes.put(conversation))
+        done = running.scores is None and (running.answer is None or running.answer.finished)
+        self._remove(running, DONE if done or job.stopped else Expired())
+
+    def _remove(self, running: Running, end: object) -> None:
+        self._rounds.tasks.remove(running)
+        self._account()
+        running.job.deliver(end)
 
     def _account(self) -> None:
         """Lets idle caches give way to what the running ones may need."""
-        reserved = sum(running.reserved_bytes for running in self._running)
+        reserved = sum(running.reserved_bytes for running in self._rounds.tasks)
         self._prefixes.shrink(max(0, self._cache_bytes - reserved))
         self._metrics.cache_bytes.set(self._prefixes.nbytes)
-        self._metrics.running.set(len(self._running))
+        self._metrics.running.set(len(self._rounds.tasks))
 
-    def _measure(self, running: Running, step: Any) -> None:
+    def _measure(self, running: Running, chunk: Chunk) -> None:
         now, metrics = time.monotonic(), self._metrics
-        if not isinstance(step, Chunk):
-            metrics.prompt_tokens.inc(len(step or ()) if running.job.task.params is None else 0)
-            return
-        if step.token is not None:
+        if chunk.token is not None:
             if running.last_token is None:
                 metrics.first_token.observe(now - running.job.arrived)
             else:
                 metrics.next_token.observe(now - running.last_token)
             running.last_token = now
             metrics.completion_tokens.inc()
-        if step.usage is not None:
-            metrics.prompt_tokens.inc(step.usage.prompt_tokens)
-            metrics.cached_tokens.inc(step.usage.cached_tokens)
-            (metrics.cache_hits if step.usage.cached_tokens else metrics.cache_misses).inc()
+        if chunk.usage is not None:
+            metrics.prompt_tokens.inc(chunk.usage.prompt_tokens)
+            metrics.cached_tokens.inc(chunk.usage.cached_tokens)
+            (metrics.cache_hits if chunk.usage.cached_tokens else metrics.cache_misses).inc()
 
 
-def first_words(model: Gemma3n) -> Conversation:
-    """A conversation in which the model has answered: proof that it can, and the measure of what others will take."""
+def measured_cache(model: Gemma3n) -> Conversation:
+    """A conversation in which the model has answered, from which the sizes of others follow."""
     conversation = model.conversation()
-    for _ in model.answer(conversation, model.prepare("Hi"), model.sampling_params(max_tokens=1, temperature=0.0)):
-        pass
+    params = model.sampling_params(max_tokens=1, temperature=0.0)
+    first = model.answer(conversation, model.prepare("Hi"), params)
+    while not first.finished:
+        (outcome,) = model.runner.advance([first])
+        if isinstance(outcome, Failure):
+            raise outcome.error
     return conversation

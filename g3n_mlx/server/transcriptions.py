@@ -18,7 +18,7 @@ from g3n_mlx.media.audio import Audio
 from g3n_mlx.server.engine import Place, PlaceOf
 from g3n_mlx.server.errors import ApiError
 from g3n_mlx.server.exchange import respond, sampling_params
-from g3n_mlx.server.scheduler import Answer
+from g3n_mlx.server.scheduler import Task
 from g3n_mlx.server.schemas import RequestBody, divisible
 
 CLIP_TOKENS = 512  # nobody says more in half a minute, so a response that runs away ends here
@@ -118,7 +118,7 @@ class _Transcript:
             between = " " if self.segments and self.segments[-1].text else ""
             segment = Segment(start_s, end_s)
             self.segments.append(segment)
-            async for _, chunk in place.run([Answer(prompt, params)]):
+            async for _, chunk in place.run([Task(prompt, params)]):
                 if chunk.token is not None:
                     segment.token_ids.append(chunk.token)
                     segment.logprobs.append(chunk.logprob)

@@ -24,6 +24,13 @@ class Framework:
         """One of the backend's files."""
         return importlib.import_module(f"g3n_mlx.backends.{self.name}.{name}")
 
+    def weights(self, checkpoint: Checkpoint, dtype: str = "float32", quantized: bool = False, path: str = "") -> Any:
+        """A checkpoint's weights below a path, on the CPU."""
+        device, weights = self.module("device"), self.module("weights")
+        place = device.device_of("cpu")
+        device.claim(place)
+        return weights.Weights(checkpoint, weights.Placement(device.dtype_of(dtype, place, quantized), place), path)
+
     def model(self, checkpoint: Checkpoint, dtype: str = "float32") -> Any:
         """A Gemma3nModel on the CPU."""
         device = self.module("device")

@@ -21,12 +21,9 @@ PREFIX = "model.audio_tower."
 
 
 def tower_of(framework: Any, folder: Path, dtype: str = "float32") -> Any:
-    device = framework.module("device")
-    place = device.device_of("cpu")
-    device.claim(place)
     checkpoint = Checkpoint.open(folder)
-    weights = framework.module("weights").Weights(checkpoint, device.dtype_of(dtype, place, False), place)
-    return framework.module("audio").AudioTower(checkpoint.config.audio, weights.at("audio_tower"))
+    weights = framework.weights(checkpoint, dtype, path="audio_tower")
+    return framework.module("audio").AudioTower(checkpoint.config.audio, weights)
 
 
 def close(ours: np.ndarray, reference: np.ndarray, tolerance: float = TOLERANCE, name: str = "") -> None:

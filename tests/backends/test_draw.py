@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reference_draw import candidates, draw, masked, penalize
 
-from g3n_mlx.sampling import SamplingParams, UniformStream
+from g3n_mlx.sampling import SamplingParams, Uniforms
 
 MARGIN = 1e-5
 
@@ -33,16 +33,16 @@ def near_a_filter(scores, params):
 
 def assert_same_draws(framework, params, steps, prompt_ids=(), mask=None):
     """Draws a token from each of the [V] logits and compares it with numpy's, along the device's own answer."""
-    uniforms, answer = UniformStream(params.seed), []
+    uniforms, answer = Uniforms(params.seed), []
     sampler = sampler_of(framework, params, prompt_ids, len(steps[0]))
-    for logits in steps:
+    for position, logits in enumerate(steps):
         scores = masked(penalize(logits, params, prompt_ids, answer), mask)
-        token = int(sampler.draw(framework.array(logits), mask))
+        token = int(sampler.draw(framework.array(logits), position, mask))
         assert mask is None or mask[token]
         if params.greedy:
             assert token == candidates(scores, params)[0][0]
         else:
-            expected, distance = draw(scores, params, uniforms.next())
+            expected, distance = draw(scores, params, uniforms.at(position))
             assert token == expected or distance < MARGIN or near_a_filter(scores, params)
         answer.append(token)
 
@@ -119,8 +119,8 @@ def test_min_p_of_one_keeps_all_that_tie_for_the_best(framework):
     logits[[3, 20, 36]] = 1.7
     drawn = set()
     sampler = sampler_of(framework, SamplingParams(min_p=1.0, seed=1), (), 37)
-    for _ in range(60):
-        drawn.add(int(sampler.draw(framework.array(logits))))
+    for position in range(60):
+        drawn.add(int(sampler.draw(framework.array(logits), position)))
     assert drawn == {3, 20, 36}
 
 
@@ -128,7 +128,9 @@ def test_frequencies_follow_the_probabilities(framework):
     """2,000 draws from four tokens; the bound is four standard deviations."""
     logits = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))
     sampler = sampler_of(framework, SamplingParams(seed=5), (), 4)
-    counts = np.bincount([int(sampler.draw(framework.array(logits))) for _ in range(2000)], minlength=4)
+    counts = np.bincount(
+        [int(sampler.draw(framework.array(logits), position)) for position in range(2000)], minlength=4
+    )
     np.testing.assert_allclose(counts / 2000, np.exp(logits), atol=4 * np.sqrt(0.25 / 2000))
 
 
@@ -136,7 +138,7 @@ def test_frequencies_follow_the_probabilities(framework):
 @given(kind=KINDS, vocab_size=st.sampled_from([1, 7, 64, 200, 3000]), count=st.integers(1, 30), seed=st.integers(0, 99))
 def test_top_logprobs_stand_by_probability_then_id(framework, kind, vocab_size, count, seed):
     logits = logits_of(vocab_size, kind, seed)
-    step = sampler_of(framework, SamplingParams(temperature=0), (), vocab_size).draw(framework.array(logits))
+    step = sampler_of(framework, SamplingParams(temperature=0), (), vocab_size).draw(framework.array(logits), 0)
     wide = logits.astype(np.float64)
     expected = wide - np.log(np.exp(wide - wide.max()).sum()) - wide.max()
     order = np.lexsort((np.arange(vocab_size), -logits))[:count]
@@ -160,7 +162,7 @@ def test_logprobs_are_those_before_penalties_and_filters(framework):
     logits = np.array([1.0, 2.0, 3.0, 4.0], np.float32)
     params = SamplingParams(top_k=2, temperature=0.3, logit_bias={3: -np.inf}, presence_penalty=1.0, seed=0)
     sampler = sampler_of(framework, params, (), 4)
-    step = sampler.draw(framework.array(logits))
+    step = sampler.draw(framework.array(logits), 0)
     assert int(step) == 2
     log_softmax = logits - np.log(np.exp(logits).sum())
     assert step.logprob() == pytest.approx(log_softmax[2], abs=1e-6)
@@ -172,7 +174,7 @@ def test_same_seed_same_tokens_other_seed_others(framework):
 
     def drawn(seed):
         sampler = sampler_of(framework, SamplingParams(seed=seed, temperature=2.0), (), 500)
-        return [int(sampler.draw(framework.array(logits))) for logits in steps]
+        return [int(sampler.draw(framework.array(logits), i)) for i, logits in enumerate(steps)]
 
     assert drawn(1) == drawn(1)
     assert drawn(1) != drawn(2)
@@ -185,5 +187,20 @@ def test_backends_draw_the_same(frameworks):
     answers = []
     for framework in frameworks.values():
         sampler = sampler_of(framework, params, (5, 6), 1152)
-        answers.append([int(sampler.draw(framework.array(logits))) for logits in steps])
+        answers.append([int(sampler.draw(framework.array(logits), i)) for i, logits in enumerate(steps)])
     assert all(answer == answers[0] for answer in answers)
+
+
+def test_a_rejected_draft_does_not_change_an_answer(framework):
+    """A uniform number belongs to its position, and tokens can be taken back out of the penalties' counts."""
+    params = SamplingParams(seed=3, temperature=1.5, frequency_penalty=0.8, presence_penalty=0.3)
+    steps = [logits_of(200, "smooth", seed) for seed in range(20)]
+    plain, drafted = (sampler_of(framework, params, (5, 6), 200) for _ in range(2))
+    expected = [int(plain.draw(framework.array(logits), i)) for i, logits in enumerate(steps)]
+    found = []
+    for i, logits in enumerate(steps):
+        for ahead in range(3):  # drawn, and rejected
+            drafted.draw(framework.array(logits_of(200, "few", i + ahead)), i + ahead)
+        drafted.forget(3)
+        found.append(int(drafted.draw(framework.array(logits), i)))
+    assert found == expected

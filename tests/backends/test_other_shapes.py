@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from calls import decode, logits_of, make_cache, prefill
 from checkpoint_files import read_config
 from random_checkpoint import BASE, pattern, write_random
 
@@ -122,30 +123,30 @@ def test_logits_are_the_references(networks, reference, ids):
     expected = reference(ids)
     assert np.abs(expected).max() > 1  # or equality would say little
     for name, network in networks.items():
-        ours = network.logits(ids, network.make_cache())
+        ours = logits_of(network, ids, make_cache(network))
         np.testing.assert_allclose(ours, expected, rtol=0, atol=TOLERANCE, err_msg=name)
 
 
 def test_backends_agree_with_each_other(networks, ids):
     if len(networks) < 2:
         pytest.skip("one backend is installed")
-    ours = [network.logits(ids, network.make_cache()) for network in networks.values()]
+    ours = [logits_of(network, ids, make_cache(network)) for network in networks.values()]
     np.testing.assert_allclose(ours[0], ours[1], rtol=0, atol=TOLERANCE)
 
 
 def test_prefill_in_pieces_and_decode_follow_the_whole(networks, ids):
     """Prefill (of which the last piece is cut to one row) and greedy decode against logits of the whole sequence."""
     for name, network in networks.items():
-        cache, sampler = network.make_cache(), network.make_sampler(SamplingParams(temperature=0), ids)
+        cache, sampler = make_cache(network), network.make_sampler(SamplingParams(temperature=0), ids)
         for a, b in ((0, 6), (6, 7), (7, 11)):
-            assert network.prefill(ids[a:b], cache, None) is None
-        step = network.prefill(ids[11:], cache, sampler)
+            assert prefill(network, ids[a:b], cache, None) is None
+        step = prefill(network, ids[11:], cache, sampler)
         rows, tokens = [np.asarray(step.logits)], [int(step)]
         for _ in range(9):
-            step = network.decode(step, cache, sampler)
+            step = decode(network, step, cache, sampler)
             rows.append(np.asarray(step.logits))
             tokens.append(int(step))
-        whole = network.logits(np.concatenate([ids, tokens[:-1]]), network.make_cache())[LENGTH - 1 :]
+        whole = logits_of(network, np.concatenate([ids, tokens[:-1]]), make_cache(network))[LENGTH - 1 :]
         np.testing.assert_allclose(np.stack(rows), whole, rtol=0, atol=TOLERANCE, err_msg=name)
         assert tokens == whole.argmax(-1).tolist(), name
 
@@ -153,5 +154,5 @@ def test_prefill_in_pieces_and_decode_follow_the_whole(networks, ids):
 def test_no_key_of_a_sharing_layer_is_read(folder, networks):
     text = Checkpoint.open(folder).config.text
     for network in networks.values():
-        assert list(network.make_cache().layers) == list(range(text.first_kv_shared_layer))
+        assert list(make_cache(network).layers) == list(range(text.first_kv_shared_layer))
         assert not hasattr(network.language_model.layers[-1].self_attn, "k_proj") or not text.num_kv_shared_layers

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from calls import decode, logits_of, make_cache, prefill
 from checkpoint_files import read_config, read_folder, write_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,10 +54,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def weights_of(framework, checkpoint, dtype):
-    device = framework.module("device")
-    place = device.device_of("cpu")
-    device.claim(place)
-    return framework.module("weights").Weights(checkpoint, device.dtype_of(dtype, place, True), place, PATH)
+    return framework.weights(checkpoint, dtype, quantized=True, path=PATH)
 
 
 def dequantized(checkpoint):
@@ -181,21 +179,21 @@ def group_size_of(checkpoint):
 def assert_quantized_equals_dense(frameworks, folder, target, ids, new_tokens):
     """Logits of every backend on the quantized checkpoint against the first one's on the dense twin; greedy tokens."""
     dense = next(iter(frameworks.values())).model(Checkpoint.open(dense_twin(folder, target)))
-    expected = dense.logits(ids, dense.make_cache())
+    expected = logits_of(dense, ids, make_cache(dense))
     answers = []
     for name, framework in frameworks.items():
         network = framework.model(Checkpoint.open(folder))
         np.testing.assert_allclose(
-            network.logits(ids, network.make_cache()), expected, rtol=0, atol=1e-3, err_msg=f"{name}"
+            logits_of(network, ids, make_cache(network)), expected, rtol=0, atol=1e-3, err_msg=f"{name}"
         )
-        cache, sampler = network.make_cache(), network.make_sampler(SamplingParams(temperature=0), ids)
-        step, tokens = network.prefill(ids, cache, sampler), []
+        cache, sampler = make_cache(network), network.make_sampler(SamplingParams(temperature=0), ids)
+        step, tokens = prefill(network, ids, cache, sampler), []
         for _ in range(new_tokens):
             logits = np.sort(np.asarray(step.logits))
             if logits[-1] - logits[-2] < 2e-4:  # rounding may decide
                 break
             tokens.append(int(step))
-            step = network.decode(step, cache, sampler)
+            step = decode(network, step, cache, sampler)
         answers.append(tokens)
     shortest = min(map(len, answers))
     assert shortest >= new_tokens // 4, "the margins are too small to tell"
@@ -226,12 +224,12 @@ def test_packed_products_in_bfloat16_cost_what_bfloat16_costs(
     ids = golden_arrays("text_logits")["input_ids"][0].astype(np.int64)
     folder = convert(tiny_folder, tmp_path / "ours", q_bits=4, progress=False)
     exact = torch_framework.model(Checkpoint.open(folder))
-    expected = exact.logits(ids, exact.make_cache())
+    expected = logits_of(exact, ids, make_cache(exact))
     network = torch_framework.model(Checkpoint.open(folder), "bfloat16")
-    assert np.abs(network.logits(ids, network.make_cache()) - expected).max() <= allowed
+    assert np.abs(logits_of(network, ids, make_cache(network)) - expected).max() <= allowed
     for rows in (1, 2, 7, 39):  # few rows: the int4 kernel, also fed with slices of the streams
-        cache = network.make_cache()
-        parts = [network.logits(ids[i : i + rows], cache) for i in range(0, len(ids), rows)]
+        cache = make_cache(network)
+        parts = [logits_of(network, ids[i : i + rows], cache) for i in range(0, len(ids), rows)]
         assert np.abs(np.concatenate(parts) - expected).max() <= allowed
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from calls import logits_of, make_cache
 from checkpoint_files import read_config
 from random_gemma3n import IMAGE, MediaPrompt, random_prompt, write_gemma3n
 
 from g3n_mlx.checkpoint.folder import Checkpoint
-from g3n_mlx.engine.generate import chunks, soft_tokens
+from g3n_mlx.engine.sequence import chunks, soft_tokens
 from g3n_mlx.prompt.prompt import MediaSpan
 
 TOLERANCE = 1e-3
@@ -92,16 +93,16 @@ def test_logits_are_the_references(networks, prompt, soft, expected):
     assert np.abs(expected).max() > 1  # or equality would say little
     for name, network in networks.items():
         media = placed(prompt, soft[name], 0, len(prompt.token_ids))
-        ours = network.logits(prompt.token_ids, network.make_cache(), media)
+        ours = logits_of(network, prompt.token_ids, make_cache(network), media)
         np.testing.assert_allclose(ours, expected, rtol=0, atol=TOLERANCE, err_msg=name)
 
 
 def test_pieces_are_the_whole(networks, prompt, soft):
     for name, network in networks.items():
-        whole = network.logits(prompt.token_ids, network.make_cache(), placed(prompt, soft[name], 0, 10**6))
-        cache = network.make_cache()
+        whole = logits_of(network, prompt.token_ids, make_cache(network), placed(prompt, soft[name], 0, 10**6))
+        cache = make_cache(network)
         rows = [
-            network.logits(prompt.token_ids[a:b], cache, placed(prompt, soft[name], a, b))
+            logits_of(network, prompt.token_ids[a:b], cache, placed(prompt, soft[name], a, b))
             for a, b in chunks(0, len(prompt.token_ids), (), 5)
         ]
         np.testing.assert_allclose(np.concatenate(rows), whole, rtol=0, atol=TOLERANCE, err_msg=name)

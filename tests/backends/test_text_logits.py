@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from calls import decode, logits_of, make_cache, prefill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,8 +17,8 @@ GREEDY = SamplingParams(temperature=0)
 
 def scored(network, ids, spans):
     """Logits of all rows, the prompt cut at the given positions."""
-    cache, borders = network.make_cache(), [0, *spans, len(ids)]
-    return np.concatenate([network.logits(ids[a:b], cache) for a, b in pairwise(borders)])
+    cache, borders = make_cache(network), [0, *spans, len(ids)]
+    return np.concatenate([logits_of(network, ids[a:b], cache) for a, b in pairwise(borders)])
 
 
 @pytest.mark.parametrize("case", ["", "media_token_"])
@@ -51,11 +52,11 @@ def test_any_prefill_gives_the_same_next_token(network, golden_arrays, borders, 
     golden = golden_arrays("text_logits")
     length = data.draw(st.integers(2, golden["input_ids"].shape[1]))
     ids = golden["input_ids"][0, :length].astype(np.int64)
-    cache, sampler = network.make_cache(), network.make_sampler(GREEDY, ids)
+    cache, sampler = make_cache(network), network.make_sampler(GREEDY, ids)
     cuts = [0, *sorted(border for border in borders if border < length), length]
     step = None
     for a, b in pairwise(cuts):
-        step = network.prefill(ids[a:b], cache, sampler if b == length else None)
+        step = prefill(network, ids[a:b], cache, sampler if b == length else None)
     assert cache.offset == length
     expected = golden["logits"][0, length - 1]
     np.testing.assert_allclose(np.asarray(step.logits), expected, rtol=0, atol=TOLERANCE)
@@ -66,12 +67,12 @@ def test_greedy_tokens_and_their_logits(network, golden_arrays):
     """The goldens decode ids of the image and audio ranges too, which are embedded by their embedders."""
     golden = golden_arrays("text_generation")
     ids = golden["input_ids"][0].astype(np.int64)
-    cache, sampler = network.make_cache(), network.make_sampler(GREEDY, ids)
-    step = network.prefill(ids, cache, sampler)
+    cache, sampler = make_cache(network), network.make_sampler(GREEDY, ids)
+    step = prefill(network, ids, cache, sampler)
     for position, (token, logits) in enumerate(zip(golden["tokens"], golden["logits"], strict=True)):
         np.testing.assert_allclose(np.asarray(step.logits), logits, rtol=0, atol=TOLERANCE, err_msg=str(position))
         assert int(step) == token
-        step = network.decode(step, cache, sampler)
+        step = decode(network, step, cache, sampler)
     vision = network.config.vision.vocab_offset
     assert (golden["tokens"] >= vision).any()
 
@@ -92,8 +93,8 @@ def test_embedders_are_read_when_their_ids_occur(framework, tiny_folder, golden_
     read, original = [], checkpoint.read
     checkpoint.read = lambda name, *span: (read.append(name), original(name, *span))[1]
     network = framework.model(checkpoint)
-    network.logits(golden_arrays("text_logits")["input_ids"][0].astype(np.int64), network.make_cache())
+    logits_of(network, golden_arrays("text_logits")["input_ids"][0].astype(np.int64), make_cache(network))
     assert not [name for name in read if not name.startswith("language_model.")]
     assert not [name for name in read if "per_layer.weight" in name]
-    network.logits(golden_arrays("text_logits")["media_token_input_ids"][0].astype(np.int64), network.make_cache())
+    logits_of(network, golden_arrays("text_logits")["media_token_input_ids"][0].astype(np.int64), make_cache(network))
     assert {name.split(".")[0] for name in read} == {"language_model", "embed_vision", "embed_audio"}

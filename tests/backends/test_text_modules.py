@@ -2,6 +2,9 @@
 
 import numpy as np
 import pytest
+from calls import make_cache
+
+from g3n_mlx.batch import Context
 
 TOLERANCE = 1e-4  # max abs; three times golden/noise.json's largest float32 column is below it
 LAYERS = (0, 3, 4, 5, 9)  # the first, the two owners, the two kinds of reader
@@ -25,8 +28,9 @@ def test_embeddings_and_ple(framework, network, golden):
     model, ids = network.language_model, golden["input_ids"][0].astype(np.int64)
     embeddings = network.embed(ids)
     close(framework, embeddings, golden["embeddings"][0])
-    ahead = model.ahead(embeddings, 0)
-    ple = (framework.numpy(ahead.projected) + framework.numpy(model.per_layer_rows(ids))) / np.sqrt(np.float32(2))
+    ple = (framework.numpy(model.projected(embeddings)) + framework.numpy(model.per_layer_rows(ids))) / np.sqrt(
+        np.float32(2)
+    )
     np.testing.assert_allclose(ple, golden["per_layer_inputs"][0], rtol=0, atol=TOLERANCE)
     close(framework, model.expanded(embeddings), streams(golden, 0))
 
@@ -45,12 +49,11 @@ def test_parts_of_a_layer(framework, network, golden, layer_idx):
     close(framework, layer.input_layernorm(active), part("input_layernorm"))
     x = framework.array(part("input_layernorm"))
     close(framework, layer.laurel(x), part("laurel"))
-    rope = model.rope(0, len(part("laurel")))
+    rows = len(part("laurel"))
+    rope, context = model.rope(np.arange(rows, dtype=np.int32)), Context([make_cache(network)], [rows])
     owner = config.kv_owners[layer_idx]
-    owners_x = framework.array(part("input_layernorm", owner))
-    keys, values = model.layers[owner].self_attn.keys_values(owners_x, rope)
-    attended = layer.self_attn.attend(layer.self_attn.queries(x, rope), keys, values)
-    close(framework, layer.self_attn.o_proj(attended), part("self_attn"))
+    model.layers[owner].self_attn.store(framework.array(part("input_layernorm", owner)), rope, context)
+    close(framework, layer.self_attn(x, rope, context), part("self_attn"))
     normed = layer.post_attention_layernorm(framework.array(part("self_attn")))
     close(framework, normed, part("post_attention_layernorm"))
     close(framework, layer.mlp(framework.array(part("pre_feedforward_layernorm"))), part("mlp"))
@@ -60,18 +63,11 @@ def test_parts_of_a_layer(framework, network, golden, layer_idx):
 
 def test_streams_after_every_layer(framework, network, golden):
     model, ids = network.language_model, golden["input_ids"][0].astype(np.int64)
-    ahead = model.ahead(network.embed(ids), 0)
     ple = framework.array(golden["per_layer_inputs"][0])
-    halfway, shared = ahead.halfway, {}
+    now, _, rope = model.start(network.embed(ids), np.arange(len(ids), dtype=np.int32))
+    context = Context([make_cache(network)], [len(ids)])
     for layer_idx, layer in enumerate(model.layers):
-        owner = model.config.kv_owners[layer_idx]
-        if owner == layer_idx:
-            shared[layer_idx] = (halfway.keys, halfway.values)
-        else:
-            assert halfway.keys is None
-        attended = layer.self_attn.attend(halfway.queries, *shared[owner])
-        now = layer.after_attention(attended, halfway.predictions, halfway.laurel, ple[:, layer_idx])
+        now = layer(now, ple[:, layer_idx], rope, context)
+        assert context.holds(layer_idx) == (model.config.kv_owners[layer_idx] == layer_idx)
         close(framework, now, streams(golden, layer_idx + 1))
-        if layer_idx + 1 < len(model.layers):
-            halfway = model.layers[layer_idx + 1].before_attention(now, ahead.rope)
-    close(framework, model.finish(now), golden["final_norm"][0])
+    close(framework, model.norm(model.merged(now)), golden["final_norm"][0])

@@ -21,11 +21,8 @@ STAGES = ["stem", "stage0", "stage1", "stage2", "stage3"]
 
 def tower(framework: Any, folder: Path, dtype: str = "float32") -> Any:
     """A checkpoint's VisionTower on the CPU."""
-    device = framework.module("device")
-    place = device.device_of("cpu")
-    device.claim(place)
-    weights = framework.module("weights").Weights(Checkpoint.open(folder), device.dtype_of(dtype, place, False), place)
-    return framework.module("vision").VisionTower(weights.checkpoint.config.vision, weights.at("vision_tower"))
+    weights = framework.weights(Checkpoint.open(folder), dtype, path="vision_tower")
+    return framework.module("vision").VisionTower(weights.checkpoint.config.vision, weights)
 
 
 def features(framework: Any, network: Any, pixels: np.ndarray) -> np.ndarray:

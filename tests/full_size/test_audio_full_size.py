@@ -110,7 +110,8 @@ def our_encoder(runner: str, dtype: str, folder: Path) -> Any:
     place = device.device_of("cpu")
     device.claim(place)
     checkpoint = Checkpoint.open(folder)
-    below = weights.Weights(checkpoint, device.dtype_of(dtype, place, False), place).at("audio_tower")
+    placement = weights.Placement(device.dtype_of(dtype, place, False), place)
+    below = weights.Weights(checkpoint, placement).at("audio_tower")
     tower = audio.AudioTower(checkpoint.config.audio, below)
     if runner == "mlx":
         import mlx.core as mx

@@ -89,10 +89,10 @@ def open_torch(folder: Path, dtype: str) -> Network:
     import torch
 
     from g3n_mlx.backends.torch.vision import VisionTower
-    from g3n_mlx.backends.torch.weights import Weights
+    from g3n_mlx.backends.torch.weights import Placement, Weights
 
     checkpoint = Checkpoint.open(folder)
-    weights = Weights(checkpoint, getattr(torch, dtype), torch.device("cpu"), "vision_tower")
+    weights = Weights(checkpoint, Placement(getattr(torch, dtype), torch.device("cpu")), "vision_tower")
     tower = VisionTower(checkpoint.config.vision, weights)
 
     @torch.no_grad()
@@ -106,10 +106,10 @@ def open_mlx(folder: Path, dtype: str) -> Network:
     import mlx.core as mx
 
     from g3n_mlx.backends.mlx.vision import VisionTower
-    from g3n_mlx.backends.mlx.weights import Weights
+    from g3n_mlx.backends.mlx.weights import Placement, Weights
 
     checkpoint = Checkpoint.open(folder)
-    weights = Weights(checkpoint, getattr(mx, dtype), mx.default_device(), "vision_tower")
+    weights = Weights(checkpoint, Placement(getattr(mx, dtype), mx.default_device()), "vision_tower")
     tower = VisionTower(checkpoint.config.vision, weights)
 
     def run(pixels: np.ndarray) -> np.ndarray:

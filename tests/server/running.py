@@ -77,10 +77,10 @@ def started(folder: Path, **options: Any) -> Server:
     metrics = Metrics()
     backend = options.pop("backend", "torch")
     # In float32 an answer is the same whether its prompt was cached or not: what differs, no draw sees.
-    loader = functools.partial(load, folder, backend=backend, dtype="float32")
-    scheduler = Scheduler(loader, parallel=parallel, metrics=metrics, **scheduling)
+    model = load(folder, backend=backend, dtype="float32")
+    scheduler = Scheduler(model, parallel=parallel, metrics=metrics, **scheduling)
     policy = MediaPolicy(**{**STRICT, **options})
-    engine = Engine(scheduler.start(), scheduler, ServerLimits(parallel=parallel, policy=policy, **limits), metrics)
+    engine = Engine(model, scheduler, ServerLimits(parallel=parallel, policy=policy, **limits), metrics)
     app = create_app(engine, ModelTable(**names), GatePolicy(**gate))
     listener = socket.create_server(("127.0.0.1", 0))
     runner = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=120))

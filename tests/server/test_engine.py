@@ -14,7 +14,7 @@ from running import started, stopped, video, wait_until
 
 from g3n_mlx.engine.grammar import GrammarError
 from g3n_mlx.server import app
-from g3n_mlx.server.scheduler import DONE, Answer, Ended, Expired, Job
+from g3n_mlx.server.scheduler import DONE, Ended, Expired, Job, Task
 
 HELLO = [{"role": "user", "content": "Hello"}]
 AN_HOUR_S = 3600.0
@@ -74,7 +74,7 @@ def job(server, deliver, text="Hello", constraint=None, timeout_s=AN_HOUR_S, **o
     model = server.engine.model
     params = model.sampling_params(**{"ignore_eos": True, "temperature": 0.0, "max_tokens": 40, **options})
     now = time.monotonic()
-    return Job(Answer(model.prepare(text), params, constraint), deliver, now, now + timeout_s)
+    return Job(Task(model.prepare(text), params, constraint), deliver, now, now + timeout_s)
 
 
 def run(server, *args, **options):
@@ -173,7 +173,7 @@ def test_a_request_of_many_prompts_leaves_room_for_others(held):
 
 def stop_all(server, *others):
     """Waits until nothing runs."""
-    for running in list(server.engine.scheduler._running):
+    for running in list(server.engine.scheduler._rounds.tasks):
         running.job.stopped = True
     for steps in others:
         assert steps.ended.wait(300)
@@ -387,6 +387,6 @@ def test_caches_in_progress_stay_within_the_memory(held):
     gate.open.set()
     most = 0
     while not all(steps.ended.is_set() for steps in others):
-        most = max(most, len(server.engine.scheduler._running))
+        most = max(most, server.engine.scheduler.running)
         time.sleep(0.001)
     assert most == 1

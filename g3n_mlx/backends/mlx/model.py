@@ -13,17 +13,20 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
+from g3n_mlx.backends.mlx import cache
 from g3n_mlx.backends.mlx.audio import AudioTower
-from g3n_mlx.backends.mlx.cache import Cache
 from g3n_mlx.backends.mlx.layers import linear
 from g3n_mlx.backends.mlx.sampling import Sampler, Step
-from g3n_mlx.backends.mlx.text import Ahead, LanguageModel, RMSNorm
+from g3n_mlx.backends.mlx.steps import DecodeSteps
+from g3n_mlx.backends.mlx.text import LanguageModel, RMSNorm
 from g3n_mlx.backends.mlx.vision import VisionTower
-from g3n_mlx.backends.mlx.weights import Weights, evaluated, from_numpy
+from g3n_mlx.backends.mlx.weights import Placement, Weights, evaluated, from_numpy
+from g3n_mlx.batch import Batch, embedder_rows
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.audio import AudioConfig
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.config.vision import VisionConfig
+from g3n_mlx.interface import Cache, KVArrays, Soft
 from g3n_mlx.sampling import SamplingParams
 
 
@@ -55,60 +58,50 @@ class MultimodalEmbedder(nn.Module):
 
 
 class Gemma3nModel(nn.Module):
-    """A loaded checkpoint on one device. One sequence a call."""
+    """A loaded checkpoint on one device."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype, device: mx.Device) -> None:
         super().__init__()
         self.config: ModelConfig = checkpoint.config
         self.device = device
-        self.weights = Weights(checkpoint, dtype, device)
+        self.weights = Weights(checkpoint, Placement(dtype, device))
         self.language_model = LanguageModel(self.config.text, self.weights.at("language_model"))
+        self.decode_steps = DecodeSteps(self.language_model, self.config)
         self.embedders: dict[str, MultimodalEmbedder] = {}
         self.vision_tower: VisionTower | None = None
         self.audio_tower: AudioTower | None = None
 
-    def make_cache(self) -> Cache:
-        """An empty cache."""
-        return Cache(self.config.text)
+    @property
+    def kv_arrays(self) -> KVArrays:
+        """What the sequences' KV caches are made of."""
+        return cache
 
     def make_sampler(self, params: SamplingParams, prompt_ids: Sequence[int]) -> Sampler:
         """A sampler for one answer."""
         return Sampler(params, prompt_ids, self.config.text.vocab_size, self.device)
 
-    def prefill(
-        self,
-        token_ids: np.ndarray,
-        cache: Cache,
-        sampler: Sampler | None,
-        soft: Sequence[tuple[int, mx.array]] = (),
-        mask: np.ndarray | None = None,
-    ) -> Step | None:
-        """Appends [T] ids to the cache; with a sampler, draws the token that follows."""
-        ahead = self.language_model.ahead(self.embed(token_ids, soft), cache.offset)
-        hidden = self.language_model(ahead, token_ids, cache, "none" if sampler is None else "last")
-        if sampler is None:
+    def __call__(self, batch: Batch) -> mx.array | None:
+        """Appends a batch to its sequences' caches; logits [R, V] of the rows that are kept, None where R is 0."""
+        if self.decode_steps.takes(batch):
+            hidden = self.decode_steps(batch)
+        else:
+            start = self.language_model.start(self.embed(batch.token_ids(), batch.soft()), batch.positions)
+            hidden = self.language_model(start, batch)
+        if hidden is None:
             # Computed chunk by chunk, or the graph of the whole prompt would grow in memory.
-            mx.eval([[layer.keys, layer.values] for layer in cache.layers.values()])
+            mx.eval([[layer.keys, layer.values] for one in batch.caches for layer in one.layers.values()])
             return None
-        assert hidden is not None
-        return self.drawn(hidden, cache, sampler, mask)
+        return self.language_model.logits(hidden)
 
-    def decode(self, step: Step, cache: Cache, sampler: Sampler, mask: np.ndarray | None = None) -> Step:
-        """Appends the step's token to the cache and draws the next one."""
-        token_ids = np.array([int(step)])
-        ahead = step.ahead
-        if ahead is None or self.config.embedder_of(int(step)) is not None:
-            ahead = self.language_model.ahead(self.embed(token_ids), cache.offset)
-        hidden = self.language_model(ahead, token_ids, cache, "last")
-        assert hidden is not None
-        return self.drawn(hidden, cache, sampler, mask)
+    def begin_next(self, steps: Sequence[Step], caches: Sequence[Cache]) -> None:
+        """Starts on the next decode step of these sequences, whose tokens may not be known yet."""
+        self.decode_steps.begin(steps, caches)
 
-    def logits(self, token_ids: np.ndarray, cache: Cache, soft: Sequence[tuple[int, mx.array]] = ()) -> np.ndarray:
-        """Appends [T] ids to the cache; every row's logits, float32 [T, V]."""
-        ahead = self.language_model.ahead(self.embed(token_ids, soft), cache.offset)
-        hidden = self.language_model(ahead, token_ids, cache, "all")
-        assert hidden is not None
-        return np.array(self.language_model.logits(hidden))
+    def decode_graph(self, token_id: int, cache: Cache) -> mx.array:
+        """The logits [1, V] of a decode step, not evaluated: its graph, whose operations the benchmark counts."""
+        positions = np.array([cache.offset], dtype=np.int32)
+        begun = self.decode_steps.started(mx.array([token_id]), positions)
+        return self.language_model.logits(self.decode_steps.finished(begun, np.array([token_id]), [cache]))
 
     def embed_image(self, pixels: np.ndarray) -> mx.array:
         """An image [h, w, 3] as soft tokens [n, D]."""
@@ -137,9 +130,9 @@ class Gemma3nModel(nn.Module):
         rest = config.soft_tokens - rows.shape[0]
         return evaluated(mx.concatenate([rows, mx.broadcast_to(filler, (rest, filler.shape[1]))]))
 
-    def rows(self, soft_tokens: mx.array) -> np.ndarray:
-        """Soft tokens as float32 [n, D]."""
-        return np.array(soft_tokens.astype(mx.float32))
+    def numpy(self, array: mx.array) -> np.ndarray:
+        """Soft tokens or logits on the host, float32."""
+        return np.array(array.astype(mx.float32))
 
     def drop_towers(self) -> None:
         """Frees both towers; the next image or clip reads them again."""
@@ -149,7 +142,7 @@ class Gemma3nModel(nn.Module):
 
     def close(self) -> None:
         """Frees all weights; no call may follow."""
-        del self.language_model
+        del self.language_model, self.decode_steps
         self.embedders.clear()
         gc.collect()  # compiled steps and the modules that they belong to refer to each other
         self.drop_towers()
@@ -158,27 +151,13 @@ class Gemma3nModel(nn.Module):
         """Most memory allocated on a GPU so far; 0 on the CPU."""
         return mx.get_peak_memory() if self.device.type == mx.gpu else 0
 
-    def drawn(self, hidden: mx.array, cache: Cache, sampler: Sampler, mask: np.ndarray | None) -> Step:
-        """Draws from the last row's logits and, on a device that works beside us, starts on the next step."""
-        step = sampler.draw(self.language_model.logits(hidden)[0], mask)
-        step.ahead = self.started(step.token, cache)
-        mx.async_eval(step.token, step.ahead.projected, *step.ahead.halfway.parts())
-        return step
-
-    def started(self, token: mx.array, cache: Cache) -> Ahead:
-        """The next forward pass as far as it needs no token on the host, taking the token for one of text."""
-        return self.language_model.ahead(self.language_model.embed(token), cache.offset)
-
-    def embed(self, token_ids: np.ndarray, soft: Sequence[tuple[int, mx.array]] = ()) -> mx.array:
+    def embed(self, token_ids: np.ndarray, soft: Soft = ()) -> mx.array:
         """[T] ids -> [T, D]: text scaled, ids of the image and audio ranges through their embedder, or soft tokens."""
         embeddings = self.language_model.embed(mx.array(token_ids))
-        embedders = np.array([self.config.embedder_of(token_id) or "" for token_id in token_ids.tolist()])
         for start, rows in soft:
-            embedders[start : start + len(rows)] = ""
-            embeddings[start : start + len(rows)] = rows
-        for name in set(embedders.tolist()) - {""}:
-            (places,) = np.nonzero(embedders == name)
-            embeddings[mx.array(places)] = self.embedder(name)(token_ids[places])
+            embeddings[start : start + len(rows)] = rows  # pyright: ignore[reportArgumentType] (ours)
+        for name, rows in embedder_rows(self.config, token_ids, soft).items():
+            embeddings[mx.array(rows)] = self.embedder(name)(token_ids[rows])
         return embeddings
 
     def embedder(self, name: str) -> MultimodalEmbedder:

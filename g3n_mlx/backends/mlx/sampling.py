@@ -2,24 +2,23 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
 
-from g3n_mlx.sampling import SamplingParams, UniformStream
+from g3n_mlx.sampling import SamplingParams, Uniforms
 
 # Columns of the table whose row maxima decide which rows can hold one of the k best.
 COLUMNS = 64
 
 
 class Step:
-    """One drawn token on the device, and what the model computed ahead of its next step."""
+    """One drawn token on the device."""
 
-    def __init__(self, token: mx.array, logits: mx.array, ahead: Any = None) -> None:
+    def __init__(self, token: mx.array, logits: mx.array) -> None:
         self.token = token  # [1] int64
         self.logits = logits  # [V] float32, before penalties
-        self.ahead = ahead
         self._token_id: int | None = None
 
     def __int__(self) -> int:
@@ -43,7 +42,8 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, prompt_ids: Sequence[int], vocab_size: int, device: mx.Device) -> None:
         self.params = params
-        self.uniforms = UniformStream(params.seed)
+        self.uniforms = Uniforms(params.seed)
+        self.tokens: list[mx.array] = []  # [1] each: what was drawn, where penalties count it
         self.counts: mx.array | None = None  # [V] float32: how often each token is in the answer
         self.prompted: mx.array | None = None  # [V] bool: whether it is in the prompt
         if params.penalizes:
@@ -56,18 +56,25 @@ class Sampler:
             for token_id, bias in params.logit_bias.items():
                 self.bias[token_id] = bias
 
-    def draw(self, logits: mx.array, mask: np.ndarray | None = None) -> Step:
-        """The next token from [V] float32 logits, of those that the mask, bool [V], lets through."""
+    def draw(self, logits: mx.array, position: int, mask: np.ndarray | None = None) -> Step:
+        """The token at a position of the answer from [V] float32 logits, of those that the mask [V] lets through."""
         scores = self.penalized(logits)
         if mask is not None:
             scores = mx.where(mx.array(mask), scores, -math.inf)
         if self.params.greedy:
             token = mx.argmax(scores, axis=-1, keepdims=True).astype(mx.int64)
         else:
-            token = drawn(scores, self.params, self.uniforms.next())
+            token = drawn(scores, self.params, self.uniforms.at(position))
         if self.counts is not None:
             self.counts = self.counts.at[token].add(1)
+            self.tokens.append(token)
         return Step(token, logits)
+
+    def forget(self, n: int) -> None:
+        """Takes the last n drawn tokens back out of the penalties' counts."""
+        for token in [self.tokens.pop() for _ in range(n if self.counts is not None else 0)]:
+            assert self.counts is not None
+            self.counts = self.counts.at[token].add(-1)
 
     def penalized(self, logits: mx.array) -> mx.array:
         """Logits after repetition, frequency and presence penalties and the bias."""

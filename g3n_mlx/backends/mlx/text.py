@@ -1,52 +1,32 @@
 """Gemma 3n's language model: AltUp, LAuReL, per-layer embeddings (PLE), KV sharing, activation sparsity.
 
-Attribute names are the checkpoint's. One sequence a call: activations are [T, D], the AltUp streams [T, A, D].
+Attribute names are the checkpoint's. Rows of several sequences stand flat behind each other:
+activations are [T, D], the AltUp streams [T, A, D]; attention alone sees where a sequence ends.
 Arithmetic follows transformers, modeling_gemma3n.py; AltUp is arXiv:2301.13310, LAuReL arXiv:2411.07501, MatFormer
 arXiv:2310.07707. float32 islands (norms, the router's tanh, softmax, the soft cap) are explicit or inside the kernel.
-A layer comes in two halves, before and after attention, because the keys and values of one serve others and a
-decode step starts on the first half of layer 0 before its token is known.
+Where implementations disagree, the line that decides says so.
 """
 
 import math
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from g3n_mlx.backends.mlx.cache import Cache
 from g3n_mlx.backends.mlx.layers import linear
-from g3n_mlx.backends.mlx.weights import Weights, from_numpy
+from g3n_mlx.backends.mlx.weights import Weights, evaluated, from_numpy
+from g3n_mlx.batch import Batch, Context
 from g3n_mlx.config.text import SLIDING, TextConfig
 
-Wanted = Literal["all", "last", "none"]
-Rope = dict[str, tuple[mx.array, mx.array]]  # first position and periods, for each kind of attention
+Rope = dict[str, tuple[mx.array, mx.array]]  # positions [T] and periods [H / 2], for each kind of attention
 
 
-class Halfway(NamedTuple):
-    """What a layer has computed when its attention is about to look at keys and values."""
+class Start(NamedTuple):
+    """The beginning of a forward pass: what needs neither the ids of its tokens nor the caches."""
 
-    predictions: mx.array  # [T, A, D]
-    laurel: mx.array  # [T, D]
-    queries: mx.array  # [1, N, T, H]
-    keys: mx.array | None = None  # [1, K, T, H]; None in a layer that shares another's
-    values: mx.array | None = None
-
-    def parts(self) -> tuple[mx.array, ...]:
-        """The arrays there are, in order."""
-        return tuple(part for part in self if part is not None)
-
-    def last_row(self) -> "Halfway":
-        """The same for the last position alone; keys and values are stored by then."""
-        return Halfway(self.predictions[-1:], self.laurel[-1:], self.queries[:, :, -1:])
-
-
-class Ahead(NamedTuple):
-    """The part of a forward pass that needs neither the PLE rows of its tokens nor the cache's contents."""
-
-    projected: mx.array  # [T, L, P], the embedding's part of the per-layer inputs
-    halfway: Halfway  # of layer 0
+    streams: mx.array  # [T, A, D]
+    projected: mx.array  # [T, L, P], the embeddings' part of the PLE inputs
     rope: Rope
 
 
@@ -56,7 +36,7 @@ class RMSNorm(nn.Module):
     def __init__(self, weights: Weights | None, eps: float, scale: float = 1.0) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = None if weights is None else weights.tensor() * scale
+        self.weight = None if weights is None else evaluated(weights.tensor() * scale)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Any shape, kept."""
@@ -105,7 +85,11 @@ def gaussian_topk(gate: mx.array, cutoff: mx.array) -> mx.array:
 
 
 class AltUp(nn.Module):
-    """Alternating updates: predicts every stream from all of them, corrects them by what the layer made of one."""
+    """Alternating updates: predicts every stream from all of them, corrects them by what the layer made of one.
+
+    Coefficients are not clipped to `altup_coef_clip`: transformers does that in training alone, and its inference is
+    the reference; gemma (JAX) and mlx-lm clip always.
+    """
 
     def __init__(self, config: TextConfig, weights: Weights) -> None:
         super().__init__()
@@ -128,7 +112,10 @@ class AltUp(nn.Module):
         return mixed(streams, coefs)
 
     def correct(self, predictions: mx.array, activated: mx.array) -> mx.array:
-        """Adds the innovation [T, D], what the layer made beyond the prediction, to every stream [T, A, D]."""
+        """Adds the innovation [T, D], what the layer made beyond the prediction, to every stream [T, A, D].
+
+        The router reads the layer's output, not the active stream.
+        """
         coefs = self.correction_coefs(self.modalities(activated)) + 1.0  # [T, A]
         innovation = activated - predictions[:, self.active_idx]
         return predictions + coefs[..., None] * innovation[:, None]
@@ -144,44 +131,76 @@ def mixed(streams: mx.array, coefs: mx.array) -> mx.array:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with norms on queries, keys and values, scale 1 and no soft cap."""
+    """Grouped-query attention with norms on queries, keys and values, scale 1 and no soft cap.
+
+    The last `num_kv_shared_layers` layers read the keys and values of another one, and turn their queries by the same
+    positions as that layer did: not by the cache's offset, which has moved on by then.
+    """
 
     def __init__(self, config: TextConfig, layer_idx: int, weights: Weights) -> None:
         super().__init__()
+        self.layer_idx, self.owner_idx = layer_idx, config.kv_owners[layer_idx]
         self.head_dim = config.head_dim
-        self.owns_keys = layer_idx < config.first_kv_shared_layer
         self.kind = config.layer_types[layer_idx]
         self.window = config.sliding_window if self.kind == SLIDING else None
         self.q_proj = linear(weights.at("q_proj"))
         self.q_norm = RMSNorm(weights.at("q_norm"), config.rms_norm_eps)
         self.o_proj = linear(weights.at("o_proj"))
-        if self.owns_keys:
+        if self.owner_idx == layer_idx:
             self.k_proj = linear(weights.at("k_proj"))
             self.v_proj = linear(weights.at("v_proj"))
             self.k_norm = RMSNorm(weights.at("k_norm"), config.rms_norm_eps)
             self.v_norm = RMSNorm(None, config.rms_norm_eps)
 
+    def __call__(self, x: mx.array, rope: Rope, context: Context) -> mx.array:
+        """[T, D] -> [T, D]; new keys and values go into the sequences' caches."""
+        queries = self.queries(x, rope)
+        if self.owner_idx == self.layer_idx and not context.holds(self.layer_idx):
+            self.store(x, rope, context)
+        return self.o_proj(self.attend(queries, context))
+
     def queries(self, x: mx.array, rope: Rope) -> mx.array:
-        """[T, D] -> [1, N, T, H]."""
-        q = self.q_norm(self.q_proj(x).reshape(x.shape[0], -1, self.head_dim))  # [T, N, H]
-        return rotated(q.swapaxes(0, 1)[None], rope[self.kind])
+        """[T, D] -> [T, N, 1, H]."""
+        return rotated(self.q_norm(self.q_proj(x).reshape(x.shape[0], -1, 1, self.head_dim)), rope[self.kind])
+
+    def store(self, x: mx.array, rope: Rope, context: Context) -> None:
+        """Appends the keys and values of [T, D]."""
+        keys, values = self.keys_values(x, rope)
+        context.store(self.layer_idx, by_sequence(keys, context), by_sequence(values, context))
 
     def keys_values(self, x: mx.array, rope: Rope) -> tuple[mx.array, mx.array]:
-        """[T, D] -> two of [1, K, T, H]."""
-        k = self.k_norm(self.k_proj(x).reshape(x.shape[0], -1, self.head_dim))  # [T, K, H]
-        v = self.v_norm(self.v_proj(x).reshape(x.shape[0], -1, self.head_dim))
-        return rotated(k.swapaxes(0, 1)[None], rope[self.kind]), v.swapaxes(0, 1)[None]
+        """[T, D] -> two of [T, K, 1, H]."""
+        keys = rotated(self.k_norm(self.k_proj(x).reshape(x.shape[0], -1, 1, self.head_dim)), rope[self.kind])
+        return keys, self.v_norm(self.v_proj(x).reshape(x.shape[0], -1, 1, self.head_dim))
 
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-        """Queries of the last T of the S positions that keys and values cover -> [T, N * H]."""
+    def attend(self, queries: mx.array, context: Context) -> mx.array:
+        """Queries [T, N, 1, H] over the keys and values of their sequences -> [T, N * H]."""
+        parts = [self.attend_one(heads_first(queries, a, b), k, v) for a, b, k, v in context.sequences(self.owner_idx)]
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+    def attend_one(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        """Queries [1, N, T, H] of the last T of the S positions of keys and values [1, K, S, H] -> [T, N * H]."""
         _, num_heads, rows, head_dim = queries.shape
         mask = None
         if rows > 1:
             mask = visible(rows, keys.shape[2], self.window)
-        elif self.window is not None:
+        elif self.window is not None and keys.shape[2] > self.window:
             keys, values = keys[:, :, -self.window :], values[:, :, -self.window :]
-        out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask)
-        return out[0].swapaxes(0, 1).reshape(rows, num_heads * head_dim)
+        out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask)  # [1, N, T, H]
+        if rows == 1:
+            return out.reshape(1, num_heads * head_dim)
+        return out.squeeze(0).swapaxes(0, 1).reshape(rows, num_heads * head_dim)
+
+
+def by_sequence(x: mx.array, context: Context) -> list[mx.array]:
+    """Keys or values [T, K, 1, H] as [1, K, n, H] for each sequence."""
+    return [heads_first(x, start, stop) for start, stop in context.spans]
+
+
+def heads_first(x: mx.array, start: int, stop: int) -> mx.array:
+    """Rows [start, stop) of [T, N, 1, H] as [1, N, n, H]; one row alone is so already."""
+    rows = x if stop - start == x.shape[0] else x[start:stop]
+    return rows if stop - start == 1 else rows.squeeze(2).swapaxes(0, 1)[None]
 
 
 def visible(rows: int, cached: int, window: int | None) -> mx.array | str:
@@ -194,9 +213,9 @@ def visible(rows: int, cached: int, window: int | None) -> mx.array | str:
 
 
 def rotated(x: mx.array, rope: tuple[mx.array, mx.array]) -> mx.array:
-    """RoPE on [1, N, T, H], the first half of H paired with the second."""
-    offset, periods = rope
-    return mx.fast.rope(x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=offset, freqs=periods)
+    """RoPE on [T, N, 1, H], the first half of H paired with the second."""
+    positions, periods = rope
+    return mx.fast.rope(x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=positions, freqs=periods)
 
 
 class DecoderLayer(nn.Module):
@@ -220,26 +239,27 @@ class DecoderLayer(nn.Module):
         # 0 for stream 0 and 1 for the others: the PLE result goes to streams 1.. whatever the active one is.
         self._others = mx.array([[0.0]] + [[1.0]] * (config.altup_num_inputs - 1), dtype=weights.dtype)
 
-    def before_attention(self, streams: mx.array, rope: Rope) -> Halfway:
-        """From the streams [T, A, D] to queries, keys and values."""
+    def __call__(self, streams: mx.array, per_layer_input: mx.array, rope: Rope, context: Context) -> mx.array:
+        """Streams [T, A, D] and the layer's PLE input [T, P] -> streams [T, A, D]."""
         predictions = self.altup.predict(streams)
-        x = self.input_layernorm(predictions[:, self.active_idx])
-        keys, values = self.self_attn.keys_values(x, rope) if self.self_attn.owns_keys else (None, None)
-        return Halfway(predictions, self.laurel(x), self.self_attn.queries(x, rope), keys, values)
-
-    def after_attention(
-        self, attended: mx.array, predictions: mx.array, laurel: mx.array, per_layer_input: mx.array
-    ) -> mx.array:
-        """From the attended values [T, N * H] and the layer's PLE input [T, P] to the streams [T, A, D]."""
-        attention = self.post_attention_layernorm(self.self_attn.o_proj(attended))
-        active = predictions[:, self.active_idx]
-        x = (active + attention + laurel) * (1 / math.sqrt(2))
+        active = predictions[:, self.active_idx]  # [T, D]
+        x = self.input_layernorm(active)
+        attention = self.post_attention_layernorm(self.self_attn(x, rope, context))
+        x = (active + attention + self.laurel(x)) * (1 / math.sqrt(2))
         activated = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-        streams = self.altup.correct(predictions, activated)
-        gate = self.per_layer_input_gate(self.altup.scaled(streams[:, self.active_idx]))
+        return self.updated(self.altup.correct(predictions, activated), per_layer_input)
+
+    def updated(self, streams: mx.array, per_layer_input: mx.array) -> mx.array:
+        """The corrected streams [T, A, D] after the per-layer input [T, P], gated by the active one."""
+        gate = self.per_layer_input_gate(self.altup.scaled(streams[:, self.active_idx]))  # [T, P]
         gated = nn.gelu_approx(gate) * per_layer_input
-        update = self.post_per_layer_input_norm(self.per_layer_projection(gated))
+        update = self.post_per_layer_input_norm(self.per_layer_projection(gated))  # [T, D]
         return streams + update[:, None] * self._others
+
+    def store_keys_values(self, streams: mx.array, rope: Rope, context: Context) -> None:
+        """Appends the keys and values of streams [T, A, D], and goes no further."""
+        x = self.input_layernorm(self.altup.predict(streams)[:, self.active_idx])
+        self.self_attn.store(x, rope, context)
 
 
 class LanguageModel(nn.Module):
@@ -267,11 +287,6 @@ class LanguageModel(nn.Module):
         # Rounded to the weights' dtype, as the reference has it: sqrt(2048) is 45.25 in bfloat16.
         self._embedding_scale = mx.array(math.sqrt(config.hidden_size), dtype=self._dtype)
         self._per_layer_scale = mx.array(math.sqrt(config.hidden_size_per_layer_input), dtype=self._dtype)
-        # What repeats a token is compiled: decode is held back by the count of operations, not only by bandwidth.
-        self._steps = [self.layer_step(layer_idx) for layer_idx in range(config.num_hidden_layers)]
-        self._compiled_steps = [mx.compile(step) for step in self._steps]
-        self._compiled_start = mx.compile(self.start)
-        self._compiled_finish = mx.compile(self.finish)
 
     def embed(self, ids: mx.array) -> mx.array:
         """Scaled token embeddings, [T] -> [T, D]."""
@@ -283,63 +298,34 @@ class LanguageModel(nn.Module):
         table = from_numpy(self.embed_tokens_per_layer.gather(rows)).astype(self._dtype)
         return (table * self._per_layer_scale).reshape(len(token_ids), self.config.num_hidden_layers, -1)
 
-    def ahead(self, embeddings: mx.array, offset: int) -> Ahead:
-        """Starts a forward pass over [T, D] embeddings at a position."""
-        start = self._compiled_start if embeddings.shape[0] == 1 else self.start
-        rope = self.rope(offset, embeddings.shape[0])
-        projected, *halfway = start(embeddings, rope)
-        return Ahead(projected, Halfway(*halfway), rope)
+    def start(self, embeddings: mx.array, positions: np.ndarray) -> Start:
+        """What a forward pass over [T, D] embeddings at some positions needs no other row and no token id for."""
+        return Start(self.expanded(embeddings), self.projected(embeddings), self.rope(positions))
 
-    def start(self, embeddings: mx.array, rope: Rope) -> tuple[mx.array, ...]:
-        """The embeddings' part of the PLE inputs [T, L, P] and layer 0's first half."""
-        projected = self.per_layer_model_projection(embeddings) * self.config.hidden_size**-0.5
-        projected = projected.reshape(embeddings.shape[0], self.config.num_hidden_layers, -1)  # [T, L, P]
-        halfway = self.layers[0].before_attention(self.expanded(embeddings), rope)
-        return self.per_layer_projection_norm(projected), *halfway.parts()
+    def __call__(self, start: Start, batch: Batch) -> mx.array | None:
+        """Finishes a forward pass -> the final hidden states [R, D] of the rows that are kept, None where R is 0.
 
-    def layer_step(self, layer_idx: int) -> Callable[..., tuple[mx.array, ...]]:
-        """From one layer's attended values to the next one's attention, or behind the last layer to the streams."""
-        layer, following = self.layers[layer_idx], self.layers[layer_idx + 1 : layer_idx + 2]
-
-        def step(
-            attended: mx.array, predictions: mx.array, laurel: mx.array, per_layer_inputs: mx.array, rope: Rope
-        ) -> tuple[mx.array, ...]:
-            streams = layer.after_attention(attended, predictions, laurel, per_layer_inputs[:, layer_idx])
-            return following[0].before_attention(streams, rope).parts() if following else (streams,)
-
-        return step
-
-    def finish(self, streams: mx.array) -> mx.array:
-        """Final hidden states [T, D] from the streams [T, A, D]."""
+        The layers behind the last owner of keys and values leave nothing in the caches. So they, and that owner once
+        its keys and values are stored, run for the kept rows alone.
+        """
+        streams, projected, rope = start
+        per_layer_inputs = (projected + self.per_layer_rows(batch.token_ids())) * (1 / math.sqrt(2))  # [T, L, P]
+        context, kept_rows = Context(batch.caches, batch.counts), batch.kept_rows()
+        for layer_idx, layer in enumerate(self.layers):
+            if layer_idx == self.config.first_kv_shared_layer - 1 and kept_rows is not None:
+                layer.store_keys_values(streams, rope, context)
+                if not len(kept_rows):
+                    return None
+                kept = mx.array(kept_rows)
+                streams, per_layer_inputs = streams[kept], per_layer_inputs[kept]
+                rope, context = self.rope(batch.positions[kept_rows]), context.narrowed(batch.kept)
+            streams = layer(streams, per_layer_inputs[:, layer_idx], rope, context)
         return self.norm(self.merged(streams))
 
-    def __call__(self, ahead: Ahead, token_ids: np.ndarray, cache: Cache, wanted: Wanted) -> mx.array | None:
-        """Finishes a forward pass and appends to the cache -> the wanted rows of the final hidden states [T, D].
-
-        The layers behind the last owner of keys and values leave nothing in the cache. So unless all rows are wanted
-        they, and that owner once its keys are stored, run for the last row alone, or not at all.
-        """
-        owners, last_owner = self.config.kv_owners, self.config.first_kv_shared_layer - 1
-        per_layer_inputs = (ahead.projected + self.per_layer_rows(token_ids)) * (1 / math.sqrt(2))
-        halfway, rope = ahead.halfway, ahead.rope
-        shared: dict[int, tuple[mx.array, mx.array]] = {}
-        parts = halfway.parts()
-        for layer_idx, layer in enumerate(self.layers):
-            if layer_idx <= last_owner:
-                assert halfway.keys is not None
-                assert halfway.values is not None
-                shared[layer_idx] = cache.layers[layer_idx].update(halfway.keys, halfway.values)
-            if layer_idx == last_owner and wanted == "none":
-                return None
-            if layer_idx == last_owner and wanted == "last":
-                rope = self.rope(cache.offset - 1, 1)
-                halfway, per_layer_inputs = halfway.last_row(), per_layer_inputs[-1:]
-            attended = layer.self_attn.attend(halfway.queries, *shared[owners[layer_idx]])
-            step = (self._compiled_steps if attended.shape[0] == 1 else self._steps)[layer_idx]
-            parts = step(attended, halfway.predictions, halfway.laurel, per_layer_inputs, rope)
-            if layer_idx < self.config.num_hidden_layers - 1:
-                halfway = Halfway(*parts)
-        return (self._compiled_finish if parts[0].shape[0] == 1 else self.finish)(parts[0])
+    def projected(self, embeddings: mx.array) -> mx.array:
+        """The part of the PLE inputs [T, L, P] that comes from the embeddings [T, D]."""
+        projected = self.per_layer_model_projection(embeddings) * self.config.hidden_size**-0.5
+        return self.per_layer_projection_norm(projected.reshape(embeddings.shape[0], self.config.num_hidden_layers, -1))
 
     def expanded(self, embeddings: mx.array) -> mx.array:
         """The AltUp streams [T, A, D] of embeddings [T, D]: themselves and their projections, of equal magnitude."""
@@ -358,13 +344,16 @@ class LanguageModel(nn.Module):
         cap = self.config.final_logit_softcapping
         return logits if cap is None else mx.tanh(logits / cap) * cap
 
-    def rope(self, offset: int, rows: int) -> Rope:
-        """The position `offset`, from which the kernel counts on, and the periods of each kind of attention."""
-        position = mx.array(offset)
-        return {kind: (position, periods) for kind, periods in self._periods.items()}
+    def rope(self, positions: np.ndarray) -> Rope:
+        """The positions [T] and the periods of each kind of attention."""
+        on_device = mx.array(positions)
+        return {kind: (on_device, periods) for kind, periods in self._periods.items()}
 
 
 def rescaled(x: mx.array, target: mx.array) -> mx.array:
-    """x with the root mean square of the target, both [T, D]; the floor is the reference's."""
+    """x with the root mean square of the target, both [T, D].
+
+    The floor is transformers': 1e-5 under the root. gemma (JAX) has 1e-12 after it; mlx-lm's does nothing.
+    """
     magnitude = mx.sqrt(mx.square(target).mean(-1, keepdims=True))
     return x * magnitude / mx.sqrt(mx.maximum(mx.square(x).mean(-1, keepdims=True), 1e-5))

@@ -1,46 +1,29 @@
-"""A checkpoint's tensors as MLX arrays: read by name, cast once."""
+"""A checkpoint's tensors as MLX arrays."""
+
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from g3n_mlx.checkpoint.folder import Checkpoint
-from g3n_mlx.checkpoint.quantization import Quantization
-from g3n_mlx.checkpoint.source import RowTable
+from g3n_mlx.checkpoint import weights
+
+Weights = weights.Weights[mx.array]
 
 
-class Weights:
-    """What a checkpoint holds below one module path; `at` goes down, leaf modules read."""
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where and as what arrays are made."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype, device: mx.Device, path: str = "") -> None:
-        self.checkpoint = checkpoint
-        self.dtype = dtype
-        self.device = device
-        self.path = path
+    dtype: mx.Dtype  # of the activations
+    device: mx.Device
 
-    def at(self, name: str | int) -> "Weights":
-        """The weights of a submodule."""
-        path = f"{self.path}.{name}" if self.path else str(name)
-        return Weights(self.checkpoint, self.dtype, self.device, path)
+    def placed(self, array: np.ndarray) -> mx.array:
+        """An array on the device, in the dtype of the file."""
+        return from_numpy(array)
 
-    def tensor(self, name: str = "weight") -> mx.array:
-        """A whole tensor in the activations' dtype."""
-        return evaluated(self.stored(name).astype(self.dtype))
-
-    def stored(self, name: str, start: int = 0, stop: int | None = None) -> mx.array:
-        """Rows [start, stop) of a tensor in the dtype of the file."""
-        return from_numpy(self.checkpoint.read(f"{self.path}.{name}", start, stop))
-
-    def shape(self, name: str = "weight") -> tuple[int, ...]:
-        """The shape of a tensor as stored."""
-        return tuple(self.checkpoint.info(f"{self.path}.{name}").shape)
-
-    def quantization(self) -> Quantization | None:
-        """How this module's weight is stored; None if dense."""
-        return self.checkpoint.quantization(self.path)
-
-    def rows(self) -> RowTable:
-        """The rows of this module's table, left on disk."""
-        return self.checkpoint.rows(self.path)
+    def cast(self, array: mx.array) -> mx.array:
+        """An array in the activations' dtype."""
+        return evaluated(array.astype(self.dtype))
 
 
 def from_numpy(array: np.ndarray) -> mx.array:
@@ -49,6 +32,6 @@ def from_numpy(array: np.ndarray) -> mx.array:
 
 
 def evaluated(array: mx.array) -> mx.array:
-    """The array computed now, so that what it was cast from is freed."""
+    """The array computed now, so that what it was made from is freed and no later step computes it again."""
     mx.eval(array)
     return array

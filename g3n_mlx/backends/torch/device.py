@@ -32,3 +32,7 @@ def dtype_of(name: str | None, device: torch.device, quantized: bool) -> torch.d
 
 def claim(device: torch.device) -> None:
     """Nothing to set up: memory is the framework's own affair."""
+
+
+def leave() -> None:
+    """Nothing to free before the process ends."""

@@ -1,53 +1,33 @@
 """Gemma 3n's language model: AltUp, LAuReL, per-layer embeddings (PLE), KV sharing, activation sparsity.
 
-Attribute names are the checkpoint's. One sequence a call: activations are [T, D], the AltUp streams [T, A, D].
+Attribute names are the checkpoint's. Rows of several sequences stand flat behind each other:
+activations are [T, D], the AltUp streams [T, A, D]; attention alone sees where a sequence ends.
 Arithmetic follows transformers, modeling_gemma3n.py; AltUp is arXiv:2301.13310, LAuReL arXiv:2411.07501, MatFormer
 arXiv:2310.07707. float32 islands (norms, the router's tanh, softmax, the soft cap) are explicit or inside the kernel.
-A layer comes in two halves, before and after attention, because the keys and values of one serve others and a
-decode step starts on the first half of layer 0 before its token is known.
+Where implementations disagree, the line that decides says so.
 """
 
 import math
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from g3n_mlx.backends.torch.cache import Cache
 from g3n_mlx.backends.torch.layers import gives_rows, linear, padded
 from g3n_mlx.backends.torch.weights import Weights, from_numpy
+from g3n_mlx.batch import Batch, Context
 from g3n_mlx.config.text import SLIDING, TextConfig
 
-Wanted = Literal["all", "last", "none"]
-Rope = dict[str, tuple[Tensor, Tensor]]  # cos and sin of the positions, for each kind of attention
+Rope = dict[str, tuple[Tensor, Tensor]]  # cos and sin [T, 1, H] of the positions, for each kind of attention
 
 
-class Halfway(NamedTuple):
-    """What a layer has computed when its attention is about to look at keys and values."""
+class Start(NamedTuple):
+    """The beginning of a forward pass: what needs neither the ids of its tokens nor the caches."""
 
-    predictions: Tensor  # [T, A, D]
-    laurel: Tensor  # [T, D]
-    queries: Tensor  # [1, N, T, H]
-    keys: Tensor | None = None  # [1, K, T, H]; None in a layer that shares another's
-    values: Tensor | None = None
-
-    def parts(self) -> tuple[Tensor, ...]:
-        """The arrays there are, in order."""
-        return tuple(part for part in self if part is not None)
-
-    def last_row(self) -> "Halfway":
-        """The same for the last position alone; keys and values are stored by then."""
-        return Halfway(self.predictions[-1:], self.laurel[-1:], self.queries[:, :, -1:])
-
-
-class Ahead(NamedTuple):
-    """The part of a forward pass that needs neither the PLE rows of its tokens nor the cache's contents."""
-
-    projected: Tensor  # [T, L, P], the embedding's part of the per-layer inputs
-    halfway: Halfway  # of layer 0
+    streams: Tensor  # [T, A, D]
+    projected: Tensor  # [T, L, P], the embeddings' part of the PLE inputs
     rope: Rope
 
 
@@ -106,7 +86,11 @@ def gaussian_topk(gate: Tensor, cutoff: Tensor) -> Tensor:
 
 
 class AltUp(nn.Module):
-    """Alternating updates: predicts every stream from all of them, corrects them by what the layer made of one."""
+    """Alternating updates: predicts every stream from all of them, corrects them by what the layer made of one.
+
+    Coefficients are not clipped to `altup_coef_clip`: transformers does that in training alone, and its inference is
+    the reference; gemma (JAX) and mlx-lm clip always.
+    """
 
     def __init__(self, config: TextConfig, weights: Weights) -> None:
         super().__init__()
@@ -130,7 +114,10 @@ class AltUp(nn.Module):
         return mixed(streams, coefs)
 
     def correct(self, predictions: Tensor, activated: Tensor) -> Tensor:
-        """Adds the innovation [T, D], what the layer made beyond the prediction, to every stream [T, A, D]."""
+        """Adds the innovation [T, D], what the layer made beyond the prediction, to every stream [T, A, D].
+
+        The router reads the layer's output, not the active stream.
+        """
         coefs = self.correction_coefs(self.modalities(activated)) + 1.0  # [T, A]
         innovation = activated - predictions[:, self.active_idx]
         return torch.addcmul(predictions, coefs[..., None], innovation[:, None])
@@ -147,39 +134,58 @@ def mixed(streams: Tensor, coefs: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with norms on queries, keys and values, scale 1 and no soft cap."""
+    """Grouped-query attention with norms on queries, keys and values, scale 1 and no soft cap.
+
+    The last `num_kv_shared_layers` layers read the keys and values of another one, and turn their queries by the same
+    positions as that layer did: not by the cache's offset, which has moved on by then.
+    """
 
     def __init__(self, config: TextConfig, layer_idx: int, weights: Weights) -> None:
         super().__init__()
+        self.layer_idx, self.owner_idx = layer_idx, config.kv_owners[layer_idx]
         self.head_dim = config.head_dim
-        self.owns_keys = layer_idx < config.first_kv_shared_layer
         self.kind = config.layer_types[layer_idx]
         self.window = config.sliding_window if self.kind == SLIDING else None
         self.q_proj = linear(weights.at("q_proj"))
         self.q_norm = RMSNorm(weights.at("q_norm"), config.rms_norm_eps)
         self.o_proj = linear(weights.at("o_proj"))
-        if self.owns_keys:
+        if self.owner_idx == layer_idx:
             self.k_proj = linear(weights.at("k_proj"))
             self.v_proj = linear(weights.at("v_proj"))
             self.k_norm = RMSNorm(weights.at("k_norm"), config.rms_norm_eps)
             self.v_norm = RMSNorm(None, config.rms_norm_eps)
 
+    def forward(self, x: Tensor, rope: Rope, context: Context) -> Tensor:
+        """[T, D] -> [T, D]; new keys and values go into the sequences' caches."""
+        queries = self.queries(x, rope)
+        if self.owner_idx == self.layer_idx and not context.holds(self.layer_idx):
+            self.store(x, rope, context)
+        return self.o_proj(self.attend(queries, context))
+
     def queries(self, x: Tensor, rope: Rope) -> Tensor:
-        """[T, D] -> [1, N, T, H]."""
-        q = self.q_norm(self.q_proj(x).view(x.shape[0], -1, self.head_dim))  # [T, N, H]
-        return rotated(q, rope[self.kind]).transpose(0, 1)[None]
+        """[T, D] -> [T, N, H]."""
+        return rotated(self.q_norm(self.q_proj(x).view(x.shape[0], -1, self.head_dim)), rope[self.kind])
+
+    def store(self, x: Tensor, rope: Rope, context: Context) -> None:
+        """Appends the keys and values of [T, D]."""
+        keys, values = self.keys_values(x, rope)
+        context.store(self.layer_idx, by_sequence(keys, context), by_sequence(values, context))
 
     def keys_values(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """[T, D] -> two of [1, K, T, H]."""
-        k = self.k_norm(self.k_proj(x).view(x.shape[0], -1, self.head_dim))  # [T, K, H]
-        v = self.v_norm(self.v_proj(x).view(x.shape[0], -1, self.head_dim))
-        return rotated(k, rope[self.kind]).transpose(0, 1)[None], v.transpose(0, 1)[None]
+        """[T, D] -> two of [T, K, H]."""
+        keys = rotated(self.k_norm(self.k_proj(x).view(x.shape[0], -1, self.head_dim)), rope[self.kind])
+        return keys, self.v_norm(self.v_proj(x).view(x.shape[0], -1, self.head_dim))
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Queries of the last T of the S positions that keys and values cover -> [T, N * H]."""
+    def attend(self, queries: Tensor, context: Context) -> Tensor:
+        """Queries [T, N, H] over the keys and values of their sequences -> [T, N * H]."""
+        parts = [self.attend_one(heads_first(queries, a, b), k, v) for a, b, k, v in context.sequences(self.owner_idx)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def attend_one(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Queries [1, N, T, H] of the last T of the S positions of keys and values [1, K, S, H] -> [T, N * H]."""
         _, num_heads, rows, head_dim = queries.shape
         if rows == 1:
-            if self.window is not None:
+            if self.window is not None and keys.shape[2] > self.window:
                 keys, values = keys[:, :, -self.window :], values[:, :, -self.window :]
             # The heads that share keys and values attend as rows of one query: no copy of keys for each.
             grouped = queries.view(1, keys.shape[1], -1, head_dim)
@@ -187,6 +193,17 @@ class Attention(nn.Module):
         mask = visible(rows, keys.shape[2], self.window, queries.device)
         out = F.scaled_dot_product_attention(queries, keys, values, mask, scale=1.0, enable_gqa=True)
         return out[0].transpose(0, 1).reshape(rows, num_heads * head_dim)
+
+
+def by_sequence(x: Tensor, context: Context) -> list[Tensor]:
+    """Keys or values [T, K, H] as [1, K, n, H] for each sequence."""
+    return [heads_first(x, start, stop) for start, stop in context.spans]
+
+
+def heads_first(x: Tensor, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of [T, N, H] as [1, N, n, H]."""
+    rows = x if stop - start == x.shape[0] else x[start:stop]
+    return rows.view(1, -1, 1, rows.shape[2]) if stop - start == 1 else rows.transpose(0, 1)[None]
 
 
 def visible(rows: int, cached: int, window: int | None, device: torch.device) -> Tensor:
@@ -222,25 +239,28 @@ class DecoderLayer(nn.Module):
         self.per_layer_projection = linear(weights.at("per_layer_projection"))
         self.post_per_layer_input_norm = RMSNorm(weights.at("post_per_layer_input_norm"), eps)
 
-    def before_attention(self, streams: Tensor, rope: Rope) -> Halfway:
-        """From the streams [T, A, D] to queries, keys and values."""
+    def forward(self, streams: Tensor, per_layer_input: Tensor, rope: Rope, context: Context) -> Tensor:
+        """Streams [T, A, D] and the layer's PLE input [T, P] -> streams [T, A, D]."""
         predictions = self.altup.predict(streams)
-        x = self.input_layernorm(predictions[:, self.active_idx])
-        keys, values = self.self_attn.keys_values(x, rope) if self.self_attn.owns_keys else (None, None)
-        return Halfway(predictions, self.laurel(x), self.self_attn.queries(x, rope), keys, values)
-
-    def after_attention(self, attended: Tensor, predictions: Tensor, laurel: Tensor, per_layer_input: Tensor) -> Tensor:
-        """From the attended values [T, N * H] and the layer's PLE input [T, P] to the streams [T, A, D]."""
-        attention = self.post_attention_layernorm(self.self_attn.o_proj(attended))
-        active = predictions[:, self.active_idx]
-        x = (active + attention + laurel) * (1 / math.sqrt(2))
+        active = predictions[:, self.active_idx]  # [T, D]
+        x = self.input_layernorm(active)
+        attention = self.post_attention_layernorm(self.self_attn(x, rope, context))
+        x = (active + attention + self.laurel(x)) * (1 / math.sqrt(2))
         activated = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-        streams = self.altup.correct(predictions, activated)
-        gate = self.per_layer_input_gate(self.altup.scaled(streams[:, self.active_idx]))
+        return self.updated(self.altup.correct(predictions, activated), per_layer_input)
+
+    def updated(self, streams: Tensor, per_layer_input: Tensor) -> Tensor:
+        """The corrected streams [T, A, D] after the per-layer input [T, P], gated by the active one."""
+        gate = self.per_layer_input_gate(self.altup.scaled(streams[:, self.active_idx]))  # [T, P]
         gated = F.gelu(gate, approximate="tanh") * per_layer_input
-        update = self.post_per_layer_input_norm(self.per_layer_projection(gated))
+        update = self.post_per_layer_input_norm(self.per_layer_projection(gated))  # [T, D]
         # To streams 1.. whatever the active one is; not in place, which autograd would refuse.
         return torch.cat([streams[:, :1], streams[:, 1:] + update[:, None]], dim=1)
+
+    def store_keys_values(self, streams: Tensor, rope: Rope, context: Context) -> None:
+        """Appends the keys and values of streams [T, A, D], and goes no further."""
+        x = self.input_layernorm(self.altup.predict(streams)[:, self.active_idx])
+        self.self_attn.store(x, rope, context)
 
 
 class LanguageModel(nn.Module):
@@ -269,7 +289,6 @@ class LanguageModel(nn.Module):
         self.inverse_frequencies = {
             kind: from_numpy(frequencies).to(self.device) for kind, frequencies in config.rope_frequencies().items()
         }
-        self.steps = [self.layer_step(layer_idx) for layer_idx in range(config.num_hidden_layers)]
         # Rounded to the weights' dtype, as the reference has it: sqrt(2048) is 45.25 in bfloat16.
         self.embedding_scale = torch.tensor(math.sqrt(config.hidden_size), dtype=self.dtype, device=self.device)
         self.per_layer_scale = torch.tensor(
@@ -291,61 +310,34 @@ class LanguageModel(nn.Module):
         table = from_numpy(self.embed_tokens_per_layer.gather(rows)).to(self.device, self.dtype)
         return (table * self.per_layer_scale).view(len(token_ids), self.config.num_hidden_layers, -1)
 
-    def ahead(self, embeddings: Tensor, offset: int) -> Ahead:
-        """Starts a forward pass over [T, D] embeddings at a position."""
-        rope = self.rope(offset, embeddings.shape[0])
-        projected, *halfway = self.start(embeddings, rope)
-        return Ahead(projected, Halfway(*halfway), rope)
+    def start(self, embeddings: Tensor, positions: np.ndarray) -> Start:
+        """What a forward pass over [T, D] embeddings at some positions needs no other row and no token id for."""
+        return Start(self.expanded(embeddings), self.projected(embeddings), self.rope(positions))
 
-    def start(self, embeddings: Tensor, rope: Rope) -> tuple[Tensor, ...]:
-        """The embeddings' part of the PLE inputs [T, L, P] and layer 0's first half."""
-        projected = self.per_layer_model_projection(embeddings) * self.config.hidden_size**-0.5
-        projected = projected.view(embeddings.shape[0], self.config.num_hidden_layers, -1)  # [T, L, P]
-        halfway = self.layers[0].before_attention(self.expanded(embeddings), rope)
-        return self.per_layer_projection_norm(projected), *halfway.parts()
+    def forward(self, start: Start, batch: Batch) -> Tensor | None:
+        """Finishes a forward pass -> the final hidden states [R, D] of the rows that are kept, None where R is 0.
 
-    def layer_step(self, layer_idx: int) -> Callable[..., tuple[Tensor, ...]]:
-        """From one layer's attended values to the next one's attention, or behind the last layer to the streams."""
-        layer, following = self.layers[layer_idx], self.layers[layer_idx + 1 : layer_idx + 2]
-
-        def step(
-            attended: Tensor, predictions: Tensor, laurel: Tensor, per_layer_inputs: Tensor, rope: Rope
-        ) -> tuple[Tensor, ...]:
-            streams = layer.after_attention(attended, predictions, laurel, per_layer_inputs[:, layer_idx])
-            return following[0].before_attention(streams, rope).parts() if following else (streams,)
-
-        return step
-
-    def finish(self, streams: Tensor) -> Tensor:
-        """Final hidden states [T, D] from the streams [T, A, D]."""
+        The layers behind the last owner of keys and values leave nothing in the caches. So they, and that owner once
+        its keys and values are stored, run for the kept rows alone.
+        """
+        streams, projected, rope = start
+        per_layer_inputs = (projected + self.per_layer_rows(batch.token_ids())) * (1 / math.sqrt(2))  # [T, L, P]
+        context, kept_rows = Context(batch.caches, batch.counts), batch.kept_rows()
+        for layer_idx, layer in enumerate(self.layers):
+            if layer_idx == self.config.first_kv_shared_layer - 1 and kept_rows is not None:
+                layer.store_keys_values(streams, rope, context)
+                if not len(kept_rows):
+                    return None
+                kept = torch.from_numpy(kept_rows).to(self.device)
+                streams, per_layer_inputs = streams[kept], per_layer_inputs[kept]
+                rope, context = self.rope(batch.positions[kept_rows]), context.narrowed(batch.kept)
+            streams = layer(streams, per_layer_inputs[:, layer_idx], rope, context)
         return self.norm(self.merged(streams))
 
-    def forward(self, ahead: Ahead, token_ids: np.ndarray, cache: Cache, wanted: Wanted) -> Tensor | None:
-        """Finishes a forward pass and appends to the cache -> the wanted rows of the final hidden states [T, D].
-
-        The layers behind the last owner of keys and values leave nothing in the cache. So unless all rows are wanted
-        they, and that owner once its keys are stored, run for the last row alone, or not at all.
-        """
-        owners, last_owner = self.config.kv_owners, self.config.first_kv_shared_layer - 1
-        per_layer_inputs = (ahead.projected + self.per_layer_rows(token_ids)) * (1 / math.sqrt(2))
-        halfway, rope = ahead.halfway, ahead.rope
-        shared: dict[int, tuple[Tensor, Tensor]] = {}
-        parts = halfway.parts()
-        for layer_idx, layer in enumerate(self.layers):
-            if layer_idx <= last_owner:
-                assert halfway.keys is not None
-                assert halfway.values is not None
-                shared[layer_idx] = cache.layers[layer_idx].update(halfway.keys, halfway.values)
-            if layer_idx == last_owner and wanted == "none":
-                return None
-            if layer_idx == last_owner and wanted == "last":
-                rope = self.rope(cache.offset - 1, 1)
-                halfway, per_layer_inputs = halfway.last_row(), per_layer_inputs[-1:]
-            attended = layer.self_attn.attend(halfway.queries, *shared[owners[layer_idx]])
-            parts = self.steps[layer_idx](attended, halfway.predictions, halfway.laurel, per_layer_inputs, rope)
-            if layer_idx < self.config.num_hidden_layers - 1:
-                halfway = Halfway(*parts)
-        return self.finish(parts[0])
+    def projected(self, embeddings: Tensor) -> Tensor:
+        """The part of the PLE inputs [T, L, P] that comes from the embeddings [T, D]."""
+        projected = self.per_layer_model_projection(embeddings) * self.config.hidden_size**-0.5
+        return self.per_layer_projection_norm(projected.view(embeddings.shape[0], self.config.num_hidden_layers, -1))
 
     def expanded(self, embeddings: Tensor) -> Tensor:
         """The AltUp streams [T, A, D] of embeddings [T, D]: themselves and their projections, of equal magnitude."""
@@ -364,18 +356,21 @@ class LanguageModel(nn.Module):
         cap = self.config.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def rope(self, offset: int, rows: int) -> Rope:
-        """cos and sin [T, 1, H] of the positions from `offset` on, for each kind of attention."""
-        positions = torch.arange(offset, offset + rows, device=self.device, dtype=torch.float32)
+    def rope(self, positions: np.ndarray) -> Rope:
+        """cos and sin [T, 1, H] of positions [T], for each kind of attention."""
+        on_device = torch.from_numpy(positions).to(self.device, torch.float32)
         tables = {}
         for kind, frequencies in self.inverse_frequencies.items():
-            angles = (positions[:, None] * frequencies).repeat(1, 2)[:, None]
+            angles = (on_device[:, None] * frequencies).repeat(1, 2)[:, None]
             # Cast as the reference casts them.
             tables[kind] = (angles.cos().to(self.dtype), angles.sin().to(self.dtype))
         return tables
 
 
 def rescaled(x: Tensor, target: Tensor) -> Tensor:
-    """x with the root mean square of the target, both [T, D]; the floor is the reference's."""
+    """x with the root mean square of the target, both [T, D].
+
+    The floor is transformers': 1e-5 under the root. gemma (JAX) has 1e-12 after it; mlx-lm's does nothing.
+    """
     magnitude = torch.sqrt(target.square().mean(-1, keepdim=True))
     return x * magnitude / torch.sqrt(x.square().mean(-1, keepdim=True).clamp(min=1e-5))

@@ -1,13 +1,15 @@
-"""The loop over token ids, and the conversation's cache, with a model of the seam's calls that counts them."""
+"""One answer as a state machine, and the conversation's cache, with a model of the seam's calls that counts them."""
 
-import itertools
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from g3n_mlx.engine import sequence as sequences
 from g3n_mlx.engine.conversation import MAX_SNAPSHOTS, Conversation
-from g3n_mlx.engine.generate import PromptTooLong, Timings, chunks, generate_tokens
+from g3n_mlx.engine.runner import run
+from g3n_mlx.engine.sequence import PromptTooLong, TokenSequence, chunks
 from g3n_mlx.prompt.prompt import Prompt
 from g3n_mlx.sampling import SamplingParams
 
@@ -15,10 +17,10 @@ VOCABULARY = 50
 
 
 class ListCache:
-    """Remembers the ids themselves. As a sliding window, it goes back to snapshots and nowhere else."""
+    """Remembers the ids themselves. It goes back to snapshots and by its spare rows, no further."""
 
-    def __init__(self):
-        self.ids = []
+    def __init__(self, spare=0):
+        self.ids, self.spare = [], spare
 
     @property
     def offset(self):
@@ -28,47 +30,75 @@ class ListCache:
     def nbytes(self):
         return 8 * len(self.ids)
 
-    def snapshot(self):
-        return tuple(self.ids)
+    def trim(self, n):
+        assert n <= self.spare
+        del self.ids[len(self.ids) - n :]
 
-    def restore(self, snapshot, back=0):
-        assert tuple(self.ids[: len(snapshot)]) == snapshot, "the ids before a snapshot have changed"
-        self.ids = list(snapshot[: len(snapshot) - back])
+    def snapshot(self):
+        return SimpleNamespace(ids=tuple(self.ids), spare=min(self.spare, len(self.ids)), nbytes=0)
+
+    def restore(self, snapshot):
+        assert tuple(self.ids[: len(snapshot.ids)]) == snapshot.ids, "the ids before a snapshot have changed"
+        self.ids = list(snapshot.ids)
 
 
 class HashModel:
     """The next token is a hash of all ids before it, so a cache that holds other ids shows at once."""
 
-    def __init__(self):
-        self.calls = []
+    kv_arrays = None
 
-    def make_cache(self):
-        return ListCache()
+    def __init__(self, spare=0):
+        self.calls, self.spare = [], spare
+
+    def make_cache(self, *_):
+        return ListCache(self.spare)
 
     def make_sampler(self, params, prompt_ids):
-        return params
+        return self
 
-    def prefill(self, token_ids, cache, sampler, soft=(), mask=None):
-        self.calls.append(("prefill", len(token_ids)))
-        cache.ids.extend(token_ids.tolist())
-        return None if sampler is None else self.after(cache)
+    def draw(self, logits, position, mask):
+        return logits
 
-    def decode(self, step, cache, sampler, mask=None):
-        self.calls.append(("decode", 1))
-        cache.ids.append(int(step))
-        return self.after(cache)
+    def __call__(self, batch):
+        kept = []
+        for cache, count, wanted, entry in zip(batch.caches, batch.counts, batch.kept, batch.rows, strict=True):
+            decoding = isinstance(entry.token_ids, int)
+            self.calls.append(("decode" if decoding else "prefill", count))
+            cache.ids.extend([entry.token_ids] if decoding else entry.token_ids.tolist())
+            kept += [hash(tuple(cache.ids)) % VOCABULARY] * wanted
+        return kept
 
-    @staticmethod
-    def after(cache):
-        return hash(tuple(cache.ids)) % VOCABULARY
+    def begin_next(self, steps, caches):
+        pass
 
 
-def answer(model, conversation, prompt, borders=(), context=1000, stop_ids=(), **options):
-    timings = Timings()
+@pytest.fixture(autouse=True, scope="module")
+def list_caches():
+    """A sequence that begins anew asks for a cache: the fake model's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sequences, "Cache", lambda config, _: ListCache(config.spare))
+        yield
+
+
+def begun(model, conversation, prompt, borders=(), context=1000, stop_ids=(), **options):
     params = SamplingParams(**{"max_tokens": 5, **options})
+    config = SimpleNamespace(max_position_embeddings=context, spare=model.spare)
     asked = Prompt(tuple(prompt), tuple(borders))
-    steps = generate_tokens(model, conversation, asked, params, frozenset(stop_ids), context, timings, no_media)
-    return [int(step) for step in steps if step is not None], timings
+    return TokenSequence(model, config, conversation, asked, params, frozenset(stop_ids), no_media)
+
+
+def steps_of(model, sequence):
+    """The steps of the answer, as they come."""
+    while not sequence.finished:
+        (drawn,) = run(model, [sequence.wish()])
+        step = sequence.told(drawn)
+        if step is not None:
+            yield int(step)
+
+
+def answer(model, conversation, prompt, **options):
+    sequence = begun(model, conversation, prompt, **options)
+    return list(steps_of(model, sequence)), sequence.timings
 
 
 def no_media(features):
@@ -157,9 +187,8 @@ def test_a_stop_id_as_the_last_allowed_token_is_no_limit():
 def test_an_answer_that_is_closed_runs_nothing_more():
     model = HashModel()
     conversation = Conversation(model.make_cache())
-    asked = Prompt(PROMPT, ())
-    steps = generate_tokens(model, conversation, asked, SamplingParams(), frozenset(), 1000, Timings(), no_media)
-    first = [int(step) for step in itertools.islice(steps, 3)]
+    steps = steps_of(model, begun(model, conversation, PROMPT, max_tokens=None))
+    first = [next(steps) for _ in range(3)]
     calls = list(model.calls)
     steps.close()
     assert model.calls == calls
@@ -200,8 +229,8 @@ def test_another_user_message_goes_back_to_the_system_text():
 
 
 def test_the_same_prompt_again_runs_its_last_token():
-    """The snapshot at the very end of the prompt leads to the token before it, which has to run to give logits."""
-    model = HashModel()
+    """The snapshot at its very end leads to the token before as well, which has to run to give logits."""
+    model = HashModel(spare=2)
     conversation = Conversation(model.make_cache())
     first, _ = answer(model, conversation, PROMPT, borders=(6, 12, len(PROMPT)))
     for _ in range(3):
@@ -234,10 +263,13 @@ prompts = st.lists(st.integers(0, 2), min_size=1, max_size=12)
 
 
 @settings(max_examples=200, deadline=None)
-@given(turns=st.lists(st.tuples(prompts, st.lists(st.integers(1, 12), max_size=3), st.integers(1, 6)), max_size=10))
-def test_any_sequence_of_prompts_is_answered_as_if_fresh(turns):
+@given(
+    spare=st.integers(0, 3),
+    turns=st.lists(st.tuples(prompts, st.lists(st.integers(1, 12), max_size=3), st.integers(1, 6)), max_size=10),
+)
+def test_any_sequence_of_prompts_is_answered_as_if_fresh(spare, turns):
     """Prompts of three ids, so that many begin alike; the cache always holds exactly the ids it is said to hold."""
-    model = HashModel()
+    model = HashModel(spare)
     conversation = Conversation(model.make_cache())
     for prompt, borders, step_size in turns:
         tokens, timings = answer(model, conversation, prompt, borders=borders, prefill_step_size=step_size)
@@ -245,3 +277,14 @@ def test_any_sequence_of_prompts_is_answered_as_if_fresh(turns):
         assert conversation.cache.ids == conversation.token_ids == [*prompt, *tokens[:-1]]
         assert timings.cached_tokens < len(prompt)
         assert timings.prompt_tokens == len(prompt)
+
+
+def test_the_end_of_a_prompt_that_another_does_not_share_is_trimmed():
+    """By the spare rows, without a snapshot there."""
+    model = HashModel(spare=8)
+    conversation = Conversation(model.make_cache())
+    answer(model, conversation, PROMPT)
+    prompt = (*PROMPT[:-2], 40, 41, 42)
+    tokens, timings = answer(model, conversation, prompt)
+    assert tokens == fresh(prompt)
+    assert timings.cached_tokens == len(PROMPT) - 2

@@ -1,0 +1,76 @@
+"""A checkpoint's tensors by module path, as the arrays of a backend."""
+
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+
+from g3n_mlx.checkpoint.folder import Checkpoint
+from g3n_mlx.checkpoint.quantization import Quantization
+from g3n_mlx.checkpoint.source import RowTable
+
+Array = TypeVar("Array")
+
+
+class Placement(Protocol[Array]):
+    """Where and as what a backend's arrays are made (backends/*/weights.py)."""
+
+    @property
+    def dtype(self) -> Any:
+        """Of the activations."""
+        ...
+
+    @property
+    def device(self) -> Any:
+        """The backend's device."""
+        ...
+
+    def placed(self, array: np.ndarray) -> Array:
+        """An array on the device, in the dtype of the file."""
+        ...
+
+    def cast(self, array: Array) -> Array:
+        """An array in the activations' dtype."""
+        ...
+
+
+class Weights(Generic[Array]):
+    """What a checkpoint holds below one module path; `at` goes down, leaf modules read."""
+
+    def __init__(self, checkpoint: Checkpoint, placement: Placement[Array], path: str = "") -> None:
+        self.checkpoint = checkpoint
+        self.placement = placement
+        self.path = path
+
+    @property
+    def dtype(self) -> Any:
+        """Of the activations."""
+        return self.placement.dtype
+
+    @property
+    def device(self) -> Any:
+        """Where the arrays are."""
+        return self.placement.device
+
+    def at(self, name: str | int) -> "Weights[Array]":
+        """The weights of a submodule."""
+        return Weights(self.checkpoint, self.placement, f"{self.path}.{name}" if self.path else str(name))
+
+    def tensor(self, name: str = "weight") -> Array:
+        """A whole tensor in the activations' dtype."""
+        return self.placement.cast(self.stored(name))
+
+    def stored(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """Rows [start, stop) of a tensor in the dtype of the file."""
+        return self.placement.placed(self.checkpoint.read(f"{self.path}.{name}", start, stop))
+
+    def shape(self, name: str = "weight") -> tuple[int, ...]:
+        """The shape of a tensor as stored."""
+        return tuple(self.checkpoint.info(f"{self.path}.{name}").shape)
+
+    def quantization(self) -> Quantization | None:
+        """How this module's weight is stored; None if dense."""
+        return self.checkpoint.quantization(self.path)
+
+    def rows(self) -> RowTable:
+        """The rows of this module's table, left on disk."""
+        return self.checkpoint.rows(self.path)

@@ -1,0 +1,75 @@
+"""One answer as its reader gets it: text, log probabilities and figures over the ids of a sequence."""
+
+from collections.abc import Callable, Sequence
+
+from g3n_mlx.engine.results import Chunk, Usage
+from g3n_mlx.engine.runner import Failure
+from g3n_mlx.engine.sequence import Timings, TokenSequence
+from g3n_mlx.engine.stops import StopStrings
+from g3n_mlx.interface import Rows, Step
+from g3n_mlx.prompt.tokenizer import StreamDecoder
+from g3n_mlx.sampling import SamplingParams
+
+
+class Answer:
+    """A sequence with what is made of its steps. A task of the runner."""
+
+    def __init__(
+        self, sequence: TokenSequence, text: StreamDecoder, params: SamplingParams, peak_memory_bytes: Callable[[], int]
+    ) -> None:
+        self.sequence = sequence
+        self.finished = False
+        self._text, self._params, self._peak_memory_bytes = text, params, peak_memory_bytes
+        self._stops = StopStrings(params.stop)
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the next wish is one token; else it is a part of the prompt."""
+        return self.sequence.decoding
+
+    def wish(self) -> Rows:
+        """The rows to append next."""
+        return self.sequence.wish()
+
+    def told(self, steps: Sequence[Step]) -> list[Chunk]:
+        """The chunks that come of a wish: none after a part of the prompt; the last one ends the answer."""
+        step, chunks = self.sequence.told(steps), []
+        if step is not None:
+            token_id = int(step)
+            chunks.append(Chunk(self._stops.push(self._text.push(token_id)), token_id, *self._logprobs(step)))
+        if self.sequence.finished or self._stops.found:
+            self.finished = True
+            chunks.append(self._end())
+        return chunks
+
+    def _end(self) -> Chunk:
+        found, timings = self._stops.found, self.sequence.timings
+        rest = "" if found else self._stops.push(self._text.finish()) + self._stops.finish()
+        reason = "length" if timings.at_limit and not found else "stop"
+        return Chunk(rest, finish_reason=reason, usage=usage(timings, self._peak_memory_bytes()))
+
+    def _logprobs(self, step: Step) -> tuple[float | None, tuple[tuple[int, float], ...] | None]:
+        top = self._params.top_logprobs
+        most_likely = tuple(step.top_logprobs(top)) if top else None
+        return (step.logprob() if self._params.logprobs or top else None), most_likely
+
+
+def chunks_of(outcome: list[Chunk] | Failure) -> list[Chunk]:
+    """What the runner says of an answer's wish; raises its failure."""
+    if isinstance(outcome, Failure):
+        raise outcome.error
+    return outcome
+
+
+def usage(timings: Timings, peak_memory_bytes: int) -> Usage:
+    """The counts and averages of one answer."""
+    computed, decoded = timings.prompt_tokens - timings.cached_tokens, timings.completion_tokens - 1
+    return Usage(
+        prompt_tokens=timings.prompt_tokens,
+        cached_tokens=timings.cached_tokens,
+        completion_tokens=timings.completion_tokens,
+        time_to_first_token_s=timings.prefill_s,
+        avg_prompt_tok_per_sec=computed / timings.prefill_s,
+        avg_compl_tok_per_sec=decoded / timings.decode_s if decoded > 0 and timings.decode_s else 0.0,
+        peak_memory_bytes=peak_memory_bytes,
+    )
