@@ -4,11 +4,12 @@ Bits and group sizes are read from tensor shapes; config.json must match.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from g3n_mlx.checkpoint.names import STEM, TOWERS, Declared, lacks_stem_bias, tower_names
-from g3n_mlx.checkpoint.quantization import BITS, GROUP_SIZES, Quantization
+from g3n_mlx.checkpoint.quantization import BITS, GROUP_SIZES, PARTS, Quantization
 from g3n_mlx.checkpoint.shards import StoredTensor
 from g3n_mlx.config.audio import audio_manifest
 from g3n_mlx.config.manifest import dead_manifest, embedder_manifest, text_manifest
@@ -18,6 +19,19 @@ from g3n_mlx.config.vision import vision_manifest
 logger = logging.getLogger(__name__)
 
 _FLOATS = ("BF16", "F16", "F32")
+# Tensors of a kind that an error shows.
+_SHOWN = 3
+# The numbers of the text config that the shapes depend on and the names do not.
+_SIZES = (
+    "hidden_size",
+    "hidden_size_per_layer_input",
+    "vocab_size",
+    "vocab_size_per_layer_input",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "laurel_rank",
+)
 
 
 def embedder_manifests(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -29,39 +43,82 @@ def embedder_manifests(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return manifests
 
 
+@dataclass(slots=True)
+class _Comparison:
+    """What a config asks for, held against what there is."""
+
+    missing: list[str] = field(default_factory=list[str])
+    unexpected: list[str] = field(default_factory=list[str])
+    misshapen: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])  # name -> expected shape
+    quantizations: dict[str, Quantization] = field(default_factory=dict[str, Quantization])
+
+    @property
+    def fits(self) -> bool:
+        return not (self.missing or self.unexpected or self.misshapen)
+
+
 def check_manifest(tensors: Mapping[str, StoredTensor], config: ModelConfig, folder: Path) -> dict[str, Quantization]:
-    """The strict check; returns how the quantized modules are stored."""
+    """The strict check; returns how the quantized modules are stored.
+
+    Raises ValueError with three tensors and the count of each kind, and with the config's key that explains them all
+    where there is one.
+    """
+    found = _compare(tensors, config)
+    if not found.fits:
+        misshapen = [_misfit(name, shape, tensors) for name, shape in found.misshapen.items()]
+        hint = _wrong_key(found, tensors, config)
+        _complain(folder, found.missing, found.unexpected, misshapen, hint)
+    return found.quantizations
+
+
+def _compare(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> _Comparison:
+    found = _Comparison()
     dead = dead_manifest(config.text)  # may be left out
-    missing: list[str] = []
-    misshapen: list[str] = []
     known: set[str] = set()
-    quantizations: dict[str, Quantization] = {}
     for name, shape in (text_manifest(config.text) | embedder_manifests(config) | dead).items():
         path = name.removesuffix(".weight")
         parts = [name]
         if path != name and len(shape) == 2 and f"{path}.scales" in tensors:
-            parts += [f"{path}.scales", f"{path}.biases"]
+            parts = [f"{path}.{part}" for part in PARTS]
         known.update(parts)
         absent = [part for part in parts if part not in tensors]
         if absent:
-            missing += [] if name in dead and absent == parts else absent
+            found.missing += [] if name in dead and absent == parts else absent
         elif len(parts) == 1:
             if tensors[name].shape != shape or tensors[name].dtype not in _FLOATS:
-                misshapen.append(f"{name} {_found(tensors[name])}, expected {list(shape)}")
+                found.misshapen[name] = shape
         else:
-            stored = [tensors[part] for part in parts]
-            quantization = _quantization_from_shapes(shape, *stored)
+            quantization = _quantization_from_shapes(shape, *(tensors[part] for part in parts))
             if quantization is None:
-                misshapen.append(
-                    f"{name} {_found(stored[0])} with scales {_found(stored[1])} and biases {_found(stored[2])}, "
-                    f"expected the codes of {list(shape)}"
-                )
+                found.misshapen[name] = shape
             else:
-                quantizations[path] = quantization
+                found.quantizations[path] = quantization
     towers = tuple(tower for modality, tower in TOWERS.items() if getattr(config, modality) is not None)
-    unexpected = [name for name in tensors if name not in known and not name.startswith(towers)]
-    _complain(folder, missing, unexpected, misshapen)
-    return quantizations
+    found.unexpected = [name for name in tensors if name not in known and not name.startswith(towers)]
+    return found
+
+
+def _wrong_key(found: _Comparison, tensors: Mapping[str, StoredTensor], config: ModelConfig) -> str:
+    """The one number of the text config that is wrong, if with another value everything fits."""
+    candidates: dict[tuple[str, int], None] = {}
+    for name, shape in found.misshapen.items():
+        for expected, stored in zip(shape, tensors[name].shape, strict=False):
+            for key in _SIZES:
+                value, rest = divmod(stored * getattr(config.text, key), expected)
+                if stored != expected and value and not rest:
+                    candidates[key, value] = None
+    for key, value in candidates:
+        if _compare(tensors, replace(config, text=replace(config.text, **{key: value}))).fits:
+            return f"config.json says that {key} is {getattr(config.text, key)}, the tensors fit {value}"
+    return ""
+
+
+def _misfit(name: str, shape: tuple[int, ...], tensors: Mapping[str, StoredTensor]) -> str:
+    path = name.removesuffix(".weight")
+    if f"{path}.scales" not in tensors:
+        return f"{name} {_found(tensors[name])}, expected {list(shape)}"
+    packed, scales, biases = (_found(tensors[f"{path}.{part}"]) for part in PARTS)
+    return f"{name} {packed} with scales {scales} and biases {biases}, expected the codes of {list(shape)}"
 
 
 def _quantization_from_shapes(
@@ -165,14 +222,18 @@ def check_towers(
         logger.info("%d tensors of the towers are not read: %s", len(unread), ", ".join(unread[:10]))
 
 
-def _complain(folder: Path, missing: list[str], unexpected: list[str], misshapen: list[str]) -> None:
+def _complain(
+    folder: Path, missing: Sequence[str], unexpected: Sequence[str], misshapen: Sequence[str], hint: str = ""
+) -> None:
     complaints = [
-        f"{len(names)} {kind}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
+        f"{len(names)} {kind}: {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}"
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
         if names
     ]
     if complaints:
-        raise ValueError(f"{folder} does not hold the tensors that its config.json describes: {'; '.join(complaints)}")
+        reason = hint or "; ".join(complaints)
+        examples = f" ({'; '.join(complaints)})" if hint else ""
+        raise ValueError(f"{folder} does not hold the tensors that its config.json describes: {reason}{examples}")
 
 
 def _found(stored: StoredTensor) -> str:

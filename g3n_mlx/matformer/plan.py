@@ -47,9 +47,9 @@ class Cut:
 
 
 def find_slice(name: str, slices: Sequence[Slice], config: TextConfig | None = None) -> Slice:
-    """The slice of a full or short name, in any case; the error lists all names and the nearest.
+    """The slice of a full or short name, in any case; the error lists all names, and a near one.
 
-    config: then it lists those alone that can be taken from such a checkpoint, if any can.
+    config: the error then lists only those that can be taken from such a checkpoint, if any can.
     """
     if not isinstance(name, str):
         raise ValueError(f"the slice is {name!r}, expected a name")
@@ -59,9 +59,10 @@ def find_slice(name: str, slices: Sequence[Slice], config: TextConfig | None = N
         return names[wanted]
     offered = [entry for entry in slices if config is not None and fits(config, entry)] or list(slices)
     names = {known.casefold(): entry for entry in offered for known in (entry.name, entry.short_name)}
-    near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.6)
+    meant = f"; did you mean {names[near[0]].short_name!r}?" if near else "."
     listing = ", ".join(f"{entry.short_name} = {entry.name!r}" for entry in offered)
-    raise ValueError(f"no slice is called {name!r}; did you mean {names[near[0]].short_name!r}? There are: {listing}")
+    raise ValueError(f"no slice is called {name!r}{meant} There are: {listing}")
 
 
 def plan_slice(config: TextConfig, chosen: Slice) -> SlicePlan:

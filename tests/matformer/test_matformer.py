@@ -90,6 +90,13 @@ def test_unknown_slice_lists_all_names_and_the_nearest() -> None:
         assert entry.short_name in str(raised.value)
 
 
+@pytest.mark.parametrize("name", ["e9", "large", "quarter"])
+def test_a_name_like_no_other_suggests_none(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"no slice is called '{name}'\. There are: ") as raised:
+        find_slice(name, read_slices())
+    assert "did you mean" not in str(raised.value)
+
+
 def test_own_table(tmp_path: Path) -> None:
     path = tmp_path / "mine.csv"
     path.write_text(HEADER + 'My slice,3,,,"[1_0 * 2, 3 ,4_0*2 * 1]","[ 1,2 ]"\n\n"Other, one",1,0.5,50.00%,[7],\n')
