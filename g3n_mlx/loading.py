@@ -72,8 +72,8 @@ def load(
         name=name,
         slice_name=None if plan is None else plan.slice_name,
         backend=backend,
-        device=device_name(place),
-        dtype=str(activations).rpartition(".")[2],  # "torch.bfloat16", "mlx.core.bfloat16"
+        device=devices.name(place),
+        dtype=devices.dtype_name(activations),
         generation_config=read_json(generation) if generation.exists() else {},
     )
 
@@ -92,12 +92,6 @@ def chosen_backend(name: str) -> str:
     if name not in found:
         raise ImportError(f"the {name} backend is not installed: {install_command(name)}")
     return name
-
-
-def device_name(place: object) -> str:
-    """A backend's device as users write it: cpu, cuda:0; gpu for Metal."""
-    text = str(place)
-    return text[len("Device(") : -1].split(",")[0] if text.startswith("Device(") else text
 
 
 def _installed(backend: str) -> bool:

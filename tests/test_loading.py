@@ -1,5 +1,6 @@
 """`load`: backends and devices, layouts, slices and quantization on the way, and errors in one sentence."""
 
+import importlib
 import json
 import os
 import platform
@@ -17,7 +18,7 @@ from g3n_mlx import load
 from g3n_mlx.checkpoint import hub
 from g3n_mlx.convert import convert
 from g3n_mlx.installation import install_command
-from g3n_mlx.loading import chosen_backend, device_name
+from g3n_mlx.loading import chosen_backend
 
 TABLE_HEAD = "name,# Layers,# Effective Params (B),MMLU PT accuracy,FFN Hidden Dims,Layers Skipped\n"
 
@@ -305,11 +306,17 @@ def test_a_folder_that_is_no_model(open_model, tmp_path):
         open_model(tmp_path)
 
 
-def test_device_names():
-    assert device_name("cpu") == "cpu"
-    assert device_name("cuda:1") == "cuda:1"
-    assert device_name("Device(cpu, 0)") == "cpu"
-    assert device_name("Device(gpu, 0)") == "gpu"
+def test_devices_and_dtypes_have_the_names_that_users_write(backend):
+    device = importlib.import_module(f"g3n_mlx.backends.{backend}.device")
+    assert device.name(device.device_of("cpu")) == "cpu"
+    if backend == "torch":
+        torch = importlib.import_module("torch")
+        assert [device.name(torch.device(name)) for name in ("cuda", "cuda:1")] == ["cuda", "cuda:1"]
+    else:
+        mx = importlib.import_module("mlx.core")
+        assert device.name(mx.Device(mx.gpu, 0)) == "gpu"
+    for name in ("bfloat16", "float32"):
+        assert device.dtype_name(device.dtype_of(name, device.device_of("cpu"), False)) == name
 
 
 # What only a Mac runs, with the questions about the device answered by the test.

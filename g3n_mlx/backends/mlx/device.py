@@ -41,6 +41,15 @@ def dtype_of(name: str | None, device: mx.Device, quantized: bool) -> mx.Dtype:
     return DTYPES[name or "bfloat16"]
 
 
+def name(device: mx.Device) -> str:
+    """A device as users write it: cpu; gpu for Metal or CUDA."""
+    return "cpu" if device.type == mx.cpu else "gpu"
+
+
+def dtype_name(dtype: mx.Dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
 def claim(device: mx.Device) -> None:
     """Makes the device MLX's default and, on Metal, keeps its memory wired: as mlx-lm does around a generation.
 

@@ -30,6 +30,15 @@ def dtype_of(name: str | None, device: torch.device, quantized: bool) -> torch.d
     return DTYPES[name or "bfloat16"]
 
 
+def name(device: torch.device) -> str:
+    """A device as users write it: cpu, cuda, cuda:0."""
+    return str(device)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
 def claim(device: torch.device) -> None:
     """Nothing to set up: memory is the framework's own affair."""
 
