@@ -57,7 +57,7 @@ def test_the_media_are_what_the_examples_say():
     places = [(pixels.min(axis=2) < 100).nonzero()[1].mean() for pixels in frames]
     assert len(frames) == 3
     assert all(step > 40 for step in np.diff(places))
-    assert clip.open(policy).sound(16_000) is not None
+    assert clip.open(policy).audio(16_000) is not None
 
 
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")

@@ -138,7 +138,7 @@ def test_bad_media_are_said_before_the_model_runs(model, encodings, monkeypatch)
         raise AssertionError("the model ran")
 
     monkeypatch.setattr(model.runner, "advance", never)
-    with pytest.raises(ValueError, match=r"messages\[0\]\.content\[1\]: not a picture"):
+    with pytest.raises(ValueError, match=r"messages\[0\]\.content\[1\]: not an image"):
         model.stream([user(Image(drawn()), Image(b"no picture"))])
     assert not encodings
 

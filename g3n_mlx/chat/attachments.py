@@ -201,7 +201,7 @@ class OpenedMedia:
 
 @contextmanager
 def errors_by_name(messages: list[dict[str, Any]]) -> Generator[None]:
-    """Errors of a part with its file's name in the place of its index, which nobody sees in a chat."""
+    """Errors of a part with its file's name in the place of its index, which a chat never shows."""
     try:
         yield
     except ValueError as error:
@@ -214,7 +214,7 @@ def errors_by_name(messages: list[dict[str, Any]]) -> Generator[None]:
 
 
 def clipboard_image() -> dict[str, Any]:
-    """The picture in the clipboard as a part; raises ValueError when there is none, or no way to look."""
+    """The image in the clipboard as a part; raises ValueError when there is none, or no way to look."""
     from PIL import Image, ImageGrab
 
     try:
@@ -222,12 +222,12 @@ def clipboard_image() -> dict[str, Any]:
     except (NotImplementedError, OSError) as error:
         raise ValueError(f"the clipboard can't be read: {error}") from error
     if isinstance(found, list):  # files, copied in a file manager
-        pictures = [name for name in found if kind_of(Path(name)) == "image"]
-        if not pictures:
-            raise ValueError("the clipboard holds files, but no picture among them")
-        return part("image", pictures[0])
+        images = [name for name in found if kind_of(Path(name)) == "image"]
+        if not images:
+            raise ValueError("the clipboard holds files, but no image among them")
+        return part("image", images[0])
     if not isinstance(found, Image.Image):
-        raise ValueError("the clipboard holds no picture; copy one first")
+        raise ValueError("the clipboard holds no image; copy one first")
     buffer = io.BytesIO()
     found.save(buffer, "PNG")
     return part("image", f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}")
@@ -262,7 +262,7 @@ def recording(wait: Callable[[], object]) -> dict[str, Any]:
 
 
 def show(pixels: "np.ndarray") -> bool:
-    """Shows pixels [h, w, 3] in a terminal that takes pictures (kitty's protocol or sixel); says whether it could."""
+    """Shows pixels [h, w, 3] in a terminal that takes images (kitty's protocol or sixel); says whether it could."""
     if not (sys.stdout.isatty() and sys.stdin.isatty()):
         return False
     try:

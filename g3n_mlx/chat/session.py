@@ -63,12 +63,12 @@ class Session:
             "help": ("", "list the commands", self._help),
             "image": (
                 "FILE [QUESTION]",
-                "ask about a picture, now or with the next line",
+                "ask about an image, now or with the next line",
                 partial(self._file, "image"),
             ),
-            "audio": ("FILE [QUESTION]", "ask about a sound", partial(self._file, "audio")),
+            "audio": ("FILE [QUESTION]", "ask about an audio file", partial(self._file, "audio")),
             "video": ("FILE [QUESTION]", "ask about a video", partial(self._file, "video")),
-            "paste": ("", "ask about the picture in the clipboard", self._paste),
+            "paste": ("", "ask about the image in the clipboard", self._paste),
             "mic": ("", "ask about what you say now", self._mic),
             "system": ("[TEXT|-]", "show the system prompt, set it, or take it away with -", self._system),
             "clear": ("", "forget the conversation, keep the system prompt", self._clear),
@@ -131,7 +131,7 @@ class Session:
             size = f", {pixels.shape[1]} x {pixels.shape[0]}"
             attachments.show(pixels)
         elif part["type"] == "video":
-            counts = {"picture": kinds.count("image"), "sound clip": kinds.count("audio")}
+            counts = {"frame": kinds.count("image"), "audio clip": kinds.count("audio")}
             size = "".join(f", {count} {name}{'' if count == 1 else 's'}" for name, count in counts.items())
         tokens = sum(span.length for span in prompt.media)
         say(f"{attachments.name_of(part)}{size}: {tokens} tokens, with the next question")
@@ -191,7 +191,7 @@ class Session:
             raise ValueError(f"there is no command /{name}; /help lists them")
         takes, _, do = self._commands[name]
         if argument and not takes:
-            raise ValueError(f"/{name} takes nothing behind it, and got {argument!r:.40}")
+            raise ValueError(f"/{name} takes no argument, and got {argument!r:.40}")
         do(argument)
 
     def _help(self, _: str) -> None:
@@ -266,7 +266,7 @@ class Session:
         try:
             partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             partial.replace(path)
-        except OSError as error:  # without the name that nobody knows
+        except OSError as error:  # hides the temporary file's name
             raise OSError(f"{path} can't be written: {error.strerror or error}") from None
         finally:
             partial.unlink(missing_ok=True)

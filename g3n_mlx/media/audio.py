@@ -1,7 +1,7 @@
-"""Sound in any usual form and format to the log-mel frames that enter the audio tower.
+"""Audio in any usual form and format to the log-mel frames that enter the audio tower.
 
-libsndfile decodes what it can (WAV, FLAC, OGG, MP3), PyAV the rest and the sound of videos (extra `video`); soxr brings
-any rate to the processor's. Sound longer than a clip may be is split at quiet places, never cut off.
+libsndfile decodes what it can (WAV, FLAC, OGG, MP3), PyAV the rest and the audio of videos (extra `video`); soxr brings
+any rate to the processor's. Audio longer than a clip may be is split at quiet places, never cut off.
 Source: transformers, feature_extraction_gemma3n.py; a clip is padded alone, never to the length of its neighbours.
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # Source: feature_extraction_gemma3n.py, `__call__`: max_length and pad_to_multiple_of have no key in the config.
 MAX_CLIP_SAMPLES = 480_000
 PAD_MULTIPLE = 128
-# In Hz; no sound that is meant to be heard comes near. Below, resampling would make gigabytes of a small file.
+# In Hz; far outside any audible recording. Below, resampling would make gigabytes of a small file.
 MIN_RATE, MAX_RATE = 1_000, 1_000_000
 
 _PLAYED_RATE = 16_000  # Hz, in a notebook; the released processor's
@@ -50,22 +50,24 @@ class AudioFeatures:
 
 
 class Audio:
-    """Sound for a message: a path, bytes, a `data:` URI or an http(s) URL, or an array with its rate in Hz.
+    """Audio for a message: a path, bytes, a `data:` URI or an http(s) URL, or an array with its rate in Hz.
 
-    An array is [samples] or [samples, channels], floats from -1 to 1 or integers of a sound file. Files are opened
-    when the message is first used. Raises ValueError when the source is none of these, or an array can't be sound.
+    An array is [samples] or [samples, channels], floats from -1 to 1 or integers as sound files have them. Files are
+    opened when the message is first used. Raises ValueError for any other source, or an array that can't be audio.
     """
 
     def __init__(self, source: str | Path | bytes | np.ndarray, rate: float | None = None) -> None:
         if isinstance(source, np.ndarray):
             if isinstance(rate, bool) or not isinstance(rate, int | float | np.number):
-                raise ValueError(f"the sound's rate is {rate!r}, expected samples a second: Audio(waveform, rate)")
+                raise ValueError(
+                    f"the audio's sample rate is {rate!r}, expected samples per second: Audio(waveform, rate)"
+                )
             _check_rate(rate)
             source = _samples_of(source)
         elif not isinstance(source, str | Path | bytes):
-            raise ValueError(f"a sound is of type {type(source).__name__}, expected a path, bytes, an array or a URL")
+            raise ValueError(f"audio is of type {type(source).__name__}, expected a path, bytes, an array or a URL")
         elif rate is not None:
-            raise ValueError(f"the sound's rate is {rate!r}, but a file brings its own: leave it out")
+            raise ValueError(f"the audio's sample rate is {rate!r}, but a file brings its own: leave it out")
         self._source, self._rate = source, rate
 
     def __repr__(self) -> str:
@@ -82,9 +84,9 @@ class Audio:
         return f'<audio controls src="data:audio/wav;base64,{data}"></audio>'
 
     def waveform(self, rate: int, policy: MediaPolicy) -> np.ndarray:
-        """The sound as one channel at `rate` Hz, float32 [samples].
+        """The audio as one channel at `rate` Hz, float32 [samples].
 
-        Raises ValueError when it can't be fetched, is no sound, is damaged, empty, too long or not finite.
+        Raises ValueError when it can't be fetched, is no audio, is damaged, empty, too long or not finite.
         """
         source, mono = self._source, Mono(rate, policy)
         if isinstance(source, np.ndarray):
@@ -97,7 +99,7 @@ class Audio:
 
 @dataclass(frozen=True)
 class AudioProcessing:
-    """How a waveform becomes frames: the sound part of preprocessor_config.json, and how long a clip may be."""
+    """How a waveform becomes frames: the audio part of preprocessor_config.json, and how long a clip may be."""
 
     sampling_rate: int  # Hz
     frame_length: int  # samples
@@ -153,7 +155,7 @@ class AudioProcessing:
     def clips(self, waveform: np.ndarray) -> list[tuple[float, AudioFeatures]]:
         """The clips of a waveform at the processor's rate, each with its start in seconds.
 
-        Longer sound is split at quiet places, each clip with soft tokens of its own.
+        Longer audio is split at quiet places, each clip with soft tokens of its own.
         """
         parts = split_clips(waveform, self.sampling_rate, self.max_clip_samples)
         return [(start / self.sampling_rate, self.features(part)) for start, part in parts]
@@ -162,7 +164,7 @@ class AudioProcessing:
         """Frames of one clip, float32 [samples] at the processor's rate; raises ValueError if it is too long."""
         if not 0 < len(waveform) <= self.max_clip_samples:
             raise ValueError(f"a clip has {len(waveform)} samples, expected 1 to {self.max_clip_samples}")
-        # The reference makes no frame of less than frame_length + 1 samples; the shortest sound gets one here.
+        # The reference makes no frame of less than frame_length + 1 samples; the shortest audio gets one here.
         samples = max(len(waveform), self.frame_length + 1)
         padded = np.zeros(math.ceil(samples / PAD_MULTIPLE) * PAD_MULTIPLE, dtype=np.float32)
         padded[: len(waveform)] = waveform
@@ -239,11 +241,11 @@ def _quietest(stretch: np.ndarray, rate: int) -> int:
 
 
 def _decode(data: bytes, mono: "Mono") -> None:
-    """Adds the sound of a file, or of a video."""
+    """Adds the audio of a file, or of a video."""
     import soundfile
 
     if not data:
-        raise ValueError("the sound has no bytes")
+        raise ValueError("the audio has no bytes")
     check_whole(data)
     try:
         opened = soundfile.SoundFile(_Bytes(data))
@@ -261,9 +263,9 @@ def _decode(data: bytes, mono: "Mono") -> None:
                 mono.add(block, file.samplerate)
                 left -= len(block)
         except soundfile.LibsndfileError as error:
-            raise ValueError(f"the sound is damaged or cut off: {error.error_string}") from None
+            raise ValueError(f"the audio is damaged or cut off: {error.error_string}") from None
         if declared and left > 0:
-            raise ValueError(f"the sound is damaged or cut off: {left / file.samplerate:.1f} s of it are missing")
+            raise ValueError(f"the audio is damaged or cut off: {left / file.samplerate:.1f} s of it are missing")
 
 
 class _Bytes(io.BytesIO):
@@ -277,21 +279,21 @@ class _Bytes(io.BytesIO):
 
 
 def _decode_with_av(data: bytes, mono: "Mono") -> None:
-    if add_sound_track(data, mono) is None:
-        raise ValueError("the file holds no sound")
+    if add_audio_track(data, mono) is None:
+        raise ValueError("the file holds no audio")
 
 
-def add_sound_track(data: bytes, mono: "Mono") -> float | None:
-    """Adds the first sound track of a file that PyAV reads; when it starts in seconds, None if there is no sound.
+def add_audio_track(data: bytes, mono: "Mono") -> float | None:
+    """Adds the first audio track of a file that PyAV reads, and returns its start in seconds; None if there is none.
 
-    Raises ValueError when it is damaged, or the file is none of media.
+    Raises ValueError when the track is damaged, or the file is no audio or video.
     """
     av = import_av("neither WAV, FLAC, OGG nor MP3")
     with open_container(data) as container:
         if not container.streams.audio:
             return None
         if container.streams.audio[0].codec_context is None:
-            raise ValueError("the sound is in a format that is not known here, or damaged")
+            raise ValueError("the audio is in an unknown format, or damaged")
         to_floats, start_s = av.AudioResampler(format="flt"), None
         try:
             for frame in container.decode(container.streams.audio[0]):
@@ -300,12 +302,12 @@ def add_sound_track(data: bytes, mono: "Mono") -> float | None:
                         start_s = block.time or 0.0
                     mono.add(block.to_ndarray().reshape(-1, block.layout.nb_channels), block.sample_rate)
         except av.FFmpegError as error:
-            raise ValueError(f"the sound is damaged or cut off: {error.strerror}") from None
+            raise ValueError(f"the audio is damaged or cut off: {error.strerror}") from None
         return start_s
 
 
 class Mono:
-    """Blocks of sound, mixed to one channel and resampled as they come, so that only the result is held."""
+    """Blocks of audio, mixed to one channel and resampled as they come, so that only the result is held."""
 
     def __init__(self, rate: int, policy: MediaPolicy) -> None:
         """rate: of the result, in Hz."""
@@ -328,7 +330,7 @@ class Mono:
                 self._resampler = soxr.ResampleStream(rate, self._rate, 1, dtype="float32")
         self._num_samples += len(block)
         if self._num_samples > self._policy.max_seconds * rate:
-            raise ValueError(f"the sound is longer than {self._policy.max_seconds:g} s, the most that is taken")
+            raise ValueError(f"the audio is longer than {self._policy.max_seconds:g} s, the most that is accepted")
         self._append(block if block.ndim == 1 else block.mean(axis=1, dtype=np.float32), last=False)
 
     def _append(self, block: np.ndarray, last: bool) -> None:
@@ -337,39 +339,41 @@ class Mono:
     def finish(self) -> np.ndarray:
         """The whole, float32 [samples]; raises ValueError when it is empty or not finite."""
         if not self._num_samples:
-            raise ValueError("the sound is empty")
+            raise ValueError("the audio is empty")
         self._append(np.zeros(0, dtype=np.float32), last=True)
         waveform = np.concatenate(self._blocks)
         if not len(waveform):
-            raise ValueError("the sound is shorter than one sample of 16 kHz")
+            raise ValueError("the audio is shorter than one sample of 16 kHz")
         if not np.isfinite(waveform).all():
-            raise ValueError("the sound has samples that are not finite numbers (NaN or infinity)")
+            raise ValueError("the audio has samples that are not finite numbers (NaN or infinity)")
         return waveform
 
 
 def _check_rate(rate: Any) -> None:
     if not MIN_RATE <= rate <= MAX_RATE:
-        raise ValueError(f"the sound's rate is {rate} Hz, expected {MIN_RATE:,} to {MAX_RATE:,} samples a second")
+        raise ValueError(
+            f"the audio's sample rate is {rate} Hz, expected {MIN_RATE:,} to {MAX_RATE:,} samples per second"
+        )
 
 
 def _samples_of(array: np.ndarray) -> np.ndarray:
     """An array of a user's, checked, as float32 [samples] or [samples, channels]."""
     if array.size == 0:
-        raise ValueError(f"a sound's array has the shape {array.shape}, which holds no samples")
+        raise ValueError(f"an audio array has the shape {array.shape}, which holds no samples")
     if array.ndim not in (1, 2):
-        raise ValueError(f"a sound's array has the shape {array.shape}, expected [samples] or [samples, channels]")
+        raise ValueError(f"an audio array has the shape {array.shape}, expected [samples] or [samples, channels]")
     if array.ndim == 2 and array.shape[1] > array.shape[0]:
-        raise ValueError(f"a sound's array has the shape {array.shape}, expected [samples, channels]: transpose it")
+        raise ValueError(f"an audio array has the shape {array.shape}, expected [samples, channels]: transpose it")
     if array.dtype == np.uint8:  # WAV's 8 bits are the only unsigned ones
         return (array.astype(np.float32) - 128) / 128
     if array.dtype.kind == "i" and array.dtype.itemsize in (2, 4):
         return (array / -float(np.iinfo(array.dtype).min)).astype(np.float32)
     if not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(f"a sound's array is {array.dtype}, expected floats from -1 to 1, int16, int32 or uint8")
+        raise ValueError(f"an audio array is {array.dtype}, expected floats from -1 to 1, int16, int32 or uint8")
     with np.errstate(over="ignore"):  # what float32 can't hold becomes infinity
         samples = array.astype(np.float32)
     if not np.isfinite(samples).all():
-        raise ValueError("a sound's array has values that are not finite numbers (NaN or infinity)")
+        raise ValueError("an audio array has values that are not finite numbers (NaN or infinity)")
     return samples
 
 

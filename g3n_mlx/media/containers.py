@@ -13,7 +13,7 @@ from typing import Any
 
 from g3n_mlx.installation import install_command
 
-# Containers of sound and video that PyAV may open; playlists and other formats that name further files stay out.
+# Containers of audio and video that PyAV may open; playlists and other formats that name further files are left out.
 CONTAINERS = (
     "aac,ac3,aiff,amr,asf,avi,caf,eac3,flac,flv,m4v,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mp3,mpeg,mpegts,mpegvideo,"
     "ogg,opus,wav,wv"
@@ -43,11 +43,11 @@ def open_container(data: bytes) -> Any:
         # No protocol at all: nothing in the file can make the demuxer open another file or a URL.
         return av.open(io.BytesIO(data), options={"format_whitelist": CONTAINERS, "protocol_whitelist": "none"})
     except (av.FFmpegError, ValueError):
-        raise ValueError("not a sound or video in a known format, or damaged") from None
+        raise ValueError("not audio or video in a known format, or damaged") from None
 
 
 def check_whole(data: bytes) -> None:
-    """Raises ValueError when a file of sound or video is shorter than it says itself."""
+    """Raises ValueError when an audio or video file is shorter than it declares."""
     missing = _declared_bytes(data) - len(data)
     if missing > 0:
         raise ValueError(f"the file is cut off: at least {missing:,} bytes are missing of {missing + len(data):,}")
@@ -69,7 +69,7 @@ def _declared_bytes(data: bytes) -> int:
 
 
 def _riff_bytes(data: bytes) -> int:
-    """The end of WAV's samples, or of an AVI; what stands behind the samples can't be missed."""
+    """The end of WAV's samples, or of an AVI; what follows the samples is not needed."""
     if data[8:12] != b"WAVE":
         size = int.from_bytes(data[4:8], "little")
         return 8 + size if size < _OPEN_RIFF_BYTES else 0
@@ -107,7 +107,7 @@ def _boxes(data: bytes) -> Iterator[tuple[bytes, int]]:
 
 
 def _matroska_bytes(data: bytes) -> int:
-    """The end of the segment, which holds everything behind the header."""
+    """The end of the segment, which holds everything after the header."""
     size, width = _ebml_size(data, 4)
     segment = 4 + width + size
     if data[segment : segment + 4] != _SEGMENT:

@@ -1,6 +1,6 @@
-"""Pictures in any usual form and format to the pixels that enter the vision tower.
+"""Images in any usual form and format to the pixels that enter the vision tower.
 
-Pillow decodes; HEIC needs pillow-heif (extra `heif`). A picture is turned as its EXIF orientation says, brought to
+Pillow decodes; HEIC needs pillow-heif (extra `heif`). An image is turned as its EXIF orientation says, brought to
 RGB, with what is transparent composited on white, and resized to the processor's size whatever its shape.
 Source: transformers, image_transforms.py `convert_to_rgb` and image_processing_pil_siglip.py.
 """
@@ -26,7 +26,7 @@ from g3n_mlx.media.policy import MediaPolicy
 if TYPE_CHECKING:
     from PIL import Image as pil
 
-# What Pillow may be asked to decode: a format beyond these is a program more that a stranger's bytes reach.
+# What Pillow may decode: every extra format exposes another parser to untrusted input.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 _SHOWN_PIXELS = 512  # of an image in a notebook, each side
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -37,7 +37,7 @@ _DAMAGED = (OSError, SyntaxError, ValueError, struct.error, RuntimeError, EOFErr
 
 @dataclass(frozen=True, slots=True)
 class ImageFeatures:
-    """A picture as the vision tower reads it."""
+    """An image as the vision tower reads it."""
 
     kind: ClassVar[str] = "image"
     pixels: np.ndarray  # uint8 [h, w, 3]
@@ -50,7 +50,7 @@ class ImageFeatures:
 
 
 class Image:
-    """A picture for a message: a path, bytes, a PIL image, an array, a `data:` URI or an http(s) URL.
+    """An image for a message: a path, bytes, a PIL image, an array, a `data:` URI or an http(s) URL.
 
     An array is [h, w], [h, w, 1], [h, w, 3] or [h, w, 4], uint8 or floats from 0 to 1. Files are opened when the
     message is first used. Raises ValueError when the source is none of these, or an array's shape or values are wrong.
@@ -61,7 +61,7 @@ class Image:
             source = _pixels_of(source)
         elif not isinstance(source, str | Path | bytes) and not _is_pil(source):
             raise ValueError(
-                f"a picture is of type {type(source).__name__}, expected a path, bytes, a PIL image, an array or a URL"
+                f"an image is of type {type(source).__name__}, expected a path, bytes, a PIL image, an array or a URL"
             )
         self._source = source
 
@@ -82,27 +82,27 @@ class Image:
         return png.getvalue()
 
     def rgb(self, policy: MediaPolicy) -> np.ndarray:
-        """The picture upright and without transparency, uint8 [h, w, 3].
+        """The image upright and without transparency, uint8 [h, w, 3].
 
-        Raises ValueError when it can't be fetched, is no picture, is damaged or has too many pixels.
+        Raises ValueError when it can't be fetched, is no image, is damaged or has too many pixels.
         """
         from PIL import ImageOps
 
         source = fetch(self._source, policy) if isinstance(self._source, str | Path) else self._source
         with _pillow_is_quiet:
-            picture = _opened(source)
-            if picture.width * picture.height > policy.max_pixels:
-                size = f"{picture.width} × {picture.height}"
+            image = _opened(source)
+            if image.width * image.height > policy.max_pixels:
+                size = f"{image.width} × {image.height}"
                 raise ValueError(f"{_too_many_pixels(policy.max_pixels)}: it is {size}")
-            if picture.width * picture.height == 0:
-                raise ValueError(f"the picture has no pixels: it is {picture.width} × {picture.height}")
+            if image.width * image.height == 0:
+                raise ValueError(f"the image has no pixels: it is {image.width} × {image.height}")
             with _damage_named():
-                return _to_rgb(ImageOps.exif_transpose(picture))
+                return _to_rgb(ImageOps.exif_transpose(image))
 
 
 @dataclass(frozen=True, slots=True)
 class ImageProcessing:
-    """How pixels are made ready for the tower: the picture part of preprocessor_config.json."""
+    """How pixels are prepared for the tower: the image part of preprocessor_config.json."""
 
     height: int
     width: int
@@ -133,7 +133,7 @@ class ImageProcessing:
         )
 
     def features(self, rgb: np.ndarray) -> ImageFeatures:
-        """A picture, uint8 [h, w, 3], at the tower's size; its aspect is not kept."""
+        """An image, uint8 [h, w, 3], at the tower's size; its aspect is not kept."""
         from PIL import Image as pil
 
         resized = pil.fromarray(rgb).resize((self.width, self.height), pil.Resampling(self.resample))
@@ -152,18 +152,18 @@ def _is_pil(source: Any) -> bool:
 def _pixels_of(array: np.ndarray) -> np.ndarray:
     """An array of a user's, checked, as uint8 [h, w] or [h, w, 3 or 4]."""
     if 0 in array.shape:
-        raise ValueError(f"a picture's array has the shape {array.shape}, which holds no pixels")
+        raise ValueError(f"an image array has the shape {array.shape}, which holds no pixels")
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
-        raise ValueError(f"a picture's array has the shape {array.shape}, expected [h, w] or [h, w, 1, 3 or 4]")
+        raise ValueError(f"an image array has the shape {array.shape}, expected [h, w] or [h, w, 1, 3 or 4]")
     if np.issubdtype(array.dtype, np.floating):
         if not (array.min() >= 0 and array.max() <= 1):  # false for NaN too
             raise ValueError(
-                f"a picture's array has values from {array.min():g} to {array.max():g}, "
+                f"an image array has values from {array.min():g} to {array.max():g}, "
                 "expected floats from 0 to 1, or uint8"
             )
         array = np.rint(array * 255).astype(np.uint8)
     if array.dtype != np.uint8:
-        raise ValueError(f"a picture's array is {array.dtype}, expected uint8, or floats from 0 to 1")
+        raise ValueError(f"an image array is {array.dtype}, expected uint8, or floats from 0 to 1")
     return np.ascontiguousarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 
 
@@ -176,7 +176,7 @@ def _opened(source: "bytes | np.ndarray | pil.Image") -> "pil.Image":
     if not isinstance(source, bytes):
         return source
     if not source:
-        raise ValueError("the picture has no bytes")
+        raise ValueError("the image has no bytes")
     heif = source[4:8] == b"ftyp" and source[8:12] in _HEIF_BRANDS
     if heif:
         _register_heif()
@@ -192,19 +192,19 @@ def _damage_named() -> Generator[None]:
     try:
         yield
     except pil.UnidentifiedImageError:
-        raise ValueError(f"not a picture in one of the formats {', '.join(FORMATS)}, HEIC, or damaged") from None
+        raise ValueError(f"not an image in one of the formats {', '.join(FORMATS)}, HEIC, or damaged") from None
     except pil.DecompressionBombError:
         assert pil.MAX_IMAGE_PIXELS is not None
         raise ValueError(_too_many_pixels(2 * pil.MAX_IMAGE_PIXELS)) from None
     except _DAMAGED as error:
-        raise ValueError(f"the picture is damaged: {' '.join(str(error).split()) or type(error).__name__}") from None
+        raise ValueError(f"the image is damaged: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
 def _register_heif() -> None:
     try:
         import pillow_heif
     except ImportError:
-        raise ValueError(f"the picture is HEIC, which needs pillow-heif: {install_command('heif')}") from None
+        raise ValueError(f"the image is HEIC, which needs pillow-heif: {install_command('heif')}") from None
     pillow_heif.register_heif_opener()
 
 
@@ -235,24 +235,24 @@ class _QuietPillow:
 _pillow_is_quiet = _QuietPillow()
 
 
-def _to_rgb(picture: "pil.Image") -> np.ndarray:
+def _to_rgb(image: "pil.Image") -> np.ndarray:
     from PIL import Image as pil
 
-    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-        return _deep_grey_to_rgb(np.asarray(picture))
-    if picture.mode == "La":  # Pillow converts it to nothing else
-        picture = picture.convert("LA")
-    if "A" in picture.getbands() or "a" in picture.getbands() or picture.info.get("transparency") is not None:
-        picture = picture.convert("RGBA")
-        white = pil.new("RGBA", picture.size, (255, 255, 255, 255))
-        picture = pil.alpha_composite(white, picture)
-    return np.asarray(picture.convert("RGB"))
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _deep_grey_to_rgb(np.asarray(image))
+    if image.mode == "La":  # Pillow converts it to nothing else
+        image = image.convert("LA")
+    if "A" in image.getbands() or "a" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = pil.new("RGBA", image.size, (255, 255, 255, 255))
+        image = pil.alpha_composite(white, image)
+    return np.asarray(image.convert("RGB"))
 
 
 def _deep_grey_to_rgb(values: np.ndarray) -> np.ndarray:
     """Grey of more than 8 bits, scaled to 8: integers are of 16 bits, floats run to 1, or to 255 if they pass it.
 
-    Pillow would clip them at 255, and the picture would be white.
+    Pillow would clip them at 255, and the image would be white.
     """
     if values.dtype.kind == "f":
         if not np.isfinite(values).all():
@@ -265,4 +265,4 @@ def _deep_grey_to_rgb(values: np.ndarray) -> np.ndarray:
 
 
 def _too_many_pixels(limit: int) -> str:
-    return f"the picture has more than {limit:,} pixels, the most that is decoded"
+    return f"the image has more than {limit:,} pixels, the most that is decoded"

@@ -49,9 +49,9 @@ class MediaOpener:
         return opened
 
     def split_audio(self, audio: Audio, policy: MediaPolicy) -> list[tuple[float, float, Audio]]:
-        """A sound as clips that the audio tower hears at once: each one's start and end in seconds, and itself.
+        """Audio as clips that the audio tower takes at once: start and end in seconds, and the clip.
 
-        Raises ValueError when the sound can't be opened, or the checkpoint has no audio tower.
+        Raises ValueError when the audio can't be opened, or the checkpoint has no audio tower.
         """
         self._require_tower("audio", "audio")
         rate = self.audio_processing.sampling_rate
@@ -78,7 +78,7 @@ class MediaOpener:
         clips = self.audio_processing.clips(waveform)
         if len(clips) > 1:
             _log.warning(
-                "the sound is longer than a clip's %.1f s: split at quiet places into %d clips, %d soft tokens in all",
+                "the audio is longer than a clip's %.1f s: split at quiet places into %d clips, %d soft tokens in all",
                 self.audio_processing.max_clip_samples / self.audio_processing.sampling_rate,
                 len(clips),
                 len(clips) * self.soft_tokens["audio"],
@@ -86,22 +86,22 @@ class MediaOpener:
         return clips
 
     def _interleaved(self, video: OpenVideo) -> list[Opened]:
-        """The frames, each after its time stamp; each clip of the sound after the frames of its stretch."""
+        """The frames, each after its time stamp; each audio clip after the frames of its stretch."""
         stamped = [(time_s, self.image_processing.features(rgb)) for time_s, rgb in video.frames()]
         opened: list[Opened] = []
-        for end_s, clip in self._sound_of(video):
+        for end_s, clip in self._audio_of(video):
             before = [entry for entry in stamped if entry[0] < end_s]
             opened += [*_with_stamps(before), clip]
             stamped = stamped[len(before) :]
         return [*opened, *_with_stamps(stamped)]
 
-    def _sound_of(self, video: OpenVideo) -> list[tuple[float, AudioFeatures]]:
-        """The clips of a video's sound, each with its end in seconds."""
+    def _audio_of(self, video: OpenVideo) -> list[tuple[float, AudioFeatures]]:
+        """The clips of a video's audio, each with its end in seconds."""
         if "audio" not in self.soft_tokens:
-            _log.warning("the sound of the video is left out: this checkpoint has no audio tower")
+            _log.warning("the audio of the video is left out: this checkpoint has no audio tower")
             return []
         rate = self.audio_processing.sampling_rate
-        track = video.sound(rate)
+        track = video.audio(rate)
         if track is None:
             return []
         start_s, waveform = track
@@ -136,4 +136,4 @@ class MediaOpener:
 
 
 def _with_stamps(stamped: list[tuple[float, ImageFeatures]]) -> list[Opened]:
-    return [piece for time_s, picture in stamped for piece in (time_stamp(time_s), picture)]
+    return [piece for time_s, features in stamped for piece in (time_stamp(time_s), features)]

@@ -40,7 +40,7 @@ class Media:
 
 
 def _audio(value: Any, rate: Any) -> Audio:
-    if isinstance(value, Mapping):  # as Hugging Face's data sets hold sound
+    if isinstance(value, Mapping):  # as Hugging Face's data sets hold audio
         value, rate = value.get("array"), value.get("sampling_rate")
     return value if isinstance(value, Audio) else Audio(value, rate if isinstance(value, np.ndarray) else None)
 

@@ -41,4 +41,4 @@ class MediaPolicy:
     def check_bytes(self, num_bytes: int, what: str) -> None:
         """Raises ValueError naming what is larger than `max_bytes`."""
         if num_bytes > self.max_bytes:
-            raise ValueError(f"{what} has more than {self.max_bytes:,} bytes, the most that is taken")
+            raise ValueError(f"{what} has more than {self.max_bytes:,} bytes, the most that is accepted")

@@ -1,6 +1,6 @@
-"""Videos to pictures at regular times, each after its time as text, and the sound beside them.
+"""Videos to frames at regular times, each after its time as text, and their audio.
 
-A frame is the one on show at its time, whatever the rate of the file's frames, turned as the file says. The sound is
+A frame is the one on show at its time, whatever the rate of the file's frames, turned as the file says. The audio is
 split at quiet places; each clip stands after the frames of its stretch. PyAV decodes (extra `video`).
 """
 
@@ -12,18 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from g3n_mlx.media.audio import Mono, add_sound_track
+from g3n_mlx.media.audio import Mono, add_audio_track
 from g3n_mlx.media.containers import check_whole, import_av, open_container
 from g3n_mlx.media.fetch import fetch, source_text
 from g3n_mlx.media.policy import MediaPolicy
 
 _log = logging.getLogger(__name__)
 
-# As many pictures as leave half of the published context of 32,768 tokens to words and sound.
+# As many frames as leave half of the published context of 32,768 tokens to words and audio.
 MAX_FRAMES = 60
 # A gap between two wanted times that is worth a jump to the key frame before the second, in seconds.
 _SEEK_GAP_S = 10.0
-# Slack for the rounding of time stamps, and for a picture track that ends a little before its declared end, in seconds.
+# Slack for the rounding of time stamps, and for a video track that ends a little before its declared end, in seconds.
 _SLACK_S = 1e-3
 _END_SLACK_S = 1.0
 
@@ -31,15 +31,15 @@ _END_SLACK_S = 1.0
 class Video:
     """A video for a message: a path, bytes, a `data:` URI or an http(s) URL.
 
-    fps: pictures a second; max_frames: the most pictures, which a longer video spreads over its length. The file is
-    opened when the message is first used. Raises ValueError when the source is none of these, or a number senseless.
+    fps: frames per second; max_frames: the most frames, which a longer video spreads over its length. The file is
+    opened when the message is first used. Raises ValueError for any other source, or a number that makes no sense.
     """
 
     def __init__(self, source: str | Path | bytes, fps: float = 1.0, max_frames: int = MAX_FRAMES) -> None:
         if not isinstance(source, str | Path | bytes):
             raise ValueError(f"a video is of type {type(source).__name__}, expected a path, bytes or a URL")
         if isinstance(fps, bool) or not isinstance(fps, int | float | np.integer | np.floating) or not 0 < fps <= 1000:
-            raise ValueError(f"a video's fps is {fps!r}, expected pictures a second, more than 0")
+            raise ValueError(f"a video's fps is {fps!r}, expected frames per second, more than 0")
         if isinstance(max_frames, bool) or not isinstance(max_frames, int | np.integer) or max_frames < 1:
             raise ValueError(f"a video's max_frames is {max_frames!r}, expected an integer of at least 1")
         self.fps, self.max_frames = float(fps), int(max_frames)
@@ -64,9 +64,9 @@ class OpenVideo:
         self._data, self._fps, self._max_frames, self._policy = data, fps, max_frames, policy
 
     def frames(self) -> Iterator[tuple[float, np.ndarray]]:
-        """Pictures, uint8 [h, w, 3], each with its time in seconds from the first one.
+        """Frames, uint8 [h, w, 3], each with its time in seconds from the first one.
 
-        Raises ValueError when the data are no video, damaged, too long, or their pictures have too many pixels.
+        Raises ValueError when the file is no video, damaged or too long, or its frames have too many pixels.
         """
         av = import_av("a video")
         with open_container(self._data) as container:
@@ -78,47 +78,47 @@ class OpenVideo:
             except av.FFmpegError as error:
                 raise ValueError(f"the video is damaged or cut off: {error.strerror}") from None
 
-    def sound(self, rate: int) -> tuple[float, np.ndarray] | None:
-        """When the sound begins in seconds from the first picture, and the sound: float32 [samples] at `rate` Hz.
+    def audio(self, rate: int) -> tuple[float, np.ndarray] | None:
+        """When the audio begins in seconds from the first frame, and the audio: float32 [samples] at `rate` Hz.
 
-        None when the video is silent. Raises ValueError when the sound is damaged or too long.
+        None when the video is silent. Raises ValueError when the audio is damaged or too long.
         """
         with open_container(self._data) as container:
-            first_picture_s = _start_s(self._stream(container))
+            first_frame_s = _start_s(self._stream(container))
         mono = Mono(rate, self._policy)
-        start_s = add_sound_track(self._data, mono)
-        return None if start_s is None else (start_s - first_picture_s, mono.finish())
+        start_s = add_audio_track(self._data, mono)
+        return None if start_s is None else (start_s - first_frame_s, mono.finish())
 
     def _stream(self, container: Any) -> Any:
         if not container.streams.video:
-            raise ValueError("the file has no video stream; if it is sound, send it as an audio part")
+            raise ValueError("the file has no video stream; if it is audio, send it as an audio part")
         stream = container.streams.video[0]
         if stream.codec_context is None:
-            raise ValueError("the video's pictures are in a format that is not known here, or damaged")
+            raise ValueError("the video's frames are in an unknown format, or damaged")
         width, height, limit = stream.codec_context.width, stream.codec_context.height, self._policy.max_pixels
         if width * height > limit:
-            raise ValueError(f"the video's pictures are {width} × {height}, more than {limit:,} pixels")
+            raise ValueError(f"the video's frames are {width} × {height}, more than {limit:,} pixels")
         stream.thread_type = "AUTO"
         return stream
 
     def _times(self, duration_s: float) -> list[float]:
         if duration_s > self._policy.max_seconds:
-            raise ValueError(f"the video is longer than {self._policy.max_seconds:g} s, the most that is taken")
+            raise ValueError(f"the video is longer than {self._policy.max_seconds:g} s, the most that is accepted")
         wanted = max(1, math.ceil(duration_s * self._fps - _SLACK_S))
         if wanted <= self._max_frames:
             return [index / self._fps for index in range(wanted)]
-        _log.warning("the video of %.1f s is shown in %d pictures, not %d", duration_s, self._max_frames, wanted)
+        _log.warning("the video of %.1f s is shown in %d frames, not %d", duration_s, self._max_frames, wanted)
         return [index * duration_s / self._max_frames for index in range(self._max_frames)]
 
     def _frames_at(
         self, times: list[float], declared_s: float | None, container: Any, stream: Any
     ) -> Iterator[tuple[float, np.ndarray]]:
-        """The picture on show at each of the ascending times; raises ValueError when they end before `declared_s`."""
+        """The frame on show at each of the ascending times; raises ValueError when they end before `declared_s`."""
         start_s = _start_s(stream)
         decoded = self._timed(container, stream)
         coming: Any = next(decoded, None)
         if coming is None:
-            raise ValueError("the video holds no pictures")
+            raise ValueError("the video holds no frames")
         shown = coming  # also before its time, when it comes late
         for time_s in times:
             if coming is not None and start_s + time_s - coming.time > _SEEK_GAP_S:
@@ -131,7 +131,7 @@ class OpenVideo:
             if coming is None and 0 < _end_s(shown) - start_s < time_s + _SLACK_S:
                 end_s = _end_s(shown) - start_s
                 if declared_s is not None and end_s < declared_s - _END_SLACK_S:
-                    raise ValueError(f"the video is cut off: its pictures end at {end_s:.1f} s of {declared_s:.1f} s")
+                    raise ValueError(f"the video is cut off: its frames end at {end_s:.1f} s of {declared_s:.1f} s")
                 return
             # The angle counts against the clock, as rot90 does.
             yield time_s, np.rot90(shown.to_ndarray(format="rgb24"), k=round(shown.rotation / 90))
@@ -153,7 +153,7 @@ def time_stamp(seconds: float) -> str:
 
 
 def _measured_s(data: bytes) -> float:
-    """The length of a picture track that does not declare it, as in Matroska and in what a browser recorded."""
+    """The length of a video track that does not declare it, as in Matroska and in what a browser recorded."""
     with open_container(data) as container:
         stream = container.streams.video[0]
         begun = [(packet.pts, packet.duration or 0) for packet in container.demux(stream) if packet.pts is not None]

@@ -64,8 +64,8 @@ def test_a_missing_file_before_a_question_is_named_alone(session, folder, capsys
 def test_commands_that_take_nothing_say_so(session, echo, folder, capsys):  # noqa: F811
     talk(session, "/quit now", "/clear the table", "hello", "/exit", "never asked")
     assert capsys.readouterr().err.splitlines() == [
-        "error: /exit takes nothing behind it, and got 'now'",
-        "error: /clear takes nothing behind it, and got 'the table'",
+        "error: /exit takes no argument, and got 'now'",
+        "error: /clear takes no argument, and got 'the table'",
     ]
     assert last(echo) == ["hello"]
 

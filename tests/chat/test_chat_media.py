@@ -51,7 +51,7 @@ def test_commands(session, echo, folder, capsys):  # noqa: F811
     assert captured.err.splitlines() == [
         f"shapes.png, 256 x 256: {image} tokens, with the next question",
         f"digits.ogg: {audio} tokens, with the next question",
-        f"clip.mp4, 3 pictures, 1 sound clip: {3 * image + audio} tokens, with the next question",
+        f"clip.mp4, 3 frames, 1 audio clip: {3 * image + audio} tokens, with the next question",
     ]
     assert captured.out == "WHAT ARE THESE?\nAND NOW?\n"
     assert asked(echo, 0) == ["image", "audio", "video", "What are these?"]
@@ -95,13 +95,13 @@ def test_bad_files_are_named_and_the_chat_goes_on(session, echo, folder, capsys)
     captured = capsys.readouterr()
     errors = captured.err.splitlines()
     assert errors[0] == f"error: {short(folder / 'missing.png')} does not exist"
-    assert errors[1].startswith("error: digits.ogg: not a picture in one of the formats")
-    assert errors[2] == "error: shapes.png: not a sound or video in a known format, or damaged"
+    assert errors[1].startswith("error: digits.ogg: not an image in one of the formats")
+    assert errors[2] == "error: shapes.png: not audio or video in a known format, or damaged"
     assert errors[3].startswith("error: sign.png: ")
     assert errors[4] == "error: /image needs a file name or URL"
-    assert errors[5].startswith("error: cut.png: the picture is damaged")
+    assert errors[5].startswith("error: cut.png: the image is damaged")
     assert errors[6] == "with cut.png"
-    assert errors[7].startswith("error: cut.png: the picture is damaged")
+    assert errors[7].startswith("error: cut.png: the image is damaged")
     assert len(errors) == 8
     assert captured.out == "HELLO\n"
     assert asked(echo) == ["hello"]
@@ -159,8 +159,8 @@ def test_paste(session, echo, folder, capsys, monkeypatch):  # noqa: F811
     assert lines[1].startswith("sign.png, 192 x 192: ")
     assert asked(echo) == ["image", "image", "What are these?"]
     assert lines[2:] == [
-        "error: the clipboard holds files, but no picture among them",
-        "error: the clipboard holds no picture; copy one first",
+        "error: the clipboard holds files, but no image among them",
+        "error: the clipboard holds no image; copy one first",
     ]
 
     def nothing_to_look_with():
@@ -243,7 +243,7 @@ def test_parts_of_the_flags_are_in_order():
 def test_a_bad_flag_is_one_line(folder, tiny_folder):
     done = program("--model", str(tiny_folder), "--audio", "shapes.png", "-p", "What?", home=folder)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "g3n-chat: shapes.png: not a sound or video in a known format, or damaged\n"
+    assert done.stderr == "g3n-chat: shapes.png: not audio or video in a known format, or damaged\n"
 
 
 @terminal

@@ -313,16 +313,16 @@ def test_damage_is_an_error_of_ours_or_none(name):
 
 
 def test_what_is_no_sound(tmp_path):
-    assert refused(b"") == "the sound has no bytes"
+    assert refused(b"") == "the audio has no bytes"
     for data in (b"no sound at all", b"\x89PNG\r\n\x1a\n", b"#EXTM3U\nhttp://localhost/a.mp3\n"):
-        assert refused(data).startswith("not a sound or video in a known format, or damaged")
+        assert refused(data).startswith("not audio or video in a known format, or damaged")
     assert "does not exist" in refused(tmp_path / "missing.wav")
-    assert refused(video_file(1.0)) == "the file holds no sound"
+    assert refused(video_file(1.0)) == "the file holds no audio"
 
 
 def test_files_that_are_empty_or_not_finite():
     for samples, expected in (
-        (np.zeros(0, np.float32), "the sound is empty"),
+        (np.zeros(0, np.float32), "the audio is empty"),
         (np.array([0.1, np.nan, 0.2] * 100, np.float32), "samples that are not finite numbers (NaN or infinity)"),
         (np.array([0.1, np.inf, 0.2] * 100, np.float32), "samples that are not finite numbers (NaN or infinity)"),
     ):
@@ -346,14 +346,14 @@ def test_files_that_are_empty_or_not_finite():
     ],
 )
 def test_arrays_that_are_no_sound(array, expected):
-    with pytest.raises(ValueError, match="a sound's array") as caught:
+    with pytest.raises(ValueError, match="an audio array") as caught:
         Audio(array, RATE)
     assert expected in str(caught.value)
 
 
 @pytest.mark.parametrize("rate", [None, 0, -1, float("nan"), True, "16000", 10**9, 999])
 def test_rates_that_are_none(rate):
-    with pytest.raises(ValueError, match="the sound's rate is"):
+    with pytest.raises(ValueError, match="the audio's sample rate is"):
         Audio(np.zeros(9, np.float32), rate)
 
 
@@ -362,7 +362,10 @@ def test_a_file_of_a_rate_that_is_none(rate):
     """A megabyte at 1 Hz would be 16 GB at the model's rate."""
     data = io.BytesIO()
     soundfile.write(data, np.zeros(9, np.float32), rate, format="WAV")
-    assert refused(data.getvalue()) == f"the sound's rate is {rate} Hz, expected 1,000 to 1,000,000 samples a second"
+    assert (
+        refused(data.getvalue())
+        == f"the audio's sample rate is {rate} Hz, expected 1,000 to 1,000,000 samples per second"
+    )
 
 
 def test_time_that_is_over():
@@ -374,7 +377,7 @@ def test_time_that_is_over():
 
 def test_sources_that_are_no_sound():
     for source in (None, 7, [0.1, 0.2], {"url": "a.wav"}):
-        with pytest.raises(ValueError, match=f"a sound is of type {type(source).__name__}, expected a path, bytes"):
+        with pytest.raises(ValueError, match=f"audio is of type {type(source).__name__}, expected a path, bytes"):
             Audio(source)
     with pytest.raises(ValueError, match="a file brings its own: leave it out"):
         Audio("sound.wav", RATE)
@@ -383,7 +386,7 @@ def test_sources_that_are_no_sound():
 def test_too_long():
     policy = MediaPolicy(max_seconds=0.9)
     for source, rate in ((sound_file("wav"), None), (sound_file("m4a"), None), (tones(RATE), RATE)):
-        assert refused(source, rate, policy) == "the sound is longer than 0.9 s, the most that is taken"
+        assert refused(source, rate, policy) == "the audio is longer than 0.9 s, the most that is accepted"
 
 
 def test_without_pyav(monkeypatch):

@@ -150,7 +150,7 @@ def test_answers_that_are_no_file(url):
 def test_the_size_limit(url):
     policy = MediaPolicy(max_bytes=len(BODY) - 1, timeout_s=20)
     for path in ("body", "endless", "huge"):
-        assert refused(f"{url}/{path}", policy).endswith("more than 10,239 bytes, the most that is taken")
+        assert refused(f"{url}/{path}", policy).endswith("more than 10,239 bytes, the most that is accepted")
     assert fetch(f"{url}/body", MediaPolicy(max_bytes=len(BODY))) == BODY
 
 

@@ -143,14 +143,14 @@ def test_arrays():
     ],
 )
 def test_arrays_that_are_no_pictures(array, expected):
-    with pytest.raises(ValueError, match="a picture's array") as caught:
+    with pytest.raises(ValueError, match="an image array") as caught:
         Image(array)
     assert expected in str(caught.value)
 
 
 @pytest.mark.parametrize("source", [None, 7, ["a.png"], {"url": "a.png"}, io.BytesIO(b"")])
 def test_sources_that_are_no_pictures(source):
-    with pytest.raises(ValueError, match=f"a picture is of type {type(source).__name__}, expected a path, bytes"):
+    with pytest.raises(ValueError, match=f"an image is of type {type(source).__name__}, expected a path, bytes"):
         Image(source)
 
 
@@ -248,7 +248,7 @@ def test_pixels_that_are_no_numbers(value, recwarn):
     floats = np.full((4, 6), 0.5, np.float32)
     floats[1, 2] = value
     for source in (pil.fromarray(floats), encoded(pil.fromarray(floats), "TIFF")):
-        assert refused(source) == "the picture is damaged: it has pixels that are not finite numbers (NaN or infinity)"
+        assert refused(source) == "the image is damaged: it has pixels that are not finite numbers (NaN or infinity)"
     assert not recwarn.list
 
 
@@ -336,11 +336,11 @@ def test_damage_is_an_error_of_ours_or_none(rng):
 
 
 def test_what_is_no_picture(tmp_path):
-    assert refused(b"") == "the picture has no bytes"
+    assert refused(b"") == "the image has no bytes"
     for data in (b"no picture", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%PDF-1.7\n", b"RIFF\0\0\0\0WAVEfmt "):
         assert (
             refused(data)
-            == "not a picture in one of the formats AVIF, BMP, GIF, JPEG, PNG, TIFF, WEBP, HEIC, or damaged"
+            == "not an image in one of the formats AVIF, BMP, GIF, JPEG, PNG, TIFF, WEBP, HEIC, or damaged"
         )
     assert "does not exist" in refused(tmp_path / "missing.png")
     assert "is not a regular file" in refused(tmp_path)
@@ -350,15 +350,15 @@ def test_what_is_no_picture(tmp_path):
 def test_formats_beyond_the_list_are_not_decoded():
     """Whatever else Pillow reads stays out of reach of a stranger's bytes."""
     for kind in ("PPM", "TGA", "ICO"):
-        assert "not a picture in one of the formats" in refused(encoded(drawn(), kind))
+        assert "not an image in one of the formats" in refused(encoded(drawn(), kind))
 
 
 def test_decompression_bombs():
     """The size is refused by the header, before anything is decoded."""
     bomb = png(struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0), zlib.compress(b"\0" * 1000))
-    assert refused(bomb).startswith("the picture has more than 178,956,970 pixels, the most that is decoded")
+    assert refused(bomb).startswith("the image has more than 178,956,970 pixels, the most that is decoded")
     policy = MediaPolicy(max_pixels=2399)
-    expected = "the picture has more than 2,399 pixels, the most that is decoded: it is 60 × 40"
+    expected = "the image has more than 2,399 pixels, the most that is decoded: it is 60 × 40"
     for source in (encoded(drawn(), "PNG"), drawn(), pil.fromarray(drawn())):
         assert refused(source, policy) == expected
     assert rgb(drawn(), MediaPolicy(max_pixels=2400)).shape == (40, 60, 3)
@@ -374,7 +374,7 @@ def test_a_large_picture_within_the_limit_warns_of_nothing(recwarn):
 def test_heic_without_its_extra(monkeypatch):
     data = encoded(drawn(), "HEIF")
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    assert refused(data) == f"the picture is HEIC, which needs pillow-heif: {install_command('heif')}"
+    assert refused(data) == f"the image is HEIC, which needs pillow-heif: {install_command('heif')}"
 
 
 # Notebooks.

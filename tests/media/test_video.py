@@ -63,7 +63,7 @@ def test_other_rates_and_limits(caplog):
     assert_shows(frames(Video(data, fps=0.1)), [0])
     assert not caplog.messages
     assert_shows(frames(Video(data, max_frames=2)), [0, 2])
-    assert caplog.messages == ["the video of 4.0 s is shown in 2 pictures, not 4"]
+    assert caplog.messages == ["the video of 4.0 s is shown in 2 frames, not 4"]
 
 
 def test_more_pictures_than_the_video_has():
@@ -112,12 +112,12 @@ def test_a_turned_video_stands_upright():
 
 def test_sound():
     video = Video(video_file(3.0, sound=tones(48_000, 3.0)))
-    start_s, waveform = video.open(ANY).sound(16_000)
+    start_s, waveform = video.open(ANY).audio(16_000)
     assert abs(start_s) < 0.05
     assert abs(len(waveform) / 16_000 - 3) < 0.1
     assert 0.15 < np.abs(waveform).max() < 0.5
     silent = Video(video_file(1.0))
-    assert silent.open(ANY).sound(16_000) is None
+    assert silent.open(ANY).audio(16_000) is None
 
 
 @pytest.mark.parametrize(
@@ -153,24 +153,24 @@ def test_damage_is_an_error_of_ours_or_none(kind):
         with contextlib.suppress(ValueError):
             video = Video(damaged.tobytes())
             assert frames(video)
-            video.open(ANY).sound(16_000)
+            video.open(ANY).audio(16_000)
 
 
 def test_codecs_that_are_not_known():
     data = video_file(1.0, "avi", sound=tones(48_000))
     unknown = Video(data.replace(b"FMP4", b"zzzz"))
-    assert refused(unknown) == "the video's pictures are in a format that is not known here, or damaged"
-    with pytest.raises(ValueError, match="pictures are in a format"):
-        unknown.open(ANY).sound(16_000)
+    assert refused(unknown) == "the video's frames are in an unknown format, or damaged"
+    with pytest.raises(ValueError, match="frames are in an unknown format"):
+        unknown.open(ANY).audio(16_000)
 
 
 def test_what_is_no_video(tmp_path):
     assert refused(Video(b"")) == "the video has no bytes"
-    assert refused(Video(b"no video")).startswith("not a sound or video in a known format, or damaged")
-    assert refused(Video(sound_file("m4a"))) == "the file has no video stream; if it is sound, send it as an audio part"
+    assert refused(Video(b"no video")).startswith("not audio or video in a known format, or damaged")
+    assert refused(Video(sound_file("m4a"))) == "the file has no video stream; if it is audio, send it as an audio part"
     buffer = io.BytesIO()
     pil.new("RGB", (9, 9)).save(buffer, "PNG")
-    assert refused(Video(buffer.getvalue())).startswith("not a sound or video in a known format")
+    assert refused(Video(buffer.getvalue())).startswith("not audio or video in a known format")
     assert "does not exist" in refused(Video(tmp_path / "missing.mp4"))
 
 
@@ -178,15 +178,16 @@ def test_a_playlist_opens_no_other_file(tmp_path):
     (tmp_path / "a.mp4").write_bytes(video_file(1.0))
     playlist = f"ffconcat version 1.0\nfile {tmp_path / 'a.mp4'}\n".encode()
     for data in (playlist, f"#EXTM3U\n#EXTINF:1\nfile://{tmp_path / 'a.mp4'}\n".encode()):
-        assert refused(Video(data)).startswith("not a sound or video in a known format")
+        assert refused(Video(data)).startswith("not audio or video in a known format")
 
 
 def test_limits():
     data = video_file(2.0)
     assert (
-        refused(Video(data), MediaPolicy(max_seconds=1.5)) == "the video is longer than 1.5 s, the most that is taken"
+        refused(Video(data), MediaPolicy(max_seconds=1.5))
+        == "the video is longer than 1.5 s, the most that is accepted"
     )
-    expected = "the video's pictures are 64 × 48, more than 3,000 pixels"
+    expected = "the video's frames are 64 × 48, more than 3,000 pixels"
     assert refused(Video(data), MediaPolicy(max_pixels=3000)) == expected
 
 
