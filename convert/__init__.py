@@ -27,6 +27,7 @@ from g3n_mlx.convert.write import (
     write_json,
     write_shards,
 )
+from g3n_mlx.failures import BadValue
 from g3n_mlx.matformer.plan import SlicePlan, find_slice, plan_slice
 from g3n_mlx.matformer.table import slices_for
 from g3n_mlx.matformer.view import open_sliced
@@ -63,7 +64,7 @@ def convert(
     what it is. Raises ValueError or OSError when the source, the slice, the disk or the output folder does not fit.
     """
     if matformer_config is not None and matformer is None:
-        raise ValueError("matformer_config was given without matformer: name the slice to take from it")
+        raise BadValue("matformer_config was given without matformer: name the slice to take from it")
     folder = resolve(source, revision)
     output = Path(output).expanduser()
     plan = None if matformer is None else plan_for(folder, matformer, matformer_config)
@@ -143,11 +144,11 @@ def _write(
     progress: bool,
 ) -> None:
     if dtype is not None and dtype not in FLOATS:
-        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(FLOATS)}")
+        raise BadValue(f"dtype is {dtype!r}, expected one of {', '.join(FLOATS)}")
     present = checkpoint.quantizations
     if present and (q_bits is not None or dtype is not None):
         found = Counter(present.values()).most_common(1)[0][0]
-        raise ValueError(
+        raise BadValue(
             f"{checkpoint.folder} is quantized already ({found.bits} bits in groups of {found.group_size}): it can be "
             "sliced as it is; for other bits or another dtype start from the unquantized checkpoint"
         )

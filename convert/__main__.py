@@ -17,7 +17,7 @@ from g3n_mlx.config.text import TextConfig
 from g3n_mlx.convert import DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS, convert
 from g3n_mlx.convert.quantize import FLOATS
 from g3n_mlx.convert.sizes import SizedSlice, largest_fitting, size_slices, table
-from g3n_mlx.failures import size_in_words
+from g3n_mlx.failures import BadValue, size_in_words
 from g3n_mlx.matformer.plan import fits
 from g3n_mlx.matformer.table import OWN_TABLE, PUBLISHED, read_slices
 
@@ -97,7 +97,7 @@ def _sized(flags: argparse.Namespace) -> list[SizedSlice]:
         base = TextConfig.from_dict(raw_text)
         slices = [entry for entry in slices if fits(base, entry)]
         if not slices:
-            raise ValueError(
+            raise BadValue(
                 f"none of the published slices fits {flags.hf_path}, which has {base.num_hidden_layers} layers: they "
                 "are E4B's; --matformer-config takes a table of your own"
             )

@@ -13,6 +13,7 @@ from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.checkpoint.quantization import Quantization, quantize, to_float32
 from g3n_mlx.checkpoint.shards import DTYPES
 from g3n_mlx.config.manifest import PLE_TABLE, TEXT, TOKEN_TABLE, dead_manifest
+from g3n_mlx.failures import BadValue
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ def _copy(
 ) -> tuple[np.ndarray, ...]:
     rows = _cast(read(start, stop), dtype)
     if not _all_finite(rows):
-        raise ValueError(_not_finite(name, dtype))
+        raise BadValue(_not_finite(name, dtype))
     return (rows,)
 
 
@@ -164,7 +165,7 @@ def _quantize(
     try:
         return quantize(rows, quantization.bits, quantization.group_size)
     except ValueError:
-        raise ValueError(_not_finite(name, dtype)) from None
+        raise BadValue(_not_finite(name, dtype)) from None
 
 
 def _not_finite(name: str, dtype: np.dtype) -> str:

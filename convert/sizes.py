@@ -9,7 +9,7 @@ from g3n_mlx.checkpoint.quantization import Quantization
 from g3n_mlx.config.manifest import PLE_TABLE, dead_manifest, effective_parameters, text_manifest
 from g3n_mlx.config.text import SLIDING, TextConfig
 from g3n_mlx.convert.quantize import Output, choose_quantizations, quantized_outputs
-from g3n_mlx.failures import size_in_words
+from g3n_mlx.failures import BadValue, size_in_words
 from g3n_mlx.matformer.plan import plan_slice, slice_config
 from g3n_mlx.matformer.table import Slice
 
@@ -76,7 +76,7 @@ def largest_fitting(sized: Sequence[SizedSlice], limit_bytes: int) -> SizedSlice
     fitting = [entry for entry in sized if entry.resident_bytes <= limit_bytes]
     if not fitting:
         smallest = min(sized, key=lambda entry: entry.resident_bytes)
-        raise ValueError(
+        raise BadValue(
             f"no slice fits {size_in_words(limit_bytes)}: the smallest, {smallest.slice.short_name}, needs "
             f"{size_in_words(smallest.resident_bytes)}; try fewer bits"
         )

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from g3n_mlx.checkpoint.shards import DTYPES, INDEX
 from g3n_mlx.convert.quantize import Job, Output
-from g3n_mlx.failures import size_in_words
+from g3n_mlx.failures import FileInTheWay, FileProblem, NotPermitted, size_in_words
 from g3n_mlx.matformer.table import OWN_TABLE
 
 # As Hugging Face splits.
@@ -89,7 +89,7 @@ def check_space(folder: Path, jobs: Iterable[Job]) -> int:
     parent = next(path for path in folder.absolute().parents if path.is_dir())
     free = shutil.disk_usage(parent).free
     if needed > free:
-        raise OSError(f"{folder} needs {size_in_words(needed)}, {parent} has {size_in_words(free)} free")
+        raise FileProblem(f"{folder} needs {size_in_words(needed)}, {parent} has {size_in_words(free)} free")
     return needed
 
 
@@ -112,12 +112,12 @@ def appearing_folder(
     except OSError as error:
         in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
         reason = "it is no folder" if in_the_way else (error.strerror or str(error)).lower()
-        raise PermissionError(f"{folder.parent} can't be written to ({reason}): {otherwise}") from None
+        raise NotPermitted(f"{folder.parent} can't be written to ({reason}): {otherwise}") from None
     lock = FileLock(lock_file, timeout=-1 if wait_for_others else 0)
     try:
         lock.acquire()
     except Timeout:
-        raise FileExistsError(f"another process is writing {folder} right now") from None
+        raise FileInTheWay(f"another process is writing {folder} right now") from None
     try:
         check_free_name(folder)
         if partial.exists():
@@ -139,7 +139,7 @@ def appearing_folder(
 def check_free_name(folder: Path) -> None:
     """Raises FileExistsError unless a folder of this name can be made."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists already; choose another output folder, or remove it")
+        raise FileInTheWay(f"{folder} exists already; choose another output folder, or remove it")
 
 
 def write_shards(folder: Path, jobs: Sequence[Job], progress: bool, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:

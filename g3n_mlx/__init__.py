@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from g3n_mlx.engine.results import Chunk, Result, Usage
+    from g3n_mlx.failures import Error
     from g3n_mlx.loading import load
     from g3n_mlx.media.audio import Audio
     from g3n_mlx.media.image import Image
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Audio",
     "Chunk",
+    "Error",
     "Gemma3n",
     "Image",
     "PromptTooLong",
@@ -35,6 +37,7 @@ __all__ = [
 _HOMES = {
     "Audio": "g3n_mlx.media.audio",
     "Chunk": "g3n_mlx.engine.results",
+    "Error": "g3n_mlx.failures",
     "Gemma3n": "g3n_mlx.model",
     "Image": "g3n_mlx.media.image",
     "PromptTooLong": "g3n_mlx.prompt.prompt",

@@ -1,4 +1,8 @@
-"""Failures that a user, a file, a network or too little memory caused, and how they read: one line each."""
+"""Failures that a user, a file, a network or too little memory caused, and how they read: one line each.
+
+Whatever the package raises on purpose is an `Error`, and the builtin error of its kind as well, so that callers may
+catch either.
+"""
 
 import re
 from pathlib import Path
@@ -9,6 +13,54 @@ _OUT_OF_MEMORY = re.compile(
     r"|insufficient memory|bad_alloc",
     re.IGNORECASE,
 )
+
+
+class Error(Exception):
+    """The base of all errors that the package raises on purpose; the message says what to do."""
+
+
+class BadValue(Error, ValueError):
+    """An option, a message, a file's content or a config that can't be used."""
+
+
+class FileProblem(Error, OSError):
+    """A file, a disk or a port that can't be used, for a reason that is none of those below."""
+
+
+class MissingFile(Error, FileNotFoundError):
+    """A file or folder that is not there."""
+
+
+class FileInTheWay(Error, FileExistsError):
+    """A file or folder that would be overwritten."""
+
+
+class NotAFolder(Error, NotADirectoryError):
+    """A file where a folder is expected."""
+
+
+class IsAFolder(Error, IsADirectoryError):
+    """A folder where a file is expected."""
+
+
+class NotPermitted(Error, PermissionError):
+    """A file, a folder or a repository of the hub that the user may not read or write."""
+
+
+class MissingPackage(Error, ImportError):
+    """A package that is needed and not installed; the message has the command that installs it."""
+
+
+class NoConnection(Error, ConnectionError):
+    """A server that can't be reached or refuses."""
+
+
+class TooLate(Error, TimeoutError):
+    """A deadline that has passed."""
+
+
+class WorkerFailed(Error, ChildProcessError):
+    """A process of the bench that ended without a result."""
 
 
 def is_expected(error: BaseException) -> bool:
@@ -40,7 +92,7 @@ def one_line(error: BaseException) -> str:
 def check_folder_of(path: Path) -> None:
     """Raises FileNotFoundError when a file to write has no folder to be written into."""
     if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{path} can't be written: there is no folder {path.absolute().parent}")
+        raise MissingFile(f"{path} can't be written: there is no folder {path.absolute().parent}")
 
 
 def size_in_words(num_bytes: float) -> str:

@@ -11,6 +11,7 @@ from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.convert import cached_conversion, plan_for
 from g3n_mlx.engine.runner import Runner, model_thread
+from g3n_mlx.failures import BadValue, MissingPackage
 from g3n_mlx.installation import install_command
 from g3n_mlx.interface import Model
 from g3n_mlx.matformer.view import open_sliced
@@ -41,12 +42,12 @@ def load(
     """
     for what, value in (("backend", backend), ("matformer", matformer), ("dtype", dtype), ("device", device)):
         if value is not None and not isinstance(value, str):
-            raise ValueError(f"{what} is {value!r}, expected a string")
+            raise BadValue(f"{what} is {value!r}, expected a string")
     backend = chosen_backend(backend)
     devices = importlib.import_module(f"g3n_mlx.backends.{backend}.device")
     place = devices.device_of(device)
     if matformer is None and matformer_config is not None:
-        raise ValueError("matformer_config was given without matformer: name the slice to take from it")
+        raise BadValue("matformer_config was given without matformer: name the slice to take from it")
     folder = hub.resolve(path_or_id, revision)
     name = folder.resolve().name if Path(path_or_id).expanduser().is_dir() else str(path_or_id)
     plan = None if matformer is None else plan_for(folder, matformer, matformer_config)
@@ -81,16 +82,16 @@ def load(
 def chosen_backend(name: str) -> str:
     """The backend to use; raises ImportError, saying what to install, when it or both are absent."""
     if name not in ("auto", *PACKAGES):
-        raise ValueError(f"backend {name!r} does not exist: expected 'auto', 'mlx' or 'torch'")
+        raise BadValue(f"backend {name!r} does not exist: expected 'auto', 'mlx' or 'torch'")
     found = [backend for backend in PACKAGES if _installed(backend)]
     if name == "auto":
         apple = sys.platform == "darwin" and platform.machine() == "arm64"
         preferred = "mlx" if apple else "torch"
         if not found:
-            raise ImportError(f"neither MLX nor PyTorch is installed: {install_command(preferred)}")
+            raise MissingPackage(f"neither MLX nor PyTorch is installed: {install_command(preferred)}")
         return preferred if preferred in found else found[0]
     if name not in found:
-        raise ImportError(f"the {name} backend is not installed: {install_command(name)}")
+        raise MissingPackage(f"the {name} backend is not installed: {install_command(name)}")
     return name
 
 

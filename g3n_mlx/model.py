@@ -23,7 +23,7 @@ from g3n_mlx.engine.runner import Runner
 from g3n_mlx.engine.scores import PromptReader, TokenScore
 from g3n_mlx.engine.sequence import Constraint, TokenSequence, check_length, chunks
 from g3n_mlx.engine.soft_tokens import EmbeddedMedia
-from g3n_mlx.failures import size_in_words
+from g3n_mlx.failures import BadValue, size_in_words
 from g3n_mlx.media.audio import Audio
 from g3n_mlx.media.image import Image
 from g3n_mlx.media.opener import MediaOpener
@@ -215,9 +215,9 @@ class Gemma3n:
         time, their next tokens drawn in one call of the model; a prompt is taken when there is room for it.
         """
         if not isinstance(parallel, int) or parallel < 1:
-            raise ValueError(f"parallel is {parallel!r}, expected an integer of at least 1")
+            raise BadValue(f"parallel is {parallel!r}, expected an integer of at least 1")
         if options.get("constraint") is not None:
-            raise ValueError("a constraint is good for one answer: give many prompts a schema, regex or lark")
+            raise BadValue("a constraint is good for one answer: give many prompts a schema, regex or lark")
         base = self.sampling_params(params, **_sampling(options))
         samplings: dict[int, SamplingParams] = {}
 
@@ -262,7 +262,7 @@ class Gemma3n:
         """
         check_option_names(overrides, SamplingOptions.__annotations__)
         if params is not None and not isinstance(params, SamplingParams):
-            raise ValueError(f"params is {params!r:.80}, expected a SamplingParams; single options go by keyword")
+            raise BadValue(f"params is {params!r:.80}, expected a SamplingParams; single options go by keyword")
         given = {name: value for name, value in overrides.items() if value is not None}
         base = SamplingParams(**self.sampling_defaults) if params is None else params
         merged = replace(base, **given)

@@ -15,6 +15,8 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from g3n_mlx.failures import BadValue
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -52,7 +54,7 @@ class SamplingParams:
         try:
             bias = {int(i): float(b) for i, b in (self.logit_bias or {}).items()}
         except (AttributeError, TypeError, ValueError):
-            raise ValueError(f"logit_bias is {self.logit_bias!r}, expected a dict of numbers by token id") from None
+            raise BadValue(f"logit_bias is {self.logit_bias!r}, expected a dict of numbers by token id") from None
         object.__setattr__(self, "logit_bias", MappingProxyType(bias))
         if self.top_k == -1:  # vLLM's spelling of "all"
             object.__setattr__(self, "top_k", 0)
@@ -131,12 +133,12 @@ def check_option_names(given: Iterable[str], known: Iterable[str]) -> None:
         if name not in known:
             near = get_close_matches(name, known, n=1)
             advice = f"did you mean {near[0]}?" if near else "see g3n_mlx.SamplingParams for those there are"
-            raise ValueError(f"there is no option {name!r}: {advice}")
+            raise BadValue(f"there is no option {name!r}: {advice}")
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
-        raise ValueError(f"{name} is {value!r}, expected {expected}")
+        raise BadValue(f"{name} is {value!r}, expected {expected}")
 
 
 def _is_int(value: object) -> bool:

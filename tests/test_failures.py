@@ -1,12 +1,16 @@
 """What the commands share: failures in one line, sizes, and ends by signals, at any time."""
 
+import ast
+import builtins
 import os
 import signal
 import tomllib
 
 import pytest
 
+import g3n_mlx
 from g3n_mlx import __main__ as commands
+from g3n_mlx import failures
 from g3n_mlx.commands import PIPE_CLOSED, TERMINATED, run_command
 from g3n_mlx.failures import one_line, size_in_words
 
@@ -126,3 +130,59 @@ def test_every_script_starts_its_command(monkeypatch, capsys):
 
 def test_codes_are_those_of_a_shell():
     assert (PIPE_CLOSED, TERMINATED) == (128 + 13, 128 + 15)
+
+
+# The package's own errors.
+
+# Raised as they are: what Python's protocols ask for, and the contract of an array's index.
+PROTOCOL = {("__init__.py", "AttributeError"), ("checkpoint/source.py", "IndexError")}
+# Signals inside the server, which answers them itself.
+SIGNALS = {("server/errors.py", "ApiError"), ("server/scheduler.py", "Expired"), ("server/scheduler.py", "Ended")}
+
+
+def is_builtin_error(node):
+    called = node.func if isinstance(node, ast.Call) else node
+    kind = getattr(builtins, called.id, None) if isinstance(called, ast.Name) else None
+    return isinstance(kind, type) and issubclass(kind, Exception)
+
+
+def test_whatever_the_package_raises_on_purpose_is_an_error_of_its_own(repository):
+    """No module raises, or returns for others to raise, a builtin error, and only failures.py derives from one."""
+    package, raised, derived = repository / "g3n_mlx", set(), set()
+    for path in [*package.rglob("*.py"), *(repository / "convert").rglob("*.py")]:
+        name = path.relative_to(package).as_posix() if path.is_relative_to(package) else path.name
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            value = node.exc if isinstance(node, ast.Raise) else node.value if isinstance(node, ast.Return) else None
+            if is_builtin_error(value) and (isinstance(node, ast.Raise) or isinstance(value, ast.Call)):
+                raised.add((name, getattr(value, "func", value).id))
+            if isinstance(node, ast.ClassDef) and any(map(is_builtin_error, node.bases)):
+                derived.add((name, node.name))
+    assert raised == PROTOCOL
+    own = {entry for entry in derived if entry[0] == "failures.py"}
+    assert derived - own == SIGNALS
+    assert {name for _, name in own} == {"Error", *(kind.__name__ for kind in KINDS)}
+
+
+KINDS = [kind for kind in failures.Error.__subclasses__() if kind.__module__ == failures.__name__]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_is_the_builtin_one_of_its_kind_too(kind):
+    """And reads as that one would."""
+    own, builtin = kind.__bases__
+    assert own is g3n_mlx.Error
+    assert builtin in (ImportError, ValueError) or issubclass(builtin, OSError)
+    assert failures.is_expected(kind("what to do"))
+    assert one_line(kind("what to do")) == one_line(builtin("what to do")) == "what to do"
+
+
+def test_errors_of_a_user_are_caught_as_one(tiny_folder):
+    with pytest.raises(g3n_mlx.Error, match="temperature is -1"):
+        g3n_mlx.SamplingParams(temperature=-1)
+    with pytest.raises(g3n_mlx.Error, match="of type int, expected"):
+        g3n_mlx.Image(5)
+    with pytest.raises(g3n_mlx.Error, match="no model folder"):
+        g3n_mlx.load(tiny_folder / "absent")
+    with pytest.raises(g3n_mlx.Error, match="backend 'jax' does not exist"):
+        g3n_mlx.load(tiny_folder, backend="jax")
+    assert issubclass(g3n_mlx.PromptTooLong, g3n_mlx.Error)

@@ -49,8 +49,8 @@ def test_core_modules_import_without_a_framework(module):
 def test_public_names():
     import g3n_mlx
 
-    types = ["Audio", "Chunk", "Gemma3n", "Image", "PromptTooLong", "Result", "SamplingParams", "Usage", "Video"]
-    assert g3n_mlx.__all__ == [*types, "__version__", "load"]
+    results = ["Chunk", "Error", "Gemma3n", "Image", "PromptTooLong", "Result", "SamplingParams", "Usage", "Video"]
+    assert g3n_mlx.__all__ == ["Audio", *results, "__version__", "load"]
     for name in g3n_mlx.__all__:
         assert getattr(g3n_mlx, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):

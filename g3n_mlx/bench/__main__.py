@@ -21,7 +21,7 @@ from g3n_mlx.checkpoint.hub import resolve
 from g3n_mlx.commands import add_model_flags, command_parser, model_of, positive, run_command
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.convert import cached_conversion, plan_for
-from g3n_mlx.failures import size_in_words
+from g3n_mlx.failures import BadValue, MissingPackage, WorkerFailed, size_in_words
 
 NAME = "g3n-bench"
 OURS, *PEERS = ENGINES
@@ -62,11 +62,11 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
 
 def _requests(arguments: argparse.Namespace) -> list[Request]:
     if arguments.peer_model and not arguments.against:
-        raise ValueError("--peer-model needs --against")
+        raise BadValue("--peer-model needs --against")
     if arguments.against and importlib.util.find_spec(arguments.against.replace("-", "_")) is None:
-        raise ImportError(f"{arguments.against} is not installed: pip install {arguments.against}")
+        raise MissingPackage(f"{arguments.against} is not installed: pip install {arguments.against}")
     if arguments.generation_tokens < 2:
-        raise ValueError("--generation-tokens is 1, expected at least 2: the first token is counted to the prompt")
+        raise BadValue("--generation-tokens is 1, expected at least 2: the first token is counted to the prompt")
     folder = resolve(model_of(arguments), arguments.revision)
     config = ModelConfig.from_file(folder)
     # Text ids alone: those of the media ranges take another path, which not every peer has.
@@ -116,7 +116,7 @@ def _run(request: Request) -> Run:
     )
     if child.returncode:
         last_words = child.stderr.strip().rpartition("\n")[2] or f"exit code {child.returncode}"
-        raise ChildProcessError(f"{request.engine}: {last_words}")
+        raise WorkerFailed(f"{request.engine}: {last_words}")
     return Run(**json.loads(child.stdout))
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.engine.runner import run
-from g3n_mlx.failures import is_expected, one_line
+from g3n_mlx.failures import BadValue, is_expected, one_line
 from g3n_mlx.interface import Rows
 from g3n_mlx.memory import peak_process_bytes
 
@@ -97,7 +97,7 @@ def measure(request: Request) -> Run:
     started = time.perf_counter()
     loaded.generate(list(request.prompt_ids), request.generation_tokens, lambda: moments.append(time.perf_counter()))
     if len(moments) != request.generation_tokens:
-        raise ValueError(f"{request.engine} gave {len(moments)} tokens, expected {request.generation_tokens}")
+        raise BadValue(f"{request.engine} gave {len(moments)} tokens, expected {request.generation_tokens}")
     first_s = moments[0] - started
     host, device = peak_process_bytes() or None, _peak_device_bytes(loaded)
     operations, kernels = _count_graph(loaded.decode_graph()) if loaded.decode_graph else (None, None)

@@ -13,6 +13,7 @@ from g3n_mlx.chat import attachments
 from g3n_mlx.chat.session import SETTINGS, Session
 from g3n_mlx.chat.terminal import message_lines, typed_messages
 from g3n_mlx.commands import INTERRUPTED, add_model_flags, command_parser, load_from, run_command, say
+from g3n_mlx.failures import BadValue
 
 NAME = "g3n-chat"
 
@@ -81,14 +82,14 @@ def _one_shot_prompt(prompt: str | None) -> str | None:
     """The text of `-p`; stdin's when it is a dash. Raises ValueError when there is none in it."""
     if prompt != "-":
         if prompt is not None and not prompt.strip():
-            raise ValueError("the prompt is empty")
+            raise BadValue("the prompt is empty")
         return prompt
     try:
         text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"stdin is not UTF-8 text: {error}") from error
+        raise BadValue(f"stdin is not UTF-8 text: {error}") from error
     if not text.strip():
-        raise ValueError("the prompt is empty: stdin had no text")
+        raise BadValue("the prompt is empty: stdin had no text")
     return text
 
 

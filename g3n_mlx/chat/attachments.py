@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
+from g3n_mlx.failures import BadValue
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -210,7 +212,7 @@ def errors_by_name(messages: list[dict[str, Any]]) -> Generator[None]:
         if place is None or not isinstance(part, dict):
             raise
         name, message = name_of(part), str(error)[place.end() :]
-        raise ValueError(message if name in message else f"{name}: {message}") from None
+        raise BadValue(message if name in message else f"{name}: {message}") from None
 
 
 def clipboard_image() -> dict[str, Any]:
@@ -220,14 +222,14 @@ def clipboard_image() -> dict[str, Any]:
     try:
         found = ImageGrab.grabclipboard()
     except (NotImplementedError, OSError) as error:
-        raise ValueError(f"the clipboard can't be read: {error}") from error
+        raise BadValue(f"the clipboard can't be read: {error}") from error
     if isinstance(found, list):  # files, copied in a file manager
         images = [name for name in found if kind_of(Path(name)) == "image"]
         if not images:
-            raise ValueError("the clipboard holds files, but no image among them")
+            raise BadValue("the clipboard holds files, but no image among them")
         return part("image", images[0])
     if not isinstance(found, Image.Image):
-        raise ValueError("the clipboard holds no image; copy one first")
+        raise BadValue("the clipboard holds no image; copy one first")
     buffer = io.BytesIO()
     found.save(buffer, "PNG")
     return part("image", f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}")
@@ -238,9 +240,9 @@ def recording(wait: Callable[[], object]) -> dict[str, Any]:
     try:
         import sounddevice
     except ImportError:
-        raise ValueError(f"recording needs sounddevice: {install_command('mic')}") from None
+        raise BadValue(f"recording needs sounddevice: {install_command('mic')}") from None
     except OSError as error:  # the package without its PortAudio library
-        raise ValueError(f"recording needs PortAudio: {error}") from None
+        raise BadValue(f"recording needs PortAudio: {error}") from None
     import numpy as np
     import soundfile
 
@@ -253,9 +255,9 @@ def recording(wait: Callable[[], object]) -> dict[str, Any]:
         with sounddevice.InputStream(samplerate=MICROPHONE_RATE, channels=1, dtype="float32", callback=on_block):
             wait()
     except sounddevice.PortAudioError as error:
-        raise ValueError(f"the microphone can't be opened: {error}") from None
+        raise BadValue(f"the microphone can't be opened: {error}") from None
     if not heard:
-        raise ValueError("nothing was recorded")
+        raise BadValue("nothing was recorded")
     buffer = io.BytesIO()
     soundfile.write(buffer, np.concatenate(heard), MICROPHONE_RATE, format="WAV", subtype="PCM_16")
     return part("audio", f"data:audio/wav;base64,{base64.b64encode(buffer.getvalue()).decode()}")

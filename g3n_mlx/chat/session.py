@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from g3n_mlx.chat import attachments
 from g3n_mlx.chat.terminal import Interruption
 from g3n_mlx.commands import printable, say
-from g3n_mlx.failures import check_folder_of, is_expected, one_line, size_in_words
+from g3n_mlx.failures import BadValue, FileProblem, check_folder_of, is_expected, one_line, size_in_words
 
 if TYPE_CHECKING:
     from g3n_mlx.engine.results import Usage
@@ -188,10 +188,10 @@ class Session:
 
     def _obey(self, name: str, argument: str) -> None:
         if name not in self._commands:
-            raise ValueError(f"there is no command /{name}; /help lists them")
+            raise BadValue(f"there is no command /{name}; /help lists them")
         takes, _, do = self._commands[name]
         if argument and not takes:
-            raise ValueError(f"/{name} takes no argument, and got {argument!r:.40}")
+            raise BadValue(f"/{name} takes no argument, and got {argument!r:.40}")
         do(argument)
 
     def _help(self, _: str) -> None:
@@ -202,7 +202,7 @@ class Session:
 
     def _file(self, kind: str, argument: str) -> None:
         if not argument:
-            raise ValueError(f"/{kind} needs a file name or URL")
+            raise BadValue(f"/{kind} needs a file name or URL")
         name, question = attachments.name_and_rest(argument)
         self.attach(attachments.part(kind, name), quiet=bool(question))
         if question:
@@ -252,13 +252,13 @@ class Session:
 
     def _last_question(self) -> Any:
         if not self.messages:
-            raise ValueError("there is no question yet")
+            raise BadValue("there is no question yet")
         return self.messages[-2]["content"]
 
     def _save(self, name: str) -> None:
         path = _path(name, "save")
         if path.exists() and _conversation(path) is None:
-            raise ValueError(f"{path} exists and is no saved conversation; choose another name")
+            raise BadValue(f"{path} exists and is no saved conversation; choose another name")
         check_folder_of(path)
         document = {"model": self.model.name, "messages": [*self._system_message(), *self.messages]}
         # Written beside it first: a full disk must not cost the conversation saved before.
@@ -267,7 +267,7 @@ class Session:
             partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             partial.replace(path)
         except OSError as error:  # hides the temporary file's name
-            raise OSError(f"{path} can't be written: {error.strerror or error}") from None
+            raise FileProblem(f"{path} can't be written: {error.strerror or error}") from None
         finally:
             partial.unlink(missing_ok=True)
         say(f"saved {len(self.messages)} messages to {path}")
@@ -276,12 +276,12 @@ class Session:
         path = _path(name, "load")
         messages = _conversation(path)
         if not messages:
-            raise ValueError(f"{path} is no saved conversation; expected JSON with a list of messages")
+            raise BadValue(f"{path} is no saved conversation; expected JSON with a list of messages")
         self.model.prepare(self._opened.in_messages(messages))  # raises if it can't be rendered
         system = messages[0]["content"] if messages[0]["role"] == "system" else None
         turns = messages[1:] if system is not None else messages
         if len(turns) % 2:
-            raise ValueError(f"{path} ends with a question; expected an answer last")
+            raise BadValue(f"{path} ends with a question; expected an answer last")
         self.system, self.messages, self._unanswered = system, turns, None
         say(f"loaded {len(turns)} messages from {path}")
 
@@ -303,9 +303,9 @@ class Session:
         name, _, value = argument.partition(" ")
         name = name.replace("-", "_")
         if name and name not in SETTINGS:
-            raise ValueError(f"there is no setting {name!r}; there are {', '.join(SETTINGS)}")
+            raise BadValue(f"there is no setting {name!r}; there are {', '.join(SETTINGS)}")
         if name and not value:
-            raise ValueError(f"/set {name} needs a value, a number or 'default'")
+            raise BadValue(f"/set {name} needs a value, a number or 'default'")
         if value == "default":
             self.settings.pop(name, None)
         elif name:
@@ -313,7 +313,7 @@ class Session:
                 number = SETTINGS[name](value)
             except ValueError:
                 kind = "a whole number" if SETTINGS[name] is int else "a number"
-                raise ValueError(f"/set {name} needs {kind} or 'default', not {value!r}") from None
+                raise BadValue(f"/set {name} needs {kind} or 'default', not {value!r}") from None
             changed: dict[str, Any] = {**self.settings, name: number}
             SamplingParams(**changed)
             self.settings = changed
@@ -322,7 +322,7 @@ class Session:
 
 def _path(name: str, command: str) -> Path:
     if not name:
-        raise ValueError(f"/{command} needs a file name")
+        raise BadValue(f"/{command} needs a file name")
     return Path(name).expanduser()
 
 

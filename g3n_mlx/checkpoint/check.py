@@ -15,6 +15,7 @@ from g3n_mlx.config.audio import audio_manifest
 from g3n_mlx.config.manifest import dead_manifest, embedder_manifest, text_manifest
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.config.vision import vision_manifest
+from g3n_mlx.failures import BadValue
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ def check_declared(declared: Declared | None, actual: Mapping[str, Quantization]
     for path, quantization in actual.items():
         expected = declared.modules.get(path, declared.default)
         if quantization != expected:
-            raise ValueError(f"{where}: {path} is declared as {expected}, its tensors say {quantization}")
+            raise BadValue(f"{where}: {path} is declared as {expected}, its tensors say {quantization}")
 
 
 def tower_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -188,7 +189,7 @@ def _channels_last(
         if turned != published and tuple(stored.shape) in (turned, published):
             votes[tuple(stored.shape) == turned] = name
     if len(votes) > 1:
-        raise ValueError(f"{folder}: {votes[True]} and {votes[False]} have kernels in different layouts")
+        raise BadValue(f"{folder}: {votes[True]} and {votes[False]} have kernels in different layouts")
     return True in votes
 
 
@@ -233,7 +234,7 @@ def _complain(
     if complaints:
         reason = hint or "; ".join(complaints)
         examples = f" ({'; '.join(complaints)})" if hint else ""
-        raise ValueError(f"{folder} does not hold the tensors that its config.json describes: {reason}{examples}")
+        raise BadValue(f"{folder} does not hold the tensors that its config.json describes: {reason}{examples}")
 
 
 def _found(stored: StoredTensor) -> str:

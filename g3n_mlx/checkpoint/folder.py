@@ -36,6 +36,7 @@ from g3n_mlx.checkpoint.shards import OpenFiles, StoredTensor, open_shards
 from g3n_mlx.checkpoint.source import RowTable, Source
 from g3n_mlx.config.manifest import PLE_TABLE, TEXT, dead_manifest, text_manifest
 from g3n_mlx.config.model import ModelConfig, read_config
+from g3n_mlx.failures import BadValue, MissingFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class Checkpoint:
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is not a folder: expected a model folder with config.json")
+            raise MissingFile(f"{folder} is not a folder: expected a model folder with config.json")
         where = str(folder / "config.json")
         raw_config = read_config(folder)
         declared = declared_quantization(raw_config, where)
@@ -175,7 +176,7 @@ class Checkpoint:
 
     def _require_open(self) -> None:
         if not self._release.alive:
-            raise ValueError(f"{self.folder} was closed: open it again")
+            raise BadValue(f"{self.folder} was closed: open it again")
 
     def _is_dead(self, name: str) -> bool:
         return name.rpartition(".")[0] in self._dead_paths

@@ -7,6 +7,7 @@ from pathlib import Path
 import platformdirs
 
 from g3n_mlx.config.fields import read_json
+from g3n_mlx.failures import BadValue, MissingFile, NoConnection, NotAFolder, NotPermitted
 
 SUGGESTED_MODEL = "google/gemma-3n-E2B-it"
 DEMO = "demo"
@@ -36,19 +37,19 @@ def resolve(path_or_id: str | Path, revision: str | None = None, *, weights: boo
     Raises FileNotFoundError, PermissionError (gated), ConnectionError or ValueError.
     """
     if not isinstance(path_or_id, str | Path) or not str(path_or_id).strip():
-        raise ValueError(f"the model is {path_or_id!r}, expected a folder or a hub id as in {SUGGESTED_MODEL}")
+        raise BadValue(f"the model is {path_or_id!r}, expected a folder or a hub id as in {SUGGESTED_MODEL}")
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():
         if revision is not None:
-            raise ValueError(f"revision {revision!r} was given for the folder {folder}; only a hub id has revisions")
+            raise BadValue(f"revision {revision!r} was given for the folder {folder}; only a hub id has revisions")
         return folder
     if folder.exists():
-        raise NotADirectoryError(f"{folder} is a file; give the folder that holds it and its config.json")
+        raise NotAFolder(f"{folder} is a file; give the folder that holds it and its config.json")
     hub_id = path_or_id.as_posix() if isinstance(path_or_id, Path) else path_or_id
     if hub_id == DEMO and revision is None:
         return demo_folder()
     if not _HUB_ID.fullmatch(hub_id):
-        raise FileNotFoundError(
+        raise MissingFile(
             f"no model folder at {str(path_or_id)!r}, and it is no hub id either; give an existing folder, "
             f"or owner/name as in {SUGGESTED_MODEL}"
         )
@@ -88,22 +89,22 @@ def _download(hub_id: str, revision: str | None, files: list[str]) -> Path:
         if isinstance(error.__cause__, errors.HfHubHTTPError):
             raise _hub_error(error.__cause__, hub_id, revision) from error
         reason = "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else "the hub can't be reached"
-        raise ConnectionError(
+        raise NoConnection(
             f"{hub_id}{version} is not in the cache {huggingface_hub.constants.HF_HUB_CACHE} as a whole, and {reason}; "
             "go online once, or give a local folder"
         ) from error
     except errors.HfHubHTTPError as error:
         raise _hub_error(error, hub_id, revision) from error
     except errors.HFValidationError as error:
-        raise ValueError(f"{hub_id!r} is no hub id: {_first_line(error)}") from error
+        raise BadValue(f"{hub_id!r} is no hub id: {_first_line(error)}") from error
     # The HTTP client's own error, whichever client the installed version uses.
     except (errors.HTTPError, errors.XetDownloadError) as error:  # pyright: ignore[reportPrivateImportUsage]
-        raise ConnectionError(
+        raise NoConnection(
             f"the download of {hub_id}{version} broke off ({_first_line(error)}); "
             "the same command goes on where it stopped"
         ) from error
     if not (Path(folder) / "config.json").is_file():
-        raise FileNotFoundError(f"{hub_id}{version} has no config.json; is it a model in safetensors format?")
+        raise MissingFile(f"{hub_id}{version} has no config.json; is it a model in safetensors format?")
     return Path(folder)
 
 
@@ -114,20 +115,18 @@ def _hub_error(error: Exception, hub_id: str, revision: str | None) -> OSError:
     page = f"https://huggingface.co/{hub_id}"
     match error:
         case errors.GatedRepoError():
-            return PermissionError(
+            return NotPermitted(
                 f"{hub_id} is gated: accept its licence at {page}, log in with `hf auth login`, then try again"
             )
         case errors.RevisionNotFoundError():
-            return FileNotFoundError(
-                f"{hub_id} has no revision {revision!r}; its branches and tags are listed at {page}"
-            )
+            return MissingFile(f"{hub_id} has no revision {revision!r}; its branches and tags are listed at {page}")
         case errors.RepositoryNotFoundError():
-            return FileNotFoundError(
+            return MissingFile(
                 f"there is no model {hub_id!r} on the hub, or it is private (then log in with `hf auth login`), "
                 "nor a folder of that name here"
             )
         case _:
-            return ConnectionError(f"the hub refused to give {hub_id}: {_first_line(error)}")
+            return NoConnection(f"the hub refused to give {hub_id}: {_first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:

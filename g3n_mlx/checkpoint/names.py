@@ -14,6 +14,7 @@ from g3n_mlx.checkpoint.quantization import Quantization
 from g3n_mlx.checkpoint.shards import StoredTensor
 from g3n_mlx.config.manifest import TEXT
 from g3n_mlx.config.model import ModelConfig
+from g3n_mlx.failures import BadValue
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def canonical_tensors(on_disk: Mapping[str, StoredTensor], folder: Path) -> dict
     for name in on_disk:
         canonical = canonical_name(name)
         if canonical in names:
-            raise ValueError(f"{folder} holds both {names[canonical]} and {name}: two checkpoints in one folder?")
+            raise BadValue(f"{folder} holds both {names[canonical]} and {name}: two checkpoints in one folder?")
         names[canonical] = name
     return {canonical: on_disk[name] for canonical, name in names.items()}
 
@@ -92,7 +93,7 @@ def declared_quantization(raw_config: dict[str, Any], where: str) -> Declared | 
         return None
     if not isinstance(raw, dict) or "bits" not in raw or "group_size" not in raw or "quant_method" in raw:
         method = raw.get("quant_method") if isinstance(raw, dict) else raw
-        raise ValueError(
+        raise BadValue(
             f"{where}: quantized by {method!r}; only MLX's affine quantization is read: "
             "start from the unquantized checkpoint"
         )
@@ -106,9 +107,9 @@ def declared_quantization(raw_config: dict[str, Any], where: str) -> Declared | 
 
 def _declared_module(raw: Any, where: str) -> Quantization:
     if not isinstance(raw, dict) or "bits" not in raw or "group_size" not in raw:
-        raise ValueError(f"{where}: is {raw!r}, expected false or an object with bits and group_size")
+        raise BadValue(f"{where}: is {raw!r}, expected false or an object with bits and group_size")
     if raw.get("mode", "affine") != "affine":
-        raise ValueError(f"{where}: mode is {raw['mode']!r}, only 'affine' is read")
+        raise BadValue(f"{where}: mode is {raw['mode']!r}, only 'affine' is read")
     # mlx-lm's mixed recipes write null for what they leave to mx.quantize.
     bits = _MLX_DEFAULT.bits if raw["bits"] is None else raw["bits"]
     group_size = _MLX_DEFAULT.group_size if raw["group_size"] is None else raw["group_size"]

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+from g3n_mlx.failures import BadValue
+
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 # The tensors that stand for a quantized weight.
@@ -30,7 +32,7 @@ class Quantization:
 
     def __post_init__(self) -> None:
         if self.bits not in BITS or self.group_size not in GROUP_SIZES:
-            raise ValueError(
+            raise BadValue(
                 f"{self.bits} bits in groups of {self.group_size} cannot be stored: "
                 f"bits are one of {BITS}, group sizes one of {GROUP_SIZES}"
             )
@@ -50,7 +52,7 @@ def quantize(weight: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray
     Quantization(bits, group_size)
     width = weight.shape[-1]
     if width % group_size:
-        raise ValueError(f"rows of {width} do not divide into groups of {group_size}")
+        raise BadValue(f"rows of {width} do not divide into groups of {group_size}")
     groups = weight.reshape(-1, group_size)  # [n, G]
     packed = np.empty((len(groups), group_size * bits // 32), np.uint32)
     scales, biases = np.empty(len(groups), weight.dtype), np.empty(len(groups), weight.dtype)
@@ -128,7 +130,7 @@ def _quantize_groups(groups: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndar
     work = to_float32(groups)
     lowest, highest = _of_groups(np.minimum, work), _of_groups(np.maximum, work)
     if not (np.isfinite(lowest).all() and np.isfinite(highest).all()):
-        raise ValueError("the weight holds NaN or infinity")
+        raise BadValue("the weight holds NaN or infinity")
     # A float32 group may span more than float32 can hold: MLX's scale is then infinite and all codes 0.
     with np.errstate(over="ignore", invalid="ignore"):
         scales = np.maximum((highest - lowest) / num_bins, _MIN_SCALE)

@@ -18,6 +18,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from g3n_mlx.failures import BadValue, MissingFile
+
 INDEX = "model.safetensors.index.json"
 
 DTYPES: dict[str, np.dtype] = {
@@ -57,7 +59,7 @@ class Shard:
             while len(buffer):
                 count = self._file.readinto(buffer)
                 if not count:
-                    raise ValueError(f"{self.path} ends early: was it changed while it was being read?")
+                    raise BadValue(f"{self.path} ends early: was it changed while it was being read?")
                 buffer = buffer[count:]
 
     def map(self, offset: int, num_bytes: int) -> tuple[mmap.mmap, int]:
@@ -142,7 +144,7 @@ def open_shards(folder: Path) -> tuple[list[Shard], dict[str, StoredTensor]]:
             shards.append(shard)
             for name, stored in _read_header(shard):
                 if name in tensors:
-                    raise ValueError(f"{name} is in both {tensors[name].shard.path.name} and {path.name} of {folder}")
+                    raise BadValue(f"{name} is in both {tensors[name].shard.path.name} and {path.name} of {folder}")
                 tensors[name] = stored
         opened.pop_all()
     return shards, tensors
@@ -154,12 +156,12 @@ def _shard_paths(folder: Path) -> list[Path]:
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError):
-            raise ValueError(f"{index} is not a safetensors index: expected an object with a weight_map") from None
+            raise BadValue(f"{index} is not a safetensors index: expected an object with a weight_map") from None
         if any(Path(name).name != name for name in names):
-            raise ValueError(f"{index} names files outside its folder")
+            raise BadValue(f"{index} names files outside its folder")
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise FileNotFoundError(
+            raise MissingFile(
                 f"{folder} lacks {len(missing)} of {len(names)} weight files named by {INDEX}: "
                 f"{', '.join(missing[:10])}; is the download complete?"
             )
@@ -169,11 +171,11 @@ def _shard_paths(folder: Path) -> list[Path]:
     if not paths:
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
         if pickles:
-            raise FileNotFoundError(
+            raise MissingFile(
                 f"{folder} holds only pickled weights ({', '.join(pickles[:3])}), which can run code when opened; "
                 "only *.safetensors files are read"
             )
-        raise FileNotFoundError(f"{folder} holds no *.safetensors files: is it a model folder?")
+        raise MissingFile(f"{folder} holds no *.safetensors files: is it a model folder?")
     return paths
 
 
@@ -182,23 +184,23 @@ def _read_header(shard: Shard) -> Iterator[tuple[str, StoredTensor]]:
     size = path.stat().st_size
     advice = "download it again"
     if size < 8:
-        raise ValueError(f"{path} is {size} bytes long, too short for a safetensors file: {advice}")
+        raise BadValue(f"{path} is {size} bytes long, too short for a safetensors file: {advice}")
     prefix = bytearray(8)
     shard.read_into(0, memoryview(prefix))
     header_bytes = int.from_bytes(prefix, "little")
     if header_bytes > _MAX_HEADER_BYTES:
-        raise ValueError(f"{path} is not a safetensors file (perhaps a Git LFS pointer): {advice}")
+        raise BadValue(f"{path} is not a safetensors file (perhaps a Git LFS pointer): {advice}")
     start = 8 + header_bytes
     if start > size:
-        raise ValueError(f"{path} is truncated: {size} bytes, its header alone has {start}; {advice}")
+        raise BadValue(f"{path} is truncated: {size} bytes, its header alone has {start}; {advice}")
     raw = bytearray(header_bytes)
     shard.read_into(8, memoryview(raw))
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise ValueError(f"{path} has a damaged header ({error}): {advice}") from None
+        raise BadValue(f"{path} has a damaged header ({error}): {advice}") from None
     if not isinstance(header, dict):
-        raise ValueError(f"{path} has a damaged header (expected an object): {advice}")
+        raise BadValue(f"{path} has a damaged header (expected an object): {advice}")
     end, used = start, start
     for name, entry in header.items():
         if name == "__metadata__":
@@ -209,9 +211,9 @@ def _read_header(shard: Shard) -> Iterator[tuple[str, StoredTensor]]:
         yield name, stored
     if end != size:
         kind = "truncated" if size < end else "longer than its header says"
-        raise ValueError(f"{path} is {kind}: {size} bytes, expected {end}; {advice}")
+        raise BadValue(f"{path} is {kind}: {size} bytes, expected {end}; {advice}")
     if used != size:
-        raise ValueError(f"{path}: the header's tensors overlap or leave gaps: {advice}")
+        raise BadValue(f"{path}: the header's tensors overlap or leave gaps: {advice}")
 
 
 def _stored_tensor(shard: Shard, start: int, name: str, entry: Any) -> StoredTensor:
@@ -221,13 +223,13 @@ def _stored_tensor(shard: Shard, start: int, name: str, entry: Any) -> StoredTen
         and _are_counts(entry.get("shape"))
         and _are_counts(entry.get("data_offsets"), 2)
     ):
-        raise ValueError(f"{shard.path}: the header's entry for {name} is damaged: {entry!r}")
+        raise BadValue(f"{shard.path}: the header's entry for {name} is damaged: {entry!r}")
     dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     if dtype not in DTYPES:
-        raise ValueError(f"{shard.path}: {name} has dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
+        raise BadValue(f"{shard.path}: {name} has dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
     stored = StoredTensor(shard, start + first, dtype, shape)
     if stored.num_bytes != last - first:
-        raise ValueError(f"{shard.path}: {name} has shape {shape} and dtype {dtype}, but {last - first} bytes")
+        raise BadValue(f"{shard.path}: {name} has shape {shape} and dtype {dtype}, but {last - first} bytes")
     return stored
 
 
@@ -244,5 +246,5 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
         twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"{', '.join(twice[:10])} given twice")
+        raise BadValue(f"{', '.join(twice[:10])} given twice")
     return found

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from g3n_mlx.config.fields import Fields
+from g3n_mlx.failures import BadValue
 
 # Of every norm but the light convolution's two; the reference has no key for it.
 FIXED_NORM_EPS = 1e-6
@@ -184,20 +185,20 @@ def _conformer_block(config: AudioConfig) -> dict[str, tuple[int, ...]]:
 def _positive(fields: Fields, key: str, where: str) -> float:
     value = fields.number(key)
     if not value > 0:
-        raise ValueError(f"{where}: {key} is {value:g}, expected a number above 0")
+        raise BadValue(f"{where}: {key} is {value:g}, expected a number above 0")
     return value
 
 
 def _pair(value: Any, key: str, where: str) -> Pair:
     if not isinstance(value, list | tuple) or len(value) != SSCP_CONVS or any(not _is_size(item) for item in value):
-        raise ValueError(f"{where}: {key} has {value!r}, expected {SSCP_CONVS} integers of at least 1")
+        raise BadValue(f"{where}: {key} has {value!r}, expected {SSCP_CONVS} integers of at least 1")
     return value[0], value[1]
 
 
 def _pairs(fields: Fields, key: str, where: str) -> tuple[Pair, Pair]:
     value = fields.get(key)
     if not isinstance(value, list | tuple) or len(value) != SSCP_CONVS:
-        raise ValueError(f"{where}: {key} is {value!r}, expected one [time, frequency] for each of {SSCP_CONVS}")
+        raise BadValue(f"{where}: {key} is {value!r}, expected one [time, frequency] for each of {SSCP_CONVS}")
     return _pair(value[0], key, where), _pair(value[1], key, where)
 
 
@@ -207,17 +208,17 @@ def _is_size(item: Any) -> bool:
 
 def _check(config: AudioConfig, where: str) -> None:
     if config.hidden_size % config.conf_num_attention_heads:
-        raise ValueError(
+        raise BadValue(
             f"{where}: hidden_size ({config.hidden_size}) is not a multiple of "
             f"conf_num_attention_heads ({config.conf_num_attention_heads})"
         )
     if config.hidden_size % 2:
-        raise ValueError(f"{where}: hidden_size is {config.hidden_size}, expected an even number: half are sines")
+        raise BadValue(f"{where}: hidden_size is {config.hidden_size}, expected an even number: half are sines")
     # Checked one by one: floor division would make a size below 1 look like another one.
     size = config.input_feat_size
     for (_, kernel), left in zip(config.sscp_conv_kernel_size, config.sscp_frequencies, strict=True):
         if kernel > size + 2 * SSCP_FREQUENCY_PADDING:
-            raise ValueError(
+            raise BadValue(
                 f"{where}: sscp_conv_kernel_size spans {kernel} frequencies, of which "
                 f"{size + 2 * SSCP_FREQUENCY_PADDING} are left: input_feat_size is {config.input_feat_size}"
             )

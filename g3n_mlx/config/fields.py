@@ -7,17 +7,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+from g3n_mlx.failures import BadValue, MissingFile
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raises FileNotFoundError or ValueError with the path in the message."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: is {path.parent} a model folder?")
+        raise MissingFile(f"{path} does not exist: is {path.parent} a model folder?")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        raise BadValue(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
+        raise BadValue(f"{path} holds a {type(value).__name__}, expected an object")
     return value
 
 
@@ -30,7 +32,7 @@ class Fields:
     def get(self, key: str) -> Any:
         """Any value; raises ValueError when the key is missing."""
         if key not in self._raw:
-            raise ValueError(
+            raise BadValue(
                 f"{self._where}: the key {key!r} is missing: copy it from the config.json of the model that this "
                 "checkpoint was made from"
             )
@@ -40,28 +42,28 @@ class Fields:
         """An integer; raises ValueError when it is none, or too small."""
         value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-            raise ValueError(f"{self._where}: {key} is {value!r}, expected an integer of at least {at_least}")
+            raise BadValue(f"{self._where}: {key} is {value!r}, expected an integer of at least {at_least}")
         return value
 
     def number(self, key: str) -> float:
         """A number; raises ValueError when it is none."""
         value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{self._where}: {key} is {value!r}, expected a number")
+            raise BadValue(f"{self._where}: {key} is {value!r}, expected a number")
         return float(value)
 
     def per_layer(self, key: str, layers: int, kind: type) -> tuple[Any, ...]:
         """A list with one entry a layer; older files write one scalar for all."""
         value = self.get(key)
         if value is None:  # the reference fills it in from numbers of its own
-            raise ValueError(f"{self._where}: {key} is null, expected a value for every layer: write the list out")
+            raise BadValue(f"{self._where}: {key} is null, expected a value for every layer: write the list out")
         entries: list[Any] = value if isinstance(value, list) else [value] * layers
         if len(entries) != layers:
-            raise ValueError(
+            raise BadValue(
                 f"{self._where}: {key} has {len(entries)} entries, num_hidden_layers is {layers}; "
                 "was the checkpoint sliced without its config?"
             )
         try:
             return tuple(kind(entry) for entry in entries)
         except (TypeError, ValueError):
-            raise ValueError(f"{self._where}: {key} is {value!r}, expected {kind.__name__} entries") from None
+            raise BadValue(f"{self._where}: {key} is {value!r}, expected {kind.__name__} entries") from None

@@ -14,6 +14,7 @@ from g3n_mlx.config.audio import AudioConfig
 from g3n_mlx.config.fields import Fields, read_json
 from g3n_mlx.config.text import FULL, SLIDING, TextConfig
 from g3n_mlx.config.vision import VisionConfig
+from g3n_mlx.failures import BadValue
 
 # Of a flat config, the keys that stand outside text_config in a nested one.
 _OUTER_KEYS = (
@@ -61,7 +62,7 @@ class ModelConfig:
         raw = _nested(raw, where)
         kind = raw.get("model_type")
         if kind not in ("gemma3n", "gemma3n_text"):
-            raise ValueError(f"{where}: model_type is {kind!r}, expected 'gemma3n' or 'gemma3n_text'")
+            raise BadValue(f"{where}: model_type is {kind!r}, expected 'gemma3n' or 'gemma3n_text'")
         vision, audio = raw.get("vision_config"), raw.get("audio_config")
         text = raw["text_config"]
         eos = next((e for e in (raw.get("eos_token_id"), text.get("eos_token_id")) if e is not None), [])
@@ -112,7 +113,7 @@ def _nested(raw: dict[str, Any], where: str) -> dict[str, Any]:
 def _rope_base(parameters: Any, kind: str, where: str) -> Any:
     entry = parameters.get(kind) if isinstance(parameters, dict) else None
     if not isinstance(entry, dict) or entry.get("rope_type", "default") != "default" or "rope_theta" not in entry:
-        raise ValueError(
+        raise BadValue(
             f"{where}: rope_parameters[{kind!r}] is {entry!r}, expected rope_type 'default' and a rope_theta"
         )
     return entry["rope_theta"]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from g3n_mlx.config.fields import Fields
+from g3n_mlx.failures import BadValue
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"
@@ -119,30 +120,30 @@ def _require_supported(raw: dict[str, Any], where: str) -> None:
     expected = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "rope_scaling": None}
     for key, value in expected.items():
         if key in raw and raw[key] != value:
-            raise ValueError(f"{where}: {key} is {raw[key]!r}, only {value!r} is supported")
+            raise BadValue(f"{where}: {key} is {raw[key]!r}, only {value!r} is supported")
 
 
 def _check_text(config: TextConfig, where: str) -> None:
     unknown = set(config.layer_types) - {SLIDING, FULL}
     if unknown:
-        raise ValueError(f"{where}: layer_types has {sorted(unknown)}, expected {SLIDING!r} or {FULL!r}")
+        raise BadValue(f"{where}: layer_types has {sorted(unknown)}, expected {SLIDING!r} or {FULL!r}")
     if config.num_kv_shared_layers >= config.num_hidden_layers:
-        raise ValueError(
+        raise BadValue(
             f"{where}: num_kv_shared_layers is {config.num_kv_shared_layers}, "
             f"expected less than num_hidden_layers ({config.num_hidden_layers})"
         )
     owned = set(config.layer_types[: config.first_kv_shared_layer])
     orphans = set(config.layer_types) - owned
     if orphans:
-        raise ValueError(f"{where}: layers of type {sorted(orphans)} share keys and values that no layer owns")
+        raise BadValue(f"{where}: layers of type {sorted(orphans)} share keys and values that no layer owns")
     if config.num_attention_heads % config.num_key_value_heads:
-        raise ValueError(
+        raise BadValue(
             f"{where}: num_attention_heads ({config.num_attention_heads}) is not a multiple of "
             f"num_key_value_heads ({config.num_key_value_heads})"
         )
     if config.altup_active_idx >= config.altup_num_inputs:
-        raise ValueError(f"{where}: altup_active_idx is {config.altup_active_idx}, of {config.altup_num_inputs} inputs")
+        raise BadValue(f"{where}: altup_active_idx is {config.altup_active_idx}, of {config.altup_num_inputs} inputs")
     if not all(0.0 <= sparsity < 1.0 for sparsity in config.activation_sparsity_pattern):
-        raise ValueError(f"{where}: activation_sparsity_pattern has values outside [0, 1)")
+        raise BadValue(f"{where}: activation_sparsity_pattern has values outside [0, 1)")
     if min(config.intermediate_size) < 1:
-        raise ValueError(f"{where}: intermediate_size has values below 1")
+        raise BadValue(f"{where}: intermediate_size has values below 1")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from g3n_mlx.config.fields import Fields
+from g3n_mlx.failures import BadValue
 
 Shape = tuple[int, ...]
 BlockArgs = Sequence[Sequence[dict[str, Any]]]
@@ -149,13 +150,13 @@ class VisionConfig:
         """Reads `vision_config`; raises ValueError naming the key that is missing or does not fit."""
         fields = Fields(raw, where)
         if raw.get("architecture", ARCHITECTURE) != ARCHITECTURE:
-            raise ValueError(f"{where}: architecture is {raw['architecture']!r}, only {ARCHITECTURE!r} is supported")
+            raise BadValue(f"{where}: architecture is {raw['architecture']!r}, only {ARCHITECTURE!r} is supported")
         network = _network(raw.get("model_args"), where)
         where = f"{where}, model_args"
         stem_size = _rounded(Fields(network, where).integer("stem_size", at_least=1))
         resolution = Fields(network, where).integer("msfa_output_resolution", at_least=1)
         if soft_tokens != resolution**2:
-            raise ValueError(
+            raise BadValue(
                 f"{where}: msfa_output_resolution is {resolution}, which makes {resolution**2} soft tokens, "
                 f"but vision_soft_tokens_per_image is {soft_tokens}"
             )
@@ -282,19 +283,19 @@ def _network(model_args: Any, where: str) -> dict[str, Any]:
     if model_args is None:
         return _PUBLISHED
     if not isinstance(model_args, dict):
-        raise ValueError(f"{where}: model_args is {model_args!r}, expected an object or null")
+        raise BadValue(f"{where}: model_args is {model_args!r}, expected an object or null")
     unknown = sorted(set(model_args) - set(_PUBLISHED))
     if unknown:
-        raise ValueError(f"{where}: model_args has {unknown}, only {sorted(_PUBLISHED)} are supported")
+        raise BadValue(f"{where}: model_args has {unknown}, only {sorted(_PUBLISHED)} are supported")
     return _PUBLISHED | model_args
 
 
 def _checked_block_args(block_args: Any, where: str) -> BlockArgs:
     if not isinstance(block_args, list) or not block_args:
-        raise ValueError(f"{where}: block_args is {block_args!r}, expected a list of stages")
+        raise BadValue(f"{where}: block_args is {block_args!r}, expected a list of stages")
     for index, stage in enumerate(block_args):
         if not isinstance(stage, list) or not stage or not all(isinstance(block, dict) for block in stage):
-            raise ValueError(f"{where}: block_args[{index}] is {stage!r}, expected a list of blocks, which are objects")
+            raise BadValue(f"{where}: block_args[{index}] is {stage!r}, expected a list of blocks, which are objects")
     return block_args
 
 
@@ -326,7 +327,7 @@ class _BlockArgs:
     def stride(self) -> int:
         stride = self._fields.integer("stride", at_least=1)
         if stride > 2:
-            raise ValueError(f"{self._where}: stride is {stride}, expected 1 or 2")
+            raise BadValue(f"{self._where}: stride is {stride}, expected 1 or 2")
         return stride
 
     def block(self, channels: int, stride: int, dilation: int) -> BlockConfig:
@@ -337,7 +338,7 @@ class _BlockArgs:
             return self._universal_inverted_residual(channels, stride, dilation)
         if kind == "mqa":
             return self._mobile_attention(channels, stride, dilation)
-        raise ValueError(f"{self._where}: block_type is {kind!r}, only 'er', 'uir' and 'mqa' are supported")
+        raise BadValue(f"{self._where}: block_type is {kind!r}, only 'er', 'uir' and 'mqa' are supported")
 
     def _edge_residual(self, channels: int, stride: int, dilation: int) -> EdgeResidualConfig:
         self._refuse_others(
@@ -363,7 +364,7 @@ class _BlockArgs:
         self._refuse_others((*kernels, "exp_ratio"), {"se_ratio": 0, "group_size": 1})
         start, mid, end = (self._fields.integer(name) for name in kernels)
         if stride > 1 and not (start or mid or end):
-            raise ValueError(
+            raise BadValue(
                 f"{self._where}: stride is {stride}, but the block has no depthwise kernel that could stride"
             )
         out_channels = self._out_channels()
@@ -403,11 +404,11 @@ class _BlockArgs:
         for key in sorted(set(self._raw) - {"block_type", "stride", "out_chs", "noskip", *known}):
             allowed = {"act_layer": None, **neutral}
             if key not in allowed:
-                raise ValueError(
+                raise BadValue(
                     f"{self._where}: the key {key!r} is not supported for {self._raw['block_type']!r} blocks"
                 )
             if self._raw[key] not in (None, allowed[key]):
-                raise ValueError(f"{self._where}: {key} is {self._raw[key]!r}, only {allowed[key]!r} is supported")
+                raise BadValue(f"{self._where}: {key} is {self._raw[key]!r}, only {allowed[key]!r} is supported")
 
     def _out_channels(self) -> int:
         return _rounded(self._fields.integer("out_chs", at_least=1))
@@ -415,13 +416,13 @@ class _BlockArgs:
     def _expanded(self, channels: int) -> int:
         ratio = self._fields.number("exp_ratio")
         if not 0 < ratio < math.inf:
-            raise ValueError(f"{self._where}: exp_ratio is {ratio!r}, expected a number above 0")
+            raise BadValue(f"{self._where}: exp_ratio is {ratio!r}, expected a number above 0")
         return _rounded(channels * ratio)
 
     def _has_skip(self, in_channels: int, out_channels: int, stride: int) -> bool:
         noskip = self._raw.get("noskip", False)
         if not isinstance(noskip, bool):
-            raise ValueError(f"{self._where}: noskip is {noskip!r}, expected true or false")
+            raise BadValue(f"{self._where}: noskip is {noskip!r}, expected true or false")
         return in_channels == out_channels and stride == 1 and not noskip
 
 
@@ -432,16 +433,16 @@ def _msfa_stages(indices: Any, block_args: BlockArgs, channels: Sequence[int], w
     of all stages, which is the same unless a stage keeps the picture's size.
     """
     if not isinstance(indices, list) or not indices or not all(type(index) is int for index in indices):
-        raise ValueError(f"{where}: msfa_indices is {indices!r}, expected a list of integers")
+        raise BadValue(f"{where}: msfa_indices is {indices!r}, expected a list of integers")
     shrinks = [stage[0]["stride"] > 1 for stage in block_args]
     ends = [number for number, shrinking in enumerate([*shrinks, True]) if shrinking]
     if not all(-len(ends) <= index < len(ends) for index in indices):
-        raise ValueError(f"{where}: msfa_indices is {indices!r}, but there are {len(ends)} resolutions")
+        raise BadValue(f"{where}: msfa_indices is {indices!r}, but there are {len(ends)} resolutions")
     taken = sorted({index % len(ends) for index in indices})
     expected = sum(channels[ends[index]] for index in indices)
     found = sum(channels[number] for number in taken)
     if expected != found:
-        raise ValueError(
+        raise BadValue(
             f"{where}: msfa_indices {indices!r} stand for {expected} channels, but the stages that timm takes for "
             f"them, {taken}, have {found}: give every stage a stride of 2, or other indices"
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from g3n_mlx.config.text import SLIDING, TextConfig
+from g3n_mlx.failures import BadValue
 from g3n_mlx.interface import MAX_TRIM_TOKENS, KVArrays
 
 # Rows a cache grows by, and the room a sliding one keeps after its window: one allocation or one move of the
@@ -244,4 +245,4 @@ class Cache:
 
 def _check_trim(n: int, spare: int, offset: int) -> None:
     if not 0 <= n <= spare:
-        raise ValueError(f"cannot trim {n} of {offset} cached tokens, at most {spare}")
+        raise BadValue(f"cannot trim {n} of {offset} cached tokens, at most {spare}")

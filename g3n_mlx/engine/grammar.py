@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from g3n_mlx.failures import BadValue, MissingPackage
 from g3n_mlx.installation import install_command
 from g3n_mlx.prompt.tokenizer import Tokenizer
 
@@ -20,7 +21,7 @@ from g3n_mlx.prompt.tokenizer import Tokenizer
 WHITE_SPACE = r" |\n {0,40}"
 
 
-class GrammarError(ValueError):
+class GrammarError(BadValue):
     """A schema or grammar that can't be used, or that became too complex while it was followed."""
 
 
@@ -48,7 +49,7 @@ class Grammars:
         try:
             import llguidance
         except ImportError:
-            raise ImportError(
+            raise MissingPackage(
                 "schema, regex and lark need the package llguidance, which the extra 'server' brings: "
                 + install_command("server")
             ) from None

@@ -8,6 +8,7 @@ import numpy as np
 
 from g3n_mlx.engine.grammar import Grammars, closed
 from g3n_mlx.engine.sequence import Constraint
+from g3n_mlx.failures import BadValue
 from g3n_mlx.media.audio import Audio
 from g3n_mlx.media.image import Image
 from g3n_mlx.media.video import Video
@@ -66,14 +67,14 @@ def constraint_of(options: AnswerOptions, grammars: Callable[[], Grammars]) -> C
     """
     given = [name for name in _FORMATS if options.get(name) is not None]
     if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} were given, but an answer can follow only one of them")
+        raise BadValue(f"{' and '.join(given)} were given, but an answer can follow only one of them")
     if not given or "constraint" in given:
         return options.get("constraint")
     value: Any = options.get(given[0])
     if given == ["schema"]:
         return grammars().json_schema(closed(value.model_json_schema()) if is_pydantic(value) else value)
     if not isinstance(value, str):
-        raise ValueError(f"{given[0]} is {value!r:.80}, expected a string")
+        raise BadValue(f"{given[0]} is {value!r:.80}, expected a string")
     return grammars().regex(value) if given == ["regex"] else grammars().lark(value)
 
 
@@ -97,7 +98,7 @@ def with_media(prompt: Any, options: AnswerOptions) -> Any:
     if not given:
         return prompt
     if not isinstance(prompt, str):
-        raise ValueError(
+        raise BadValue(
             f"{' and '.join(given)} can only be given with a prompt that is a string: "
             "put them into the messages, as parts of their content"
         )

@@ -19,6 +19,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from g3n_mlx.batch import Batch
+from g3n_mlx.failures import BadValue
 from g3n_mlx.interface import Model, Rows, Step
 
 T = TypeVar("T")
@@ -133,7 +134,7 @@ class Runner:
     def model(self) -> Model:
         """What runs; raises ValueError after `close`."""
         if self._model is None:
-            raise ValueError(f"the model {self._name} has been closed: load it again")
+            raise BadValue(f"the model {self._name} has been closed: load it again")
         return self._model
 
     @property

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from g3n_mlx.commands import add_model_flags, command_parser, run_command, say
-from g3n_mlx.failures import check_folder_of, one_line
+from g3n_mlx.failures import BadValue, IsAFolder, MissingFile, MissingPackage, NotPermitted, check_folder_of, one_line
 from g3n_mlx.installation import install_command
 
 if TYPE_CHECKING:
@@ -119,28 +119,26 @@ def _check(arguments: argparse.Namespace) -> None:
     of_text = ("against", "window_tokens", "stride_tokens")
     for name in ("limit",) if arguments.text else of_text:
         if getattr(arguments, name) is not None:
-            raise ValueError(
-                f"--{name.replace('_', '-')} is of no use {'with' if arguments.text else 'without'} --text"
-            )
+            raise BadValue(f"--{name.replace('_', '-')} is of no use {'with' if arguments.text else 'without'} --text")
     if arguments.limit is not None and arguments.limit < 1:
-        raise ValueError(f"--limit is {arguments.limit}, expected at least 1")
+        raise BadValue(f"--limit is {arguments.limit}, expected at least 1")
     if arguments.matformer_config and not arguments.matformer:
-        raise ValueError("--matformer-config needs --matformer: name the slices to take from it")
+        raise BadValue("--matformer-config needs --matformer: name the slices to take from it")
     for path in (arguments.json, arguments.plot):
         if path is None:
             continue
         check_folder_of(path)
         if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder, expected the name of a file to write")
+            raise IsAFolder(f"{path} is a folder, expected the name of a file to write")
         if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-            raise PermissionError(f"{path} can't be written: permission denied")
+            raise NotPermitted(f"{path} can't be written: permission denied")
     if arguments.plot:
         if arguments.plot.suffix.lower() != ".png":
-            raise ValueError(f"--plot is {arguments.plot}, expected a name that ends in .png")
+            raise BadValue(f"--plot is {arguments.plot}, expected a name that ends in .png")
         try:
             import matplotlib  # noqa: F401  # pyright: ignore[reportUnusedImport]
         except ImportError:
-            raise ImportError(f"--plot needs matplotlib: {install_command('plot')}") from None
+            raise MissingPackage(f"--plot needs matplotlib: {install_command('plot')}") from None
 
 
 def _variants(arguments: argparse.Namespace) -> list[Variant]:
@@ -201,7 +199,7 @@ def _bits(folders: dict[str, Path], wanted: Sequence[int]) -> dict[str, list[int
         bits[model] = [None] if checkpoint.quantizations else [None, *wanted]
         checkpoint.close()
     if wanted and all(len(ways) == 1 for ways in bits.values()):
-        raise ValueError(f"--q-bits needs an unquantized model: {', '.join(folders)} is quantized already")
+        raise BadValue(f"--q-bits needs an unquantized model: {', '.join(folders)} is quantized already")
     return bits
 
 
@@ -237,7 +235,7 @@ def _on_examples(arguments: argparse.Namespace, variants: list[Variant]) -> dict
     path = arguments.examples or resolve(variants[0].model, variants[0].revision) / SAMPLE
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{path} {found}: give --examples FILE or --text FILE")
+        raise MissingFile(f"{path} {found}: give --examples FILE or --text FILE")
     examples = read_examples(path, arguments.limit)
     counts = Counter(example.skill for example in examples)
     metrics = {example.skill: example.metric for example in examples}
@@ -271,10 +269,10 @@ def _on_text(arguments: argparse.Namespace, variants: list[Variant]) -> dict[str
     context = reference.config.text.max_position_embeddings
     size = min(DEFAULT_WINDOW_TOKENS, context) if arguments.window_tokens is None else arguments.window_tokens
     if not 2 <= size <= context:
-        raise ValueError(f"--window-tokens is {size}, expected 2 to the context's {context}")
+        raise BadValue(f"--window-tokens is {size}, expected 2 to the context's {context}")
     stride = size // 2 if arguments.stride_tokens is None else arguments.stride_tokens
     if not 1 <= stride < size:
-        raise ValueError(f"--stride-tokens is {stride}, expected 1 to {size - 1}, what a window holds behind <bos>")
+        raise BadValue(f"--stride-tokens is {stride}, expected 1 to {size - 1}, what a window holds behind <bos>")
     spans = list(windows(len(ids), size - 1, stride))
     num_bytes = len(text.encode())
     if len(ids) < FEW_TOKENS:
@@ -283,7 +281,7 @@ def _on_text(arguments: argparse.Namespace, variants: list[Variant]) -> dict[str
     def entry(variant: Variant) -> dict[str, Any]:
         model = reference if variant == variants[0] else _load(variant, arguments)
         if model.tokenizer.encode(text) != ids:
-            raise ValueError(f"{variant.model} has another tokenizer than {variants[0].model}: nothing to compare")
+            raise BadValue(f"{variant.model} has another tokenizer than {variants[0].model}: nothing to compare")
         with tqdm(total=len(ids), unit="tok", desc=_words(variant), leave=False, disable=None) as bar:
             other = None if model is reference else reference
             measured = measure_text(model, other, ids, num_bytes, spans, bar.update)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from g3n_mlx.failures import BadValue
 from g3n_mlx.media.policy import MediaPolicy
 from g3n_mlx.prompt.prompt import Prompt
 
@@ -44,9 +45,9 @@ def read_text(path: Path) -> str:
     try:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+        raise BadValue(f"{path} is not UTF-8 text: {error}") from None
     if not text:
-        raise ValueError(f"{path} is empty")
+        raise BadValue(f"{path} is empty")
     return text
 
 
@@ -62,13 +63,13 @@ def read_examples(path: Path, limit: int | None = None) -> list[Example]:
         example = _parsed(line, path.absolute().parent, f"{path}, line {number}")
         same_skill = by_skill.setdefault(example.skill, [])
         if same_skill and same_skill[0].metric != example.metric:
-            raise ValueError(
+            raise BadValue(
                 f"{example.where}: the metric of skill {example.skill!r} is {example.metric!r}, and was "
                 f"{same_skill[0].metric!r} before; give the skill two names"
             )
         same_skill.append(example)
     if not by_skill:
-        raise ValueError(f"{path} holds no examples")
+        raise BadValue(f"{path} holds no examples")
     return [example for examples in by_skill.values() for example in examples[:limit]]
 
 
@@ -76,16 +77,16 @@ def _parsed(line: str, folder: Path, where: str) -> Example:
     try:
         entry = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{where}: is not JSON: {error}") from None
+        raise BadValue(f"{where}: is not JSON: {error}") from None
     if not isinstance(entry, dict):
-        raise ValueError(f"{where}: is a {type(entry).__name__}, expected an object")
+        raise BadValue(f"{where}: is a {type(entry).__name__}, expected an object")
     for key, kind in (("skill", str), ("messages", list), ("answer", str), ("metric", str)):
         if not isinstance(entry.get(key), kind):
-            raise ValueError(f"{where}: {key!r} is {entry.get(key)!r:.80}, expected a {kind.__name__}")
+            raise BadValue(f"{where}: {key!r} is {entry.get(key)!r:.80}, expected a {kind.__name__}")
     if entry["metric"] not in METRICS:
-        raise ValueError(f"{where}: the metric is {entry['metric']!r}, expected one of {', '.join(METRICS)}")
+        raise BadValue(f"{where}: the metric is {entry['metric']!r}, expected one of {', '.join(METRICS)}")
     if not entry["answer"].strip():
-        raise ValueError(f"{where}: the answer is empty")
+        raise BadValue(f"{where}: the answer is empty")
     return Example(entry["skill"], entry["messages"], entry["answer"], entry["metric"], folder, where)
 
 
@@ -105,7 +106,7 @@ def answer(model: "Gemma3n", example: Example) -> str:
         max_tokens = 2 * len(truth) + SPARE_TOKENS
         return model.generate(prompt, max_tokens=max_tokens, temperature=0.0, repetition_penalty=1.0).text
     except ValueError as error:
-        raise ValueError(f"{example.where}: {error}") from None
+        raise BadValue(f"{example.where}: {error}") from None
 
 
 def says(model: "Gemma3n", prompt: Prompt, draft: Sequence[int]) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 from g3n_mlx.checkpoint.source import Ranges
 from g3n_mlx.config.manifest import PLE_TABLE, TEXT
 from g3n_mlx.config.text import TextConfig
+from g3n_mlx.failures import BadValue
 from g3n_mlx.matformer.table import Slice
 
 _LAYER = re.compile(rf"^{re.escape(TEXT)}layers\.(\d+)\.(.*)$")
@@ -52,7 +53,7 @@ def find_slice(name: str, slices: Sequence[Slice], config: TextConfig | None = N
     config: the error then lists only those that can be taken from such a checkpoint, if any can.
     """
     if not isinstance(name, str):
-        raise ValueError(f"the slice is {name!r}, expected a name")
+        raise BadValue(f"the slice is {name!r}, expected a name")
     wanted = name.strip().casefold()
     names = {known.casefold(): entry for entry in slices for known in (entry.name, entry.short_name)}
     if wanted in names:
@@ -62,7 +63,7 @@ def find_slice(name: str, slices: Sequence[Slice], config: TextConfig | None = N
     near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.6)
     meant = f"; did you mean {names[near[0]].short_name!r}?" if near else "."
     listing = ", ".join(f"{entry.short_name} = {entry.name!r}" for entry in offered)
-    raise ValueError(f"no slice is called {name!r}{meant} There are: {listing}")
+    raise BadValue(f"no slice is called {name!r}{meant} There are: {listing}")
 
 
 def plan_slice(config: TextConfig, chosen: Slice) -> SlicePlan:
@@ -75,28 +76,28 @@ def plan_slice(config: TextConfig, chosen: Slice) -> SlicePlan:
     layers = config.num_hidden_layers
     skipped = set(chosen.skipped_layers)
     if len(skipped) != len(chosen.skipped_layers):
-        raise ValueError(f"{where}: skips a layer twice: {list(chosen.skipped_layers)}")
+        raise BadValue(f"{where}: skips a layer twice: {list(chosen.skipped_layers)}")
     base_layers = chosen.num_layers + len(skipped)
     if base_layers != layers:
-        raise ValueError(
+        raise BadValue(
             f"{where}: made for a base model of {base_layers} layers, this checkpoint has {layers}; "
             "was it sliced already, or is it another model?"
         )
     outside = sorted(layer for layer in skipped if not 0 <= layer < layers)
     if outside:
-        raise ValueError(f"{where}: skips layers {outside}, the checkpoint's are 0 to {layers - 1}")
+        raise BadValue(f"{where}: skips layers {outside}, the checkpoint's are 0 to {layers - 1}")
     if len(chosen.ffn_hidden_dims) != chosen.num_layers:
-        raise ValueError(f"{where}: has {len(chosen.ffn_hidden_dims)} FFN widths for {chosen.num_layers} kept layers")
+        raise BadValue(f"{where}: has {len(chosen.ffn_hidden_dims)} FFN widths for {chosen.num_layers} kept layers")
     donors = set(config.kv_owners[config.first_kv_shared_layer :])
     if skipped & donors:
-        raise ValueError(
+        raise BadValue(
             f"{where}: skips layers {sorted(skipped & donors)}, whose keys and values the last "
             f"{config.num_kv_shared_layers} layers read"
         )
     kept = tuple(layer for layer in range(layers) if layer not in skipped)
     for layer, units in zip(kept, chosen.ffn_hidden_dims, strict=True):
         if not 1 <= units <= config.intermediate_size[layer]:
-            raise ValueError(
+            raise BadValue(
                 f"{where}: wants {units} FFN units in layer {layer}, the checkpoint has "
                 f"{config.intermediate_size[layer]} there"
             )

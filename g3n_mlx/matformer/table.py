@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from g3n_mlx.failures import BadValue, MissingFile
+
 PUBLISHED = Path(__file__).parent.parent / "matformer_configs" / "gemma3n.csv"
 
 # The slices of a checkpoint that was made for them lie beside it.
@@ -42,26 +44,24 @@ def read_slices(path: Path | None = None) -> list[Slice]:
     path = PUBLISHED if path is None else path
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{path} {found}: expected a CSV table of MatFormer slices")
+        raise MissingFile(f"{path} {found}: expected a CSV table of MatFormer slices")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file, skipinitialspace=True)
             header = tuple(title.strip() for title in next(rows, []))
             if header != _COLUMNS:
-                raise ValueError(
-                    f"{path}: the columns are {', '.join(header)!r:.200}, expected {', '.join(_COLUMNS)!r}"
-                )
+                raise BadValue(f"{path}: the columns are {', '.join(header)!r:.200}, expected {', '.join(_COLUMNS)!r}")
             slices = [_parse_row(row, f"{path}, line {rows.line_num}") for row in rows if any(map(str.strip, row))]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is no CSV table of MatFormer slices: {error}") from None
+        raise BadValue(f"{path} is no CSV table of MatFormer slices: {error}") from None
     seen: dict[str, str] = {}
     for entry in slices:
         for name in {entry.name.casefold(), entry.short_name.casefold()}:
             if name in seen:
-                raise ValueError(f"{path}: {entry.name!r} and {seen[name]!r} both go by the name {name!r}")
+                raise BadValue(f"{path}: {entry.name!r} and {seen[name]!r} both go by the name {name!r}")
             seen[name] = entry.name
     if not slices:
-        raise ValueError(f"{path} holds no slices")
+        raise BadValue(f"{path} holds no slices")
     return slices
 
 
@@ -81,10 +81,10 @@ def slices_for(folder: Path, table: Path | None = None) -> list[Slice]:
 
 def _parse_row(row: list[str], where: str) -> Slice:
     if len(row) != len(_COLUMNS):
-        raise ValueError(f"{where}: has {len(row)} fields, expected {len(_COLUMNS)}")
+        raise BadValue(f"{where}: has {len(row)} fields, expected {len(_COLUMNS)}")
     name, layers, params, mmlu, dims, skipped = (field.strip() for field in row)
     if not name:
-        raise ValueError(f"{where}: the slice has no name")
+        raise BadValue(f"{where}: the slice has no name")
     return Slice(
         name=name,
         short_name=_short_name(name),
@@ -108,7 +108,7 @@ def _short_name(name: str) -> str:
 def _integers(text: str, where: str) -> tuple[int, ...]:
     """A bracketed list of integers or products of them."""
     if not (text.startswith("[") and text.endswith("]")):
-        raise ValueError(f"{where}: is {text!r}, expected a list in brackets")
+        raise BadValue(f"{where}: is {text!r}, expected a list in brackets")
     inside = text[1:-1].strip().removesuffix(",")
     return tuple(_product(item, where) for item in inside.split(",")) if inside else ()
 
@@ -117,7 +117,7 @@ def _product(text: str, where: str) -> int:
     """An integer as Python writes it, or a product of such: `2_048 * 8`."""
     factors = [factor.strip() for factor in text.split("*")]
     if not all(re.fullmatch(r"\d+(?:_\d+)*", factor) for factor in factors):
-        raise ValueError(f"{where}: {text.strip()!r} is not an integer or a product of integers")
+        raise BadValue(f"{where}: {text.strip()!r} is not an integer or a product of integers")
     return prod(int(factor) for factor in factors)
 
 
@@ -127,4 +127,4 @@ def _optional_number(text: str, where: str) -> float | None:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"{where}: {text!r} is not a number") from None
+        raise BadValue(f"{where}: {text!r} is not a number") from None

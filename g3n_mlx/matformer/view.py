@@ -8,6 +8,7 @@ from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.checkpoint.quantization import Quantization
 from g3n_mlx.checkpoint.source import Ranges, Source
 from g3n_mlx.config.text import TextConfig
+from g3n_mlx.failures import BadValue
 from g3n_mlx.matformer.plan import SlicePlan, cut, slice_config
 
 
@@ -48,7 +49,7 @@ def _check_groups(plan: SlicePlan, path: str, columns: Ranges, quantization: Qua
     group_size = quantization.group_size
     if any(border % group_size for span in columns for border in span):
         listed = ", ".join(f"{start} to {stop}" for start, stop in columns)
-        raise ValueError(
+        raise BadValue(
             f"slice {plan.slice_name!r}: the columns kept of {path} ({listed}) are not whole groups of {group_size}, "
             f"in which the checkpoint is quantized; choose widths that are multiples of {group_size}, or slice the "
             "unquantized checkpoint"

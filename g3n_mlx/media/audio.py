@@ -18,6 +18,7 @@ import numpy as np
 
 from g3n_mlx.config.audio import AudioConfig
 from g3n_mlx.config.fields import Fields
+from g3n_mlx.failures import BadValue
 from g3n_mlx.media.containers import check_whole, import_av, mp3_declares_length, open_container
 from g3n_mlx.media.fetch import fetch, source_text
 from g3n_mlx.media.policy import MediaPolicy
@@ -59,15 +60,15 @@ class Audio:
     def __init__(self, source: str | Path | bytes | np.ndarray, rate: float | None = None) -> None:
         if isinstance(source, np.ndarray):
             if isinstance(rate, bool) or not isinstance(rate, int | float | np.number):
-                raise ValueError(
+                raise BadValue(
                     f"the audio's sample rate is {rate!r}, expected samples per second: Audio(waveform, rate)"
                 )
             _check_rate(rate)
             source = _samples_of(source)
         elif not isinstance(source, str | Path | bytes):
-            raise ValueError(f"audio is of type {type(source).__name__}, expected a path, bytes, an array or a URL")
+            raise BadValue(f"audio is of type {type(source).__name__}, expected a path, bytes, an array or a URL")
         elif rate is not None:
-            raise ValueError(f"the audio's sample rate is {rate!r}, but a file brings its own: leave it out")
+            raise BadValue(f"the audio's sample rate is {rate!r}, but a file brings its own: leave it out")
         self._source, self._rate = source, rate
 
     def __repr__(self) -> str:
@@ -122,17 +123,17 @@ class AudioProcessing:
         fields = Fields(raw, where)
         for key, expected in {"dither": 0.0, "padding_side": "right", "padding_value": 0.0}.items():
             if fields.get(key) != expected:
-                raise ValueError(f"{where}: {key} is {fields.get(key)!r}, only {expected!r} is supported")
+                raise BadValue(f"{where}: {key} is {fields.get(key)!r}, only {expected!r} is supported")
         frame, hop = fields.integer("frame_length", at_least=2), fields.integer("hop_length", at_least=1)
         bands, fft = fields.integer("feature_size", at_least=1), fields.integer("fft_length", at_least=2)
         expected_fft = 2 ** math.ceil(math.log2(frame)) * (2 if fields.get("fft_overdrive") else 1)
         if fft != expected_fft:
-            raise ValueError(
+            raise BadValue(
                 f"{where}: fft_length is {fft}, expected {expected_fft} "
                 f"by frame_length {frame} and fft_overdrive {fields.get('fft_overdrive')}"
             )
         if bands != config.input_feat_size:
-            raise ValueError(
+            raise BadValue(
                 f"{where}: feature_size is {bands}, the audio tower's input_feat_size is {config.input_feat_size}"
             )
         return AudioProcessing(
@@ -163,7 +164,7 @@ class AudioProcessing:
     def features(self, waveform: np.ndarray) -> AudioFeatures:
         """Frames of one clip, float32 [samples] at the processor's rate; raises ValueError if it is too long."""
         if not 0 < len(waveform) <= self.max_clip_samples:
-            raise ValueError(f"a clip has {len(waveform)} samples, expected 1 to {self.max_clip_samples}")
+            raise BadValue(f"a clip has {len(waveform)} samples, expected 1 to {self.max_clip_samples}")
         # The reference makes no frame of less than frame_length + 1 samples; the shortest audio gets one here.
         samples = max(len(waveform), self.frame_length + 1)
         padded = np.zeros(math.ceil(samples / PAD_MULTIPLE) * PAD_MULTIPLE, dtype=np.float32)
@@ -245,7 +246,7 @@ def _decode(data: bytes, mono: "Mono") -> None:
     import soundfile
 
     if not data:
-        raise ValueError("the audio has no bytes")
+        raise BadValue("the audio has no bytes")
     check_whole(data)
     try:
         opened = soundfile.SoundFile(_Bytes(data))
@@ -263,9 +264,9 @@ def _decode(data: bytes, mono: "Mono") -> None:
                 mono.add(block, file.samplerate)
                 left -= len(block)
         except soundfile.LibsndfileError as error:
-            raise ValueError(f"the audio is damaged or cut off: {error.error_string}") from None
+            raise BadValue(f"the audio is damaged or cut off: {error.error_string}") from None
         if declared and left > 0:
-            raise ValueError(f"the audio is damaged or cut off: {left / file.samplerate:.1f} s of it are missing")
+            raise BadValue(f"the audio is damaged or cut off: {left / file.samplerate:.1f} s of it are missing")
 
 
 class _Bytes(io.BytesIO):
@@ -280,7 +281,7 @@ class _Bytes(io.BytesIO):
 
 def _decode_with_av(data: bytes, mono: "Mono") -> None:
     if add_audio_track(data, mono) is None:
-        raise ValueError("the file holds no audio")
+        raise BadValue("the file holds no audio")
 
 
 def add_audio_track(data: bytes, mono: "Mono") -> float | None:
@@ -293,7 +294,7 @@ def add_audio_track(data: bytes, mono: "Mono") -> float | None:
         if not container.streams.audio:
             return None
         if container.streams.audio[0].codec_context is None:
-            raise ValueError("the audio is in an unknown format, or damaged")
+            raise BadValue("the audio is in an unknown format, or damaged")
         to_floats, start_s = av.AudioResampler(format="flt"), None
         try:
             for frame in container.decode(container.streams.audio[0]):
@@ -302,7 +303,7 @@ def add_audio_track(data: bytes, mono: "Mono") -> float | None:
                         start_s = block.time or 0.0
                     mono.add(block.to_ndarray().reshape(-1, block.layout.nb_channels), block.sample_rate)
         except av.FFmpegError as error:
-            raise ValueError(f"the audio is damaged or cut off: {error.strerror}") from None
+            raise BadValue(f"the audio is damaged or cut off: {error.strerror}") from None
         return start_s
 
 
@@ -330,7 +331,7 @@ class Mono:
                 self._resampler = soxr.ResampleStream(rate, self._rate, 1, dtype="float32")
         self._num_samples += len(block)
         if self._num_samples > self._policy.max_seconds * rate:
-            raise ValueError(f"the audio is longer than {self._policy.max_seconds:g} s, the most that is accepted")
+            raise BadValue(f"the audio is longer than {self._policy.max_seconds:g} s, the most that is accepted")
         self._append(block if block.ndim == 1 else block.mean(axis=1, dtype=np.float32), last=False)
 
     def _append(self, block: np.ndarray, last: bool) -> None:
@@ -339,19 +340,19 @@ class Mono:
     def finish(self) -> np.ndarray:
         """The whole, float32 [samples]; raises ValueError when it is empty or not finite."""
         if not self._num_samples:
-            raise ValueError("the audio is empty")
+            raise BadValue("the audio is empty")
         self._append(np.zeros(0, dtype=np.float32), last=True)
         waveform = np.concatenate(self._blocks)
         if not len(waveform):
-            raise ValueError("the audio is shorter than one sample of 16 kHz")
+            raise BadValue("the audio is shorter than one sample of 16 kHz")
         if not np.isfinite(waveform).all():
-            raise ValueError("the audio has samples that are not finite numbers (NaN or infinity)")
+            raise BadValue("the audio has samples that are not finite numbers (NaN or infinity)")
         return waveform
 
 
 def _check_rate(rate: Any) -> None:
     if not MIN_RATE <= rate <= MAX_RATE:
-        raise ValueError(
+        raise BadValue(
             f"the audio's sample rate is {rate} Hz, expected {MIN_RATE:,} to {MAX_RATE:,} samples per second"
         )
 
@@ -359,21 +360,21 @@ def _check_rate(rate: Any) -> None:
 def _samples_of(array: np.ndarray) -> np.ndarray:
     """An array of a user's, checked, as float32 [samples] or [samples, channels]."""
     if array.size == 0:
-        raise ValueError(f"an audio array has the shape {array.shape}, which holds no samples")
+        raise BadValue(f"an audio array has the shape {array.shape}, which holds no samples")
     if array.ndim not in (1, 2):
-        raise ValueError(f"an audio array has the shape {array.shape}, expected [samples] or [samples, channels]")
+        raise BadValue(f"an audio array has the shape {array.shape}, expected [samples] or [samples, channels]")
     if array.ndim == 2 and array.shape[1] > array.shape[0]:
-        raise ValueError(f"an audio array has the shape {array.shape}, expected [samples, channels]: transpose it")
+        raise BadValue(f"an audio array has the shape {array.shape}, expected [samples, channels]: transpose it")
     if array.dtype == np.uint8:  # WAV's 8 bits are the only unsigned ones
         return (array.astype(np.float32) - 128) / 128
     if array.dtype.kind == "i" and array.dtype.itemsize in (2, 4):
         return (array / -float(np.iinfo(array.dtype).min)).astype(np.float32)
     if not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(f"an audio array is {array.dtype}, expected floats from -1 to 1, int16, int32 or uint8")
+        raise BadValue(f"an audio array is {array.dtype}, expected floats from -1 to 1, int16, int32 or uint8")
     with np.errstate(over="ignore"):  # what float32 can't hold becomes infinity
         samples = array.astype(np.float32)
     if not np.isfinite(samples).all():
-        raise ValueError("an audio array has values that are not finite numbers (NaN or infinity)")
+        raise BadValue("an audio array has values that are not finite numbers (NaN or infinity)")
     return samples
 
 
@@ -389,5 +390,5 @@ def _bands(fields: Fields, key: str, bands: int, where: str) -> tuple[float, ...
     if values is None:
         return None
     if not isinstance(values, list) or len(values) != bands or not all(isinstance(v, int | float) for v in values):
-        raise ValueError(f"{where}: {key} is {values!r:.80}, expected null or {bands} numbers")
+        raise BadValue(f"{where}: {key} is {values!r:.80}, expected null or {bands} numbers")
     return tuple(float(value) for value in values)

@@ -11,6 +11,7 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
+from g3n_mlx.failures import BadValue
 from g3n_mlx.installation import install_command
 
 # Containers of audio and video that PyAV may open; playlists and other formats that name further files are left out.
@@ -30,7 +31,7 @@ def import_av(found: str) -> Any:
     try:
         import av
     except ImportError:
-        raise ValueError(
+        raise BadValue(
             f"the file is {found}: M4A, AAC, Opus and videos need PyAV: {install_command('video')}"
         ) from None
     return av
@@ -43,14 +44,14 @@ def open_container(data: bytes) -> Any:
         # No protocol at all: nothing in the file can make the demuxer open another file or a URL.
         return av.open(io.BytesIO(data), options={"format_whitelist": CONTAINERS, "protocol_whitelist": "none"})
     except (av.FFmpegError, ValueError):
-        raise ValueError("not audio or video in a known format, or damaged") from None
+        raise BadValue("not audio or video in a known format, or damaged") from None
 
 
 def check_whole(data: bytes) -> None:
     """Raises ValueError when an audio or video file is shorter than it declares."""
     missing = _declared_bytes(data) - len(data)
     if missing > 0:
-        raise ValueError(f"the file is cut off: at least {missing:,} bytes are missing of {missing + len(data):,}")
+        raise BadValue(f"the file is cut off: at least {missing:,} bytes are missing of {missing + len(data):,}")
 
 
 def _declared_bytes(data: bytes) -> int:

@@ -17,7 +17,7 @@ from contextlib import closing
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from g3n_mlx.failures import one_line
+from g3n_mlx.failures import BadValue, one_line
 from g3n_mlx.media.policy import MediaPolicy
 
 _REMOTE = ("http", "https")
@@ -47,7 +47,7 @@ class _Download:
             if isinstance(answer, bytes):
                 return answer
             url = answer
-        raise ValueError(f"{short(url)}: more than {self._policy.max_redirects} redirects")
+        raise BadValue(f"{short(url)}: more than {self._policy.max_redirects} redirects")
 
     def _request(self, url: str) -> bytes | str:
         """One request: the body, or the URL that the host redirects to."""
@@ -67,8 +67,8 @@ class _Download:
         except (OSError, http.client.HTTPException) as error:
             self._policy.check_time()
             if expired.is_set() or isinstance(error, TimeoutError):
-                raise ValueError(f"{short(url)} took longer than {self._policy.timeout_s:g} s") from None
-            raise ValueError(f"{short(url)} can't be fetched: {one_line(error)}") from None
+                raise BadValue(f"{short(url)} took longer than {self._policy.timeout_s:g} s") from None
+            raise BadValue(f"{short(url)} can't be fetched: {one_line(error)}") from None
 
     def _left_s(self) -> float:
         return max(0.001, self._deadline - time.monotonic())
@@ -91,15 +91,15 @@ class _Download:
         try:
             addresses = self._policy.resolver(host, port)
         except UnicodeError:
-            raise ValueError(f"{short(host)} is not a host name") from None
+            raise BadValue(f"{short(host)} is not a host name") from None
         if not addresses:
-            raise ValueError(f"{short(host)} has no address")
+            raise BadValue(f"{short(host)} has no address")
         allowed = {host.lower(), f"{host.lower()}:{port}"} & self._policy.allowed_hosts
         if self._policy.private_hosts or allowed:
             return addresses
         for address in addresses:
             if not _is_public(ipaddress.ip_address(address)):
-                raise ValueError(f"{short(host)} is a private address, and media may not come from there")
+                raise BadValue(f"{short(host)} is a private address, and media may not come from there")
         return addresses
 
     def _open_socket(self, addresses: Sequence[str], port: int) -> socket.socket:
@@ -126,10 +126,10 @@ class _Download:
         if response.status in _REDIRECTS:
             location = response.headers.get("Location")
             if not location:
-                raise ValueError(f"{short(url)} redirects without saying where to")
+                raise BadValue(f"{short(url)} redirects without saying where to")
             return urljoin(url, location)
         if response.status != 200:
-            raise ValueError(f"{short(url)} answered {response.status} {response.reason}")
+            raise BadValue(f"{short(url)} answered {response.status} {response.reason}")
         return self._read_body(response, url)
 
     def _read_body(self, response: http.client.HTTPResponse, url: str) -> bytes:
@@ -148,13 +148,13 @@ def _split(url: str) -> SplitResult:
         parts = urlsplit(url)
         port, host = parts.port, (parts.hostname or "").encode("idna").decode()
     except ValueError as error:
-        raise ValueError(f"{short(url)} is not a URL: {error}") from None
+        raise BadValue(f"{short(url)} is not a URL: {error}") from None
     if parts.scheme not in _REMOTE:
-        raise ValueError(f"{short(url)}: a redirect to the scheme {parts.scheme!r}, expected http or https")
+        raise BadValue(f"{short(url)}: a redirect to the scheme {parts.scheme!r}, expected http or https")
     if not host:
-        raise ValueError(f"{short(url)} names no host")
+        raise BadValue(f"{short(url)} names no host")
     if parts.username is not None or parts.password is not None:
-        raise ValueError(f"the URL of {host} holds a user name; credentials in a URL are not sent, leave them out")
+        raise BadValue(f"the URL of {host} holds a user name; credentials in a URL are not sent, leave them out")
     location = f"[{host}]" if ":" in host else host
     return parts._replace(netloc=location if port is None else f"{location}:{port}")
 
@@ -164,7 +164,7 @@ def _connect_by_proxy(
 ) -> http.client.HTTPConnection:
     address = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     if address.scheme != "http" or address.hostname is None:
-        raise ValueError(f"the environment names the proxy {proxy!r}, expected http://HOST:PORT")
+        raise BadValue(f"the environment names the proxy {proxy!r}, expected http://HOST:PORT")
     if tls is None:
         connection = http.client.HTTPConnection(address.hostname, address.port or 80, timeout=timeout_s)
     else:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
+from g3n_mlx.failures import BadValue
 from g3n_mlx.media.download import download, short
 from g3n_mlx.media.policy import MediaPolicy
 
@@ -23,7 +24,7 @@ def fetch(source: str | Path, policy: MediaPolicy) -> bytes:
     if isinstance(source, Path):
         return _read_file(source, policy)
     if not source:
-        raise ValueError("the path is empty")
+        raise BadValue("the path is empty")
     scheme = _SCHEME.match(source)
     match scheme[1].lower() if scheme else None:
         case "data":
@@ -37,7 +38,7 @@ def fetch(source: str | Path, policy: MediaPolicy) -> bytes:
         case _ if "://" not in source:  # a file name with a colon in it
             return _read_file(Path(source), policy)
         case other:
-            raise ValueError(f"{short(source)} has the scheme {other!r}, expected http, https, data, file or a path")
+            raise BadValue(f"{short(source)} has the scheme {other!r}, expected http, https, data, file or a path")
 
 
 def source_text(source: "str | Path | bytes | np.ndarray") -> str:
@@ -55,17 +56,17 @@ def _decode_base64(text: str, policy: MediaPolicy) -> bytes:
     try:
         return base64.b64decode(re.sub(r"[\r\n]", "", text), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ValueError(f"{short(text)} is not base64: {error}") from None
+        raise BadValue(f"{short(text)} is not base64: {error}") from None
 
 
 def _decode_data_uri(uri: str, policy: MediaPolicy) -> bytes:
     header, comma, payload = uri.partition(",")
     if not comma:
-        raise ValueError(f"the data: URI {short(uri)} has no comma, expected data:TYPE;base64,DATA")
+        raise BadValue(f"the data: URI {short(uri)} has no comma, expected data:TYPE;base64,DATA")
     if header.lower().endswith(";base64"):
         return _decode_base64(unquote_to_bytes(payload).decode("latin-1") if "%" in payload else payload, policy)
     if re.search(r"%(?![0-9A-Fa-f]{2})", payload) or not payload.isascii():
-        raise ValueError(f"the data: URI {short(uri)} is neither base64 nor percent-encoded")
+        raise BadValue(f"the data: URI {short(uri)} is neither base64 nor percent-encoded")
     data = unquote_to_bytes(payload)
     policy.check_bytes(len(data), "the data: URI")
     return data
@@ -74,7 +75,7 @@ def _decode_data_uri(uri: str, policy: MediaPolicy) -> bytes:
 def _path_of_file_uri(uri: str) -> Path:
     parts = urlsplit(uri)
     if parts.netloc not in ("", "localhost"):
-        raise ValueError(f"{short(uri)} names the host {parts.netloc!r}, expected file:///PATH on this machine")
+        raise BadValue(f"{short(uri)} names the host {parts.netloc!r}, expected file:///PATH on this machine")
     return Path(url2pathname(parts.path))
 
 
@@ -82,25 +83,25 @@ def _read_file(path: Path, policy: MediaPolicy) -> bytes:
     try:
         path = _allowed_path(path, policy)
         if not path.exists():
-            raise ValueError(f"{short(path)} does not exist")
+            raise BadValue(f"{short(path)} does not exist")
         if not path.is_file():
-            raise ValueError(f"{short(path)} is not a regular file")
+            raise BadValue(f"{short(path)} is not a regular file")
         policy.check_bytes(path.stat().st_size, short(path))
         return path.read_bytes()
     except (OSError, RuntimeError) as error:  # RuntimeError: an unknown home folder, a loop of links
-        raise ValueError(f"{short(path)} can't be read: {getattr(error, 'strerror', None) or error}") from None
+        raise BadValue(f"{short(path)} can't be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _allowed_path(path: Path, policy: MediaPolicy) -> Path:
     """The path to open, with its links resolved where they matter."""
     if policy.paths is None:
-        raise ValueError("local files are not allowed here; send the media as a data: URI or an http(s) URL")
+        raise BadValue("local files are not allowed here; send the media as a data: URI or an http(s) URL")
     if "\0" in str(path):
-        raise ValueError(f"{short(path)} holds a null character")
+        raise BadValue(f"{short(path)} holds a null character")
     if not isinstance(policy.paths, Path):
         return path.expanduser()
     root = policy.paths.resolve()
     resolved = (root / path).resolve()
     if not resolved.is_relative_to(root):
-        raise ValueError(f"{short(path)} does not lie below the folder that media may come from")
+        raise BadValue(f"{short(path)} does not lie below the folder that media may come from")
     return resolved

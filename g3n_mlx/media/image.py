@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from g3n_mlx.config.fields import Fields
+from g3n_mlx.failures import BadValue
 from g3n_mlx.installation import install_command
 from g3n_mlx.media.fetch import fetch, source_text
 from g3n_mlx.media.policy import MediaPolicy
@@ -60,7 +61,7 @@ class Image:
         if isinstance(source, np.ndarray):
             source = _pixels_of(source)
         elif not isinstance(source, str | Path | bytes) and not _is_pil(source):
-            raise ValueError(
+            raise BadValue(
                 f"an image is of type {type(source).__name__}, expected a path, bytes, a PIL image, an array or a URL"
             )
         self._source = source
@@ -93,9 +94,9 @@ class Image:
             image = _opened(source)
             if image.width * image.height > policy.max_pixels:
                 size = f"{image.width} × {image.height}"
-                raise ValueError(f"{_too_many_pixels(policy.max_pixels)}: it is {size}")
+                raise BadValue(f"{_too_many_pixels(policy.max_pixels)}: it is {size}")
             if image.width * image.height == 0:
-                raise ValueError(f"the image has no pixels: it is {image.width} × {image.height}")
+                raise BadValue(f"the image has no pixels: it is {image.width} × {image.height}")
             with _damage_named():
                 return _to_rgb(ImageOps.exif_transpose(image))
 
@@ -115,16 +116,16 @@ class ImageProcessing:
         fields = Fields(raw, where)
         size = fields.get("size")
         if not isinstance(size, dict):
-            raise ValueError(f"{where}: size is {size!r}, expected an object with height and width")
+            raise BadValue(f"{where}: size is {size!r}, expected an object with height and width")
         sides = Fields(size, f"{where}, size")
         for key, expected in {"do_resize": True, "do_normalize": False}.items():
             if fields.get(key) is not expected:
-                raise ValueError(f"{where}: {key} is {fields.get(key)!r}, only {expected} is supported")
+                raise BadValue(f"{where}: {key} is {fields.get(key)!r}, only {expected} is supported")
         if raw.get("do_center_crop"):
-            raise ValueError(f"{where}: do_center_crop is {raw['do_center_crop']!r}, only false is supported")
+            raise BadValue(f"{where}: do_center_crop is {raw['do_center_crop']!r}, only false is supported")
         resample = fields.integer("resample")
         if resample > 5:
-            raise ValueError(f"{where}: resample is {resample}, expected the number of a Pillow filter, 0 to 5")
+            raise BadValue(f"{where}: resample is {resample}, expected the number of a Pillow filter, 0 to 5")
         return ImageProcessing(
             height=sides.integer("height", at_least=1),
             width=sides.integer("width", at_least=1),
@@ -152,18 +153,18 @@ def _is_pil(source: Any) -> bool:
 def _pixels_of(array: np.ndarray) -> np.ndarray:
     """An array of a user's, checked, as uint8 [h, w] or [h, w, 3 or 4]."""
     if 0 in array.shape:
-        raise ValueError(f"an image array has the shape {array.shape}, which holds no pixels")
+        raise BadValue(f"an image array has the shape {array.shape}, which holds no pixels")
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
-        raise ValueError(f"an image array has the shape {array.shape}, expected [h, w] or [h, w, 1, 3 or 4]")
+        raise BadValue(f"an image array has the shape {array.shape}, expected [h, w] or [h, w, 1, 3 or 4]")
     if np.issubdtype(array.dtype, np.floating):
         if not (array.min() >= 0 and array.max() <= 1):  # false for NaN too
-            raise ValueError(
+            raise BadValue(
                 f"an image array has values from {array.min():g} to {array.max():g}, "
                 "expected floats from 0 to 1, or uint8"
             )
         array = np.rint(array * 255).astype(np.uint8)
     if array.dtype != np.uint8:
-        raise ValueError(f"an image array is {array.dtype}, expected uint8, or floats from 0 to 1")
+        raise BadValue(f"an image array is {array.dtype}, expected uint8, or floats from 0 to 1")
     return np.ascontiguousarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 
 
@@ -176,7 +177,7 @@ def _opened(source: "bytes | np.ndarray | pil.Image") -> "pil.Image":
     if not isinstance(source, bytes):
         return source
     if not source:
-        raise ValueError("the image has no bytes")
+        raise BadValue("the image has no bytes")
     heif = source[4:8] == b"ftyp" and source[8:12] in _HEIF_BRANDS
     if heif:
         _register_heif()
@@ -192,19 +193,19 @@ def _damage_named() -> Generator[None]:
     try:
         yield
     except pil.UnidentifiedImageError:
-        raise ValueError(f"not an image in one of the formats {', '.join(FORMATS)}, HEIC, or damaged") from None
+        raise BadValue(f"not an image in one of the formats {', '.join(FORMATS)}, HEIC, or damaged") from None
     except pil.DecompressionBombError:
         assert pil.MAX_IMAGE_PIXELS is not None
-        raise ValueError(_too_many_pixels(2 * pil.MAX_IMAGE_PIXELS)) from None
+        raise BadValue(_too_many_pixels(2 * pil.MAX_IMAGE_PIXELS)) from None
     except _DAMAGED as error:
-        raise ValueError(f"the image is damaged: {' '.join(str(error).split()) or type(error).__name__}") from None
+        raise BadValue(f"the image is damaged: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
 def _register_heif() -> None:
     try:
         import pillow_heif
     except ImportError:
-        raise ValueError(f"the image is HEIC, which needs pillow-heif: {install_command('heif')}") from None
+        raise BadValue(f"the image is HEIC, which needs pillow-heif: {install_command('heif')}") from None
     pillow_heif.register_heif_opener()
 
 
@@ -256,7 +257,7 @@ def _deep_grey_to_rgb(values: np.ndarray) -> np.ndarray:
     """
     if values.dtype.kind == "f":
         if not np.isfinite(values).all():
-            raise ValueError("it has pixels that are not finite numbers (NaN or infinity)")
+            raise BadValue("it has pixels that are not finite numbers (NaN or infinity)")
         scale = 255.0 if values.max() <= 1 else 1.0
     else:
         scale = 255 / 65535

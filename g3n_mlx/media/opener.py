@@ -11,6 +11,7 @@ import numpy as np
 
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
+from g3n_mlx.failures import BadValue
 from g3n_mlx.media.audio import Audio, AudioFeatures, AudioProcessing, split_clips
 from g3n_mlx.media.image import Image, ImageFeatures, ImageProcessing
 from g3n_mlx.media.part import Source
@@ -72,7 +73,7 @@ class MediaOpener:
 
     def _require_tower(self, tower: str, kind: str) -> None:
         if tower not in self.soft_tokens:
-            raise ValueError(f"this checkpoint can't read {kind} parts: it has no {tower} tower")
+            raise BadValue(f"this checkpoint can't read {kind} parts: it has no {tower} tower")
 
     def _clips(self, waveform: np.ndarray) -> list[tuple[float, AudioFeatures]]:
         clips = self.audio_processing.clips(waveform)
@@ -131,7 +132,7 @@ class MediaOpener:
             if isinstance(raw, dict):
                 return raw, f"processor_config.json, {section}"
         if not path.is_file():
-            raise ValueError(f"{self._folder} has no preprocessor_config.json, which says how media are made ready")
+            raise BadValue(f"{self._folder} has no preprocessor_config.json, which says how media are made ready")
         return read_json(path), "preprocessor_config.json"
 
 

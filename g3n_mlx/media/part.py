@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from g3n_mlx.failures import BadValue
 from g3n_mlx.media.audio import Audio
 from g3n_mlx.media.image import Image
 from g3n_mlx.media.video import Video
@@ -53,7 +54,7 @@ def _value_of(part: Mapping[str, Any], kind: str) -> Any:
         value = part.get(f"{kind}_url")
         url = value.get("url") if isinstance(value, Mapping) else value
         if not isinstance(url, str) or not url:
-            raise ValueError(f"the part's '{kind}_url' is {value!r:.80}, expected {{'url': ...}} or a URL")
+            raise BadValue(f"the part's '{kind}_url' is {value!r:.80}, expected {{'url': ...}} or a URL")
         return url
     for key in (kind, "url", "path", "base64"):
         value: Any = part.get(key)
@@ -64,15 +65,15 @@ def _value_of(part: Mapping[str, Any], kind: str) -> Any:
         if key == "path" and isinstance(value, str | Path):
             return Path(value)
         if not isinstance(value, str):
-            raise ValueError(f"the part's {key!r} is {value!r:.80}, expected a string")
+            raise BadValue(f"the part's {key!r} is {value!r:.80}, expected a string")
         return value if key == "url" else _data_uri(value)
-    raise ValueError(f"the {kind} part has none of the keys {kind!r}, 'url', 'path' and 'base64'")
+    raise BadValue(f"the {kind} part has none of the keys {kind!r}, 'url', 'path' and 'base64'")
 
 
 def _input_audio(value: Any) -> str:
     data = value.get("data") if isinstance(value, Mapping) else None
     if not isinstance(data, str):
-        raise ValueError(f"the part's 'input_audio' is {value!r:.80}, expected {{'data': BASE64, 'format': ...}}")
+        raise BadValue(f"the part's 'input_audio' is {value!r:.80}, expected {{'data': BASE64, 'format': ...}}")
     return data if data.startswith("data:") else _data_uri(data)
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from g3n_mlx.failures import BadValue, TooLate
+
 Resolver = Callable[[str, int], Sequence[str]]
 
 
@@ -36,9 +38,9 @@ class MediaPolicy:
     def check_time(self) -> None:
         """Raises TimeoutError after the deadline."""
         if self.deadline is not None and time.monotonic() > self.deadline:
-            raise TimeoutError("the time for opening media is over")
+            raise TooLate("the time for opening media is over")
 
     def check_bytes(self, num_bytes: int, what: str) -> None:
         """Raises ValueError naming what is larger than `max_bytes`."""
         if num_bytes > self.max_bytes:
-            raise ValueError(f"{what} has more than {self.max_bytes:,} bytes, the most that is accepted")
+            raise BadValue(f"{what} has more than {self.max_bytes:,} bytes, the most that is accepted")

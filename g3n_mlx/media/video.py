@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from g3n_mlx.failures import BadValue
 from g3n_mlx.media.audio import Mono, add_audio_track
 from g3n_mlx.media.containers import check_whole, import_av, open_container
 from g3n_mlx.media.fetch import fetch, source_text
@@ -37,11 +38,11 @@ class Video:
 
     def __init__(self, source: str | Path | bytes, fps: float = 1.0, max_frames: int = MAX_FRAMES) -> None:
         if not isinstance(source, str | Path | bytes):
-            raise ValueError(f"a video is of type {type(source).__name__}, expected a path, bytes or a URL")
+            raise BadValue(f"a video is of type {type(source).__name__}, expected a path, bytes or a URL")
         if isinstance(fps, bool) or not isinstance(fps, int | float | np.integer | np.floating) or not 0 < fps <= 1000:
-            raise ValueError(f"a video's fps is {fps!r}, expected frames per second, more than 0")
+            raise BadValue(f"a video's fps is {fps!r}, expected frames per second, more than 0")
         if isinstance(max_frames, bool) or not isinstance(max_frames, int | np.integer) or max_frames < 1:
-            raise ValueError(f"a video's max_frames is {max_frames!r}, expected an integer of at least 1")
+            raise BadValue(f"a video's max_frames is {max_frames!r}, expected an integer of at least 1")
         self.fps, self.max_frames = float(fps), int(max_frames)
         self._source = source
 
@@ -52,7 +53,7 @@ class Video:
         """The video with its file in memory; raises ValueError when that can't be fetched, is empty or cut off."""
         data = self._source if isinstance(self._source, bytes) else fetch(self._source, policy)
         if not data:
-            raise ValueError("the video has no bytes")
+            raise BadValue("the video has no bytes")
         check_whole(data)
         return OpenVideo(data, self.fps, self.max_frames, policy)
 
@@ -76,7 +77,7 @@ class OpenVideo:
             try:
                 yield from self._frames_at(times, declared_s, container, stream)
             except av.FFmpegError as error:
-                raise ValueError(f"the video is damaged or cut off: {error.strerror}") from None
+                raise BadValue(f"the video is damaged or cut off: {error.strerror}") from None
 
     def audio(self, rate: int) -> tuple[float, np.ndarray] | None:
         """When the audio begins in seconds from the first frame, and the audio: float32 [samples] at `rate` Hz.
@@ -91,19 +92,19 @@ class OpenVideo:
 
     def _stream(self, container: Any) -> Any:
         if not container.streams.video:
-            raise ValueError("the file has no video stream; if it is audio, send it as an audio part")
+            raise BadValue("the file has no video stream; if it is audio, send it as an audio part")
         stream = container.streams.video[0]
         if stream.codec_context is None:
-            raise ValueError("the video's frames are in an unknown format, or damaged")
+            raise BadValue("the video's frames are in an unknown format, or damaged")
         width, height, limit = stream.codec_context.width, stream.codec_context.height, self._policy.max_pixels
         if width * height > limit:
-            raise ValueError(f"the video's frames are {width} × {height}, more than {limit:,} pixels")
+            raise BadValue(f"the video's frames are {width} × {height}, more than {limit:,} pixels")
         stream.thread_type = "AUTO"
         return stream
 
     def _times(self, duration_s: float) -> list[float]:
         if duration_s > self._policy.max_seconds:
-            raise ValueError(f"the video is longer than {self._policy.max_seconds:g} s, the most that is accepted")
+            raise BadValue(f"the video is longer than {self._policy.max_seconds:g} s, the most that is accepted")
         wanted = max(1, math.ceil(duration_s * self._fps - _SLACK_S))
         if wanted <= self._max_frames:
             return [index / self._fps for index in range(wanted)]
@@ -118,7 +119,7 @@ class OpenVideo:
         decoded = self._timed(container, stream)
         coming: Any = next(decoded, None)
         if coming is None:
-            raise ValueError("the video holds no frames")
+            raise BadValue("the video holds no frames")
         shown = coming  # also before its time, when it comes late
         for time_s in times:
             if coming is not None and start_s + time_s - coming.time > _SEEK_GAP_S:
@@ -131,7 +132,7 @@ class OpenVideo:
             if coming is None and 0 < _end_s(shown) - start_s < time_s + _SLACK_S:
                 end_s = _end_s(shown) - start_s
                 if declared_s is not None and end_s < declared_s - _END_SLACK_S:
-                    raise ValueError(f"the video is cut off: its frames end at {end_s:.1f} s of {declared_s:.1f} s")
+                    raise BadValue(f"the video is cut off: its frames end at {end_s:.1f} s of {declared_s:.1f} s")
                 return
             # The angle counts against the clock, as rot90 does.
             yield time_s, np.rot90(shown.to_ndarray(format="rgb24"), k=round(shown.rotation / 90))

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from g3n_mlx.failures import BadValue
 from g3n_mlx.media.opener import MediaOpener
 from g3n_mlx.media.part import Media
 from g3n_mlx.media.policy import MediaPolicy
@@ -37,7 +38,7 @@ class Preparer:
             try:
                 pieces += self.opener.open(piece.source(), policy)
             except ValueError as error:
-                raise ValueError(f"{piece.where}: {error}") from None
+                raise BadValue(f"{piece.where}: {error}") from None
         return encode(pieces, self.tokenizer, self.opener.soft_tokens)
 
     def encode(self, text: str) -> list[int]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+from g3n_mlx.failures import BadValue
 from g3n_mlx.media.audio import AudioFeatures
 from g3n_mlx.media.image import ImageFeatures
 from g3n_mlx.prompt.template import Border, Control
@@ -18,7 +19,7 @@ BLOCKS = {
 Features = ImageFeatures | AudioFeatures
 
 
-class PromptTooLong(ValueError):
+class PromptTooLong(BadValue):
     """The prompt does not fit the context; the message says by how much."""
 
 
@@ -62,11 +63,11 @@ def of_token_ids(token_ids: Any, vocab_size: int) -> Prompt:
     listed = isinstance(token_ids, Iterable) and not isinstance(token_ids, (str, bytes))
     ids = list(token_ids) if listed else []
     if not ids or not all(isinstance(entry, Integral) and not isinstance(entry, bool) for entry in ids):
-        raise ValueError(f"the prompt is {token_ids!r:.80}, expected a string, a list of messages or token ids")
+        raise BadValue(f"the prompt is {token_ids!r:.80}, expected a string, a list of messages or token ids")
     ids = tuple(int(entry) for entry in ids)
     wrong = [token_id for token_id in ids if not 0 <= token_id < vocab_size]
     if wrong:
-        raise ValueError(f"a prompt of token ids has the ids {wrong[:5]}, expected ids from 0 to {vocab_size - 1}")
+        raise BadValue(f"a prompt of token ids has the ids {wrong[:5]}, expected ids from 0 to {vocab_size - 1}")
     return Prompt(ids, (len(ids),))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from g3n_mlx.failures import BadValue
 from g3n_mlx.media.audio import Audio
 from g3n_mlx.media.image import Image
 from g3n_mlx.media.part import Media
@@ -57,12 +58,12 @@ def render(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = 
     if messages[0]["role"] == "system":
         system, turns, skipped = _system_text(messages[0]["content"]) + "\n\n", messages[1:], 1
         if not turns:
-            raise ValueError("messages hold a system message alone; add a user message")
+            raise BadValue("messages hold a system message alone; add a user message")
     pieces: list[Piece] = [Control("<bos>")]
     for index, message in enumerate(turns):
         where, role = f"messages[{index + skipped}]", message["role"]
         if (role == "user") != (index % 2 == 0):
-            raise ValueError(
+            raise BadValue(
                 "Conversation roles must alternate user/assistant/user/assistant/...; "
                 f"{where} has the role {role!r}, expected {'user' if index % 2 == 0 else 'assistant'!r}"
             )
@@ -105,7 +106,7 @@ def _system_text(content: Any) -> str:
 def _parts(content: Any, where: str) -> list[Any]:
     """The parts of a content list, each a string or a mapping with a type; bare media objects get theirs."""
     if not isinstance(content, Sequence) or isinstance(content, bytes):
-        raise ValueError(f"{where}.content is of type {type(content).__name__}, expected a string or a list of parts")
+        raise BadValue(f"{where}.content is of type {type(content).__name__}, expected a string or a list of parts")
     parts: list[Any] = []
     for index, part in enumerate(content):
         match part:
@@ -118,7 +119,7 @@ def _parts(content: Any, where: str) -> list[Any]:
             case _:
                 pass
         if not isinstance(part, str) and not (isinstance(part, Mapping) and isinstance(part.get("type"), str)):
-            raise ValueError(
+            raise BadValue(
                 f"{where}.content[{index}] is {part!r:.80}, expected a string or a dict with a 'type', "
                 "or an Image, Audio or Video"
             )
@@ -130,22 +131,22 @@ def _text(part: Any, where: str) -> str:
     if isinstance(part, str):
         return part
     if part["type"] in MEDIA_KINDS:
-        raise ValueError(f"{where}: a system message can't hold {part['type']!r} parts, only text")
+        raise BadValue(f"{where}: a system message can't hold {part['type']!r} parts, only text")
     if part["type"] != "text":
         known = ", ".join(["text", *MEDIA_KINDS])
-        raise ValueError(f"{where}: the part type {part['type']!r} is unknown; known are {known}")
+        raise BadValue(f"{where}: the part type {part['type']!r} is unknown; known are {known}")
     if not isinstance(part.get("text"), str):
-        raise ValueError(f"{where}: the text part's 'text' is {part.get('text')!r:.80}, expected a string")
+        raise BadValue(f"{where}: the text part's 'text' is {part.get('text')!r:.80}, expected a string")
     return part["text"]
 
 
 def _check_messages(messages: Any) -> None:
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
-        raise ValueError(f"messages is a {type(messages).__name__}, expected a list of dicts")
+        raise BadValue(f"messages is a {type(messages).__name__}, expected a list of dicts")
     if not messages:
-        raise ValueError("messages is empty; expected at least one user message")
+        raise BadValue("messages is empty; expected at least one user message")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-            raise ValueError(f"messages[{index}] is {message!r:.80}, expected a dict with 'role' and 'content'")
+            raise BadValue(f"messages[{index}] is {message!r:.80}, expected a dict with 'role' and 'content'")
         if message["role"] not in ROLES:
-            raise ValueError(f"messages[{index}] has the role {message['role']!r}, expected one of {', '.join(ROLES)}")
+            raise BadValue(f"messages[{index}] has the role {message['role']!r}, expected one of {', '.join(ROLES)}")

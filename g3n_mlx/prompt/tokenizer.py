@@ -13,6 +13,8 @@ from pathlib import Path
 
 import tokenizers
 
+from g3n_mlx.failures import BadValue, MissingFile
+
 # What the chat template and the media blocks put into a prompt: text that spells one of these stays text,
 # also in files that do not flag them as special.
 CONTROL_WORDS = (
@@ -51,11 +53,11 @@ class Tokenizer:
         """Reads `folder`/tokenizer.json; raises FileNotFoundError or ValueError when there is no usable one."""
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; a checkpoint needs its tokenizer.json beside config.json")
+            raise MissingFile(f"{path} does not exist; a checkpoint needs its tokenizer.json beside config.json")
         try:
             inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the tokenizers package raises nothing more special
-            raise ValueError(f"{path} is not a usable tokenizer: {error}") from error
+            raise BadValue(f"{path} is not a usable tokenizer: {error}") from error
         unflagged = [
             tokenizers.AddedToken(token.content, normalized=False, special=True)
             for token in inner.get_added_tokens_decoder().values()
@@ -73,7 +75,7 @@ class Tokenizer:
         """The id of a token, by its name; raises ValueError when the vocabulary has no such token."""
         token_id = self._inner.token_to_id(word)
         if token_id is None:
-            raise ValueError(f"{self._where} has no token {word!r}; is it the tokenizer of a Gemma 3n?")
+            raise BadValue(f"{self._where} has no token {word!r}; is it the tokenizer of a Gemma 3n?")
         return token_id
 
     def bytes_of(self, token_id: int) -> bytes | None:
@@ -101,7 +103,7 @@ class Tokenizer:
             place = re.search("[\ud800-\udfff]", text)
             if place is None:
                 raise
-            raise ValueError(
+            raise BadValue(
                 f"the text has the lone surrogate {place.group()!a}: it comes from bytes that are not UTF-8, "
                 "or from half a character"
             ) from None

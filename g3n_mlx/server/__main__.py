@@ -20,6 +20,7 @@ from g3n_mlx.commands import (
     positive_float,
     run_command,
 )
+from g3n_mlx.failures import FileProblem, MissingPackage
 from g3n_mlx.installation import install_command
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     try:
         import uvicorn
     except ImportError:
-        raise ImportError(f"the server needs more packages: {install_command('server')}") from None
+        raise MissingPackage(f"the server needs more packages: {install_command('server')}") from None
 
     from g3n_mlx.media.policy import MediaPolicy
     from g3n_mlx.server.app import create_app
@@ -155,7 +156,7 @@ def _bound(host: str, port: int) -> socket.socket:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except OSError as error:
-        raise OSError(
+        raise FileProblem(
             f"can't listen at {host}:{port}: {error.strerror}; --host and --port name another place"
         ) from None
     return bound

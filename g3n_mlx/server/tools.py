@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from g3n_mlx.engine.grammar import WHITE_SPACE, GrammarError, GrammarMatcher, Grammars
+from g3n_mlx.failures import BadValue
 
 AUTO, REQUIRED = "auto", "required"
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
@@ -49,11 +50,11 @@ class Function:
         """Reads OpenAI's `function` object; raises ValueError naming what is wrong with it."""
         name, parameters = fields.get("name"), fields.get("parameters")
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise ValueError(f"a function's name is {name!r:.80}, expected 1 to 64 of the letters a-z A-Z 0-9 _ . -")
+            raise BadValue(f"a function's name is {name!r:.80}, expected 1 to 64 of the letters a-z A-Z 0-9 _ . -")
         if parameters is None or parameters == {}:
             parameters = _NO_PARAMETERS
         if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
-            raise ValueError(f"the parameters of {name} are {parameters!r:.80}, expected the JSON schema of an object")
+            raise BadValue(f"the parameters of {name} are {parameters!r:.80}, expected the JSON schema of an object")
         parameters = {"type": "object", **parameters}
         description = fields.get("description") or ""
         return Function(name, description, parameters, fields.get("strict") is True)
@@ -96,11 +97,11 @@ class Tools:
         names = [function.name for function in self.functions]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"two functions have the name {twice[0]!r}; names must differ")
+            raise BadValue(f"two functions have the name {twice[0]!r}; names must differ")
         if named is not None and named not in names:
-            raise ValueError(f"tool_choice names the function {named!r:.80}; there are {', '.join(names)}")
+            raise BadValue(f"tool_choice names the function {named!r:.80}; there are {', '.join(names)}")
         if not names:
-            raise ValueError("there are no functions to call")
+            raise BadValue("there are no functions to call")
         self.required = named is not None or choice == REQUIRED
         self.named = named
         self.parallel = parallel

@@ -80,11 +80,13 @@ def resolve_in_child(
 ) -> str:
     """What resolve() returns or raises in a fresh process: the hub client reads its environment when imported."""
     code = f"""
+from g3n_mlx import Error
 from g3n_mlx.checkpoint import hub
 try:
     print(hub.resolve({hub_id!r}, {revision!r}, weights={weights}))
-except (OSError, ValueError) as error:
-    print(type(error).__name__ + ": " + str(error))
+except Error as error:
+    builtin = type(error).__bases__[-1]
+    print(builtin.__name__ + ": " + str(error))
 """
     environment = {
         **os.environ,

@@ -4,6 +4,8 @@ import logging
 
 import mlx.core as mx
 
+from g3n_mlx.failures import BadValue
+
 logger = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}
@@ -20,11 +22,11 @@ def device_of(name: str | None) -> mx.Device:
     if kind == "cuda" and (index.isdigit() or index == "") and ":" not in index:
         found = mx.device_count(mx.gpu) if mx.cuda.is_available() else 0
         if found <= int(index or 0):
-            raise ValueError(f"device {name!r}: MLX sees {found} CUDA devices here; use device 'cpu'")
+            raise BadValue(f"device {name!r}: MLX sees {found} CUDA devices here; use device 'cpu'")
         return mx.Device(mx.gpu, int(index or 0))
     if name == "cpu":
         return mx.Device(mx.cpu, 0)
-    raise ValueError(
+    raise BadValue(
         f"device {name!r} is not supported by the mlx backend: expected 'cpu' or 'cuda[:N]', or none for Metal"
     )
 
@@ -35,7 +37,7 @@ def dtype_of(name: str | None, device: mx.Device, quantized: bool) -> mx.Dtype:
     MLX's CPU device multiplies quantized weights in bfloat16 with an error of 5 % (0.32.4); in float32 it is exact.
     """
     if name is not None and name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is not supported: expected one of {sorted(DTYPES)}")
+        raise BadValue(f"dtype {name!r} is not supported: expected one of {sorted(DTYPES)}")
     if name is None and quantized and device.type == mx.cpu:
         return mx.float32
     return DTYPES[name or "bfloat16"]

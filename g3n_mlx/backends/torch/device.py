@@ -2,6 +2,8 @@
 
 import torch
 
+from g3n_mlx.failures import BadValue
+
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -16,17 +18,17 @@ def device_of(name: str | None) -> torch.device:
     if kind == "cuda" and (index.isdigit() or index == "") and ":" not in index:
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if found <= int(index or 0):
-            raise ValueError(f"device {name!r}: PyTorch sees {found} CUDA devices here; use device 'cpu'")
+            raise BadValue(f"device {name!r}: PyTorch sees {found} CUDA devices here; use device 'cpu'")
         return torch.device(name)
     if name == "cpu":
         return torch.device("cpu")
-    raise ValueError(f"device {name!r} is not supported by the torch backend: expected 'cpu', 'cuda' or 'cuda:N'")
+    raise BadValue(f"device {name!r} is not supported by the torch backend: expected 'cpu', 'cuda' or 'cuda:N'")
 
 
 def dtype_of(name: str | None, device: torch.device, quantized: bool) -> torch.dtype:
     """The activations' dtype of a name; bfloat16, as published, without one."""
     if name is not None and name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is not supported: expected one of {sorted(DTYPES)}")
+        raise BadValue(f"dtype {name!r} is not supported: expected one of {sorted(DTYPES)}")
     return DTYPES[name or "bfloat16"]
 
 
