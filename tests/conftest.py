@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+
+# Threads wait for each other longer than the tiny products take, many times longer on a busy machine. Set before torch
+# is imported, and for the commands that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -66,10 +71,6 @@ def backend(request: pytest.FixtureRequest) -> str:
     name = request.param
     if not installed(BACKEND_PACKAGES[name]):
         pytest.skip(f"{BACKEND_PACKAGES[name]} is not installed")
-    if name == "torch":
-        import torch
-
-        torch.set_num_threads(1)  # threads wait for each other longer than the tiny products take
     return name
 
 

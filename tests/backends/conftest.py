@@ -47,7 +47,6 @@ def framework_named(name: str) -> Framework:
         return Framework("mlx", lambda x: mx.array(x), lambda x: np.array(x.astype(mx.float32)))
     import torch
 
-    torch.set_num_threads(1)  # threads wait for each other longer than the tiny products take
     return Framework("torch", lambda x: torch.from_numpy(np.ascontiguousarray(x)), lambda x: x.float().numpy())
 
 

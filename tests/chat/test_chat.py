@@ -280,7 +280,6 @@ def test_control_letters_do_not_reach_a_terminal(monkeypatch):
 
 def program(*arguments: str, home: Path, text: str | None = None) -> subprocess.CompletedProcess:
     environment = {**os.environ, "HOME": str(home), "XDG_CACHE_HOME": str(home), "HF_HOME": str(home / "hf")}
-    environment["OMP_NUM_THREADS"] = "1"  # threads wait for each other longer than the tiny products take
     return subprocess.run(
         [sys.executable, "-m", "g3n_mlx.chat", *arguments],
         input=text,
@@ -385,7 +384,6 @@ class Typist:
             "HOME": str(home),
             "XDG_STATE_HOME": str(home),
             "TERM": "xterm",
-            "OMP_NUM_THREADS": "1",
             "PROMPT_TOOLKIT_NO_CPR": "1",
         }
         self.child = pexpect.spawn(

@@ -22,14 +22,6 @@ if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None
     collect_ignore_glob = ["test_*.py"]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Threads wait for each other longer than the tiny products take."""
-    import torch
-
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
 def demo() -> Path:
     """The embedded model's folder."""

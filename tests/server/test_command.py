@@ -23,8 +23,7 @@ class Process:
 
     def __init__(self, folder, *flags, cwd):
         command = [*COMMAND, "--model", str(folder), "--port", "0", *flags]
-        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=cwd, env=one_thread)
+        self.running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=cwd)
         self.lines = []
         while not (found := re.search(r"listening at (http://\S+)", self.line())):
             pass
