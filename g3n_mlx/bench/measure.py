@@ -100,7 +100,7 @@ def measure(request: Request) -> Run:
         raise BadValue(f"{request.engine} gave {len(moments)} tokens, expected {request.generation_tokens}")
     first_s = moments[0] - started
     host, device = peak_process_bytes() or None, _peak_device_bytes(loaded)
-    operations, kernels = _count_graph(loaded.decode_graph()) if loaded.decode_graph else (None, None)
+    operations, kernels = count_graph(loaded.decode_graph()) if loaded.decode_graph else (None, None)
     return Run(
         load_s=load_s,
         time_to_first_token_s=first_s,
@@ -272,7 +272,7 @@ def _best_rate(read_all: Callable[[], object]) -> float:
     return BANDWIDTH_BUFFER_BYTES / min(times)
 
 
-def _count_graph(output: Any) -> tuple[int, int]:
+def count_graph(output: Any) -> tuple[int, int]:
     """All nodes, and those that are not mere views, of the graph that an MLX array waits for."""
     import io
 

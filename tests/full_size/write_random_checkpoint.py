@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     with appearing_folder(flags.output, wait_for_others=False) as partial_folder:
         check_space(flags.output, jobs)
         write_shards(partial_folder, jobs, progress=True, max_shard_bytes=MAX_SHARD_BYTES)
-        copy_sidecars(flags.tokenizer, partial_folder)
+        copy_sidecars(flags.tokenizer, partial_folder, whole=True)
         write_json(partial_folder / "config.json", published_config(raw_text))
     print(f"wrote {flags.output}: {sum(prod(job.outputs[0].shape) for job in jobs):,} parameters", file=sys.stderr)
     return 0

@@ -1,0 +1,97 @@
+"""What a decode step costs in operations, on E4B's layers at small widths, and that it is the model's forward."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from calls import decode, make_cache, prefill
+
+from g3n_mlx.batch import Batch
+from g3n_mlx.checkpoint.folder import Checkpoint
+from g3n_mlx.engine.runner import run
+from g3n_mlx.interface import Draw, Rows
+from g3n_mlx.sampling import SamplingParams
+
+GREEDY = SamplingParams(temperature=0)
+# Counted before the layers were made readable again: nodes of MLX's graph, operations that reach torch's dispatcher.
+MLX_OPERATIONS, TORCH_OPERATIONS = 4993, 6518
+
+
+@pytest.fixture(scope="module")
+def overhead(tmp_path_factory, repository):
+    folder = tmp_path_factory.mktemp("full_size") / "overhead"
+    script = repository / "tests" / "full_size" / "write_random_checkpoint.py"
+    command = [sys.executable, str(script), "--size", "overhead", "--tokenizer", str(repository / "tests/tiny-gemma3n")]
+    done = subprocess.run([*command, "-o", str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_operations_of_an_mlx_step(overhead, frameworks):
+    if "mlx" not in frameworks:
+        pytest.skip("mlx is not installed")
+    from g3n_mlx.bench.measure import count_graph
+
+    network = frameworks["mlx"].model(Checkpoint.open(overhead))
+    cache = make_cache(network)
+    prefill(network, np.arange(16), cache)
+    operations, kernels = count_graph(network.decode_graph(7, cache))
+    assert kernels < operations <= MLX_OPERATIONS
+
+
+def test_no_product_of_weights_alone_is_left_in_an_mlx_step(overhead, frameworks):
+    """Norm weights are scaled at load: right after it, nothing of the model waits to be computed."""
+    if "mlx" not in frameworks:
+        pytest.skip("mlx is not installed")
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    from g3n_mlx.bench.measure import count_graph
+
+    network = frameworks["mlx"].model(Checkpoint.open(overhead))
+    lazy = [name for name, array in tree_flatten(network.language_model.parameters()) if count_graph(array) != (0, 0)]
+    assert lazy == []
+    assert count_graph(mx.ones(3) * 2) != (0, 0)  # what a lazy product would look like
+
+
+def test_operations_of_a_torch_step(overhead, frameworks):
+    if "torch" not in frameworks:
+        pytest.skip("torch is not installed")
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counter(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    network = frameworks["torch"].model(Checkpoint.open(overhead), "bfloat16")
+    cache, sampler = make_cache(network), network.make_sampler(GREEDY, [])
+    step = prefill(network, np.arange(16), cache, sampler)
+    with torch.no_grad(), Counter() as counter:
+        decode(network, step, cache, sampler)
+    assert counter.count <= TORCH_OPERATIONS
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_a_decode_step_is_the_models_forward(network, framework, sequences):
+    """Compiled in halves or not: the logits of the layers' own forward."""
+    prompts = [np.arange(5 + i, 25 + 3 * i) for i in range(sequences)]
+    caches, plain = ([make_cache(network) for _ in prompts] for _ in range(2))
+    samplers = [network.make_sampler(GREEDY, ids) for ids in prompts]
+    steps = []
+    for ids, cache, other, sampler in zip(prompts, caches, plain, samplers, strict=True):
+        steps.append(prefill(network, ids, cache, sampler))
+        prefill(network, ids, other)
+    for _ in range(3):
+        rows = [Rows(c, np.array([int(step)])) for c, step in zip(plain, steps, strict=True)]
+        batch = Batch(rows, keep_all=True)
+        start = network.language_model.start(network.embed(batch.token_ids()), batch.positions)
+        expected = framework.numpy(network.language_model.logits(network.language_model(start, batch)))
+        wishes = [Rows(c, s, draw=Draw(sampler, 1)) for c, s, sampler in zip(caches, steps, samplers, strict=True)]
+        steps = [step for (step,) in run(network, wishes)]
+        found = np.stack([framework.numpy(step.logits) for step in steps])
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
