@@ -24,10 +24,6 @@ Names that one of them alone has:
   `steps.py:same`, `steps.py:DecodeSteps.started`, `steps.py:DecodeSteps.finished`, `steps.py:DecodeSteps.first`,
   `steps.py:DecodeSteps.last`, `model.py:Gemma3nModel.decode_graph`.
 - MLX has no resize by output size: `vision.py:interpolated`.
-- torch's CPU kernels for bfloat16 are compiled for every count of rows: `layers.py:padded`.
-- torch's packed int4 form: `layers.py:PackedLinear`, `layers.py:blockwise_product`, `layers.py:has_amx`,
-  `layers.py:dense_product_dtype`, `layers.py:dense_product_rows`, `layers.py:packs`, `layers.py:empty_packed`,
-  `layers.py:packed_codes`, `layers.py:packing_block_rows`, `layers.py:nibble_rows`, `layers.py:nibble_index`,
-  `layers.py:gives_rows`, `layers.py:unpacked`, `layers.py:_as_slice`, `layers.py:_nibbles`,
-  `layers.py:QuantizedLinear.dequantized`, `layers.py:QuantizedLinear.rows`.
+- torch's products with quantized weights, `kernels/`: `layers.py:gives_rows`, `layers.py:QuantizedLinear.dequantized`,
+  `layers.py:QuantizedLinear.rows`.
 """

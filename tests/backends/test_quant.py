@@ -145,7 +145,7 @@ def test_unpacked_is_numpys_unpack(torch_framework, bits, rows, groups, seed):
 
     codes = np.random.default_rng(seed).integers(0, 2**bits, (rows, 32 * groups)).astype(np.uint8)
     words = pack(codes, bits)
-    ours = torch_framework.module("layers").unpacked(torch.from_numpy(words.view(np.int32)), bits).numpy()
+    ours = torch_framework.module("kernels.dense").unpacked(torch.from_numpy(words.view(np.int32)), bits).numpy()
     np.testing.assert_array_equal(ours, unpack(words, bits))
     np.testing.assert_array_equal(ours, codes)
 
@@ -249,7 +249,7 @@ def test_bfloat16_products_on_the_cpu_meet_few_counts_of_rows(torch_framework):
     """PyTorch keeps a kernel for every count: over all lengths of a part of a prompt there are some thirty."""
     import torch
 
-    quant = torch_framework.module("layers")
+    quant = torch_framework.module("kernels.dense")
     found = {rows: quant.padded(torch.ones(rows, 4, dtype=torch.bfloat16)).shape[0] for rows in range(1, 513)}
     assert all(rows <= padded <= max(rows * 1.25, rows) for rows, padded in found.items())
     assert len(set(found.values())) == 32

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from g3n_mlx.backends.torch.layers import gives_rows, linear, padded
+from g3n_mlx.backends.torch.kernels.dense import padded
+from g3n_mlx.backends.torch.layers import gives_rows, linear
 from g3n_mlx.backends.torch.weights import Weights, from_numpy
 from g3n_mlx.batch import Batch, Context
 from g3n_mlx.config.text import SLIDING, TextConfig

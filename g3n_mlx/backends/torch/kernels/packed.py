@@ -1,0 +1,176 @@
+"""4-bit weights in the packed forms of torch's int4 kernels.
+
+`_weight_int4pack_mm_for_cpu` (CPU) and `_weight_int4pack_mm` (CUDA) take w = (q - 8) * scale + zero with
+zero = bias + 8 * scale. Products of many rows, and those in float32, go through dequantized blocks of rows and a dense
+product, which is faster there (measured: 512 rows of an 8192 x 2048 product take 15 ms instead of 91 ms with
+AVX-512 and AMX). The packed layouts belong to torch and the CPU, so they are learned by packing a probe.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from g3n_mlx.backends.torch.kernels.dense import blockwise_product, dense_product_rows, unpacked
+from g3n_mlx.backends.torch.weights import Weights
+from g3n_mlx.checkpoint.quantization import Quantization
+
+# Rows packed at a time: bounds the int32 codes; a multiple of every kernel's block of rows.
+PACK_ROWS = 1024
+
+CUDA_INNER_K_TILES = 8
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T with a 4-bit W in the form of torch's int4 kernels."""
+
+    def __init__(self, weights: Weights, quantization: Quantization) -> None:
+        super().__init__()
+        self.group_size = quantization.group_size
+        self.out_features = weights.shape()[0]
+        self.in_features = weights.shape("scales")[1] * self.group_size
+        self.dtype = weights.dtype
+        self.packed = empty_packed(self.out_features, self.in_features, weights.device)
+        # [K / group size, N, 2]: scale and zero of every group, the kernels' order
+        shape = (self.in_features // self.group_size, self.out_features, 2)
+        self.scales_and_zeros = torch.empty(shape, dtype=weights.dtype, device=weights.device)
+        for start in range(0, self.out_features, PACK_ROWS):
+            self._pack(weights, start, min(start + PACK_ROWS, self.out_features))
+
+    def _pack(self, weights: Weights, start: int, stop: int) -> None:
+        """Reads, packs and places the rows [start, stop)."""
+        per_row = self.packed.numel() // self.out_features
+        packed = packed_codes(unpacked(weights.stored("weight", start, stop), 4))
+        self.packed.view(-1)[start * per_row : stop * per_row] = packed.view(-1)
+        scales, biases = (weights.stored(name, start, stop).float() for name in ("scales", "biases"))
+        self.scales_and_zeros[:, start:stop, 0] = scales.t()
+        self.scales_and_zeros[:, start:stop, 1] = (biases + 8 * scales).t()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, K] -> [T, N]."""
+        x = x.contiguous()  # the kernels refuse a slice of the streams
+        if x.device.type == "cuda":
+            return torch.ops.aten._weight_int4pack_mm(x, self.packed, self.group_size, self.scales_and_zeros)
+        if x.shape[0] < dense_product_rows() and x.dtype == torch.bfloat16:
+            return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group_size, self.scales_and_zeros)
+        return blockwise_product(x, self.out_features, self.in_features, packing_block_rows(), self.dequantized)
+
+    def dequantized(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """W^T of the rows [start, stop), whole packing blocks but for the last: [K, rows]."""
+        block_rows = packing_block_rows()
+        whole = (stop - start) // block_rows * block_rows
+        pieces = [self._dequantized_blocks(start, start + whole, block_rows, dtype)] if whole else []
+        if start + whole < stop:
+            pieces.append(self._dequantized_blocks(start + whole, stop, stop - start - whole, dtype))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+    def _dequantized_blocks(self, start: int, stop: int, block_rows: int, dtype: torch.dtype) -> Tensor:
+        groups, size, blocks = self.in_features // self.group_size, self.group_size, (stop - start) // block_rows
+        planes = nibble_rows(block_rows)
+        assert planes is not None, block_rows  # `packs` has seen to it
+        low_rows, high_rows = planes
+        packed = self.packed.view(-1)[start * self.in_features // 2 : stop * self.in_features // 2]
+        packed = packed.view(blocks, self.in_features, block_rows // 2)
+        out = torch.empty(self.in_features, blocks, block_rows, dtype=dtype, device=packed.device)
+        # The bytes become signed codes -8..7 first: 8-bit arithmetic is the cheapest there is.
+        out[:, :, low_rows] = (packed & 15).sub_(8).view(torch.int8).transpose(0, 1)
+        out[:, :, high_rows] = (packed >> 4).sub_(8).view(torch.int8).transpose(0, 1)
+        scales, zeros = self.scales_and_zeros[:, start:stop].to(dtype).unbind(-1)  # [K / group size, rows]
+        out = out.view(groups, size, stop - start)
+        torch.addcmul(zeros.contiguous()[:, None], out, scales.contiguous()[:, None], out=out)
+        return out.view(self.in_features, stop - start)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Rows of the weight, [T] -> [T, K], in the activations' dtype, out of the packed form."""
+        block_rows = EMBED_BLOCK_ROWS[self.packed.device.type]()
+        nibbles = nibble_index(block_rows, self.in_features, self.packed.device)[ids % block_rows]  # [T, K]
+        blocks = self.packed.view(torch.uint8).view(-1, block_rows * self.in_features // 2)[ids // block_rows]
+        codes = (blocks.gather(1, nibbles >> 1) >> (4 * (nibbles & 1)).to(torch.uint8)) & 15
+        scales, zeros = self.scales_and_zeros[:, ids].unbind(-1)  # [K / group size, T]
+        codes = (codes.float() - 8).view(ids.shape[0], -1, self.group_size)
+        return (
+            torch.addcmul(zeros.t()[..., None].float(), codes, scales.t()[..., None].float()).flatten(1).to(self.dtype)
+        )
+
+
+def packs(weights: Weights, quantization: Quantization) -> bool:
+    """Whether torch's int4 kernel for the device takes this weight."""
+    rows, in_features = weights.shape()[0], weights.shape("scales")[1] * quantization.group_size
+    if quantization.bits != 4 or quantization.group_size not in (32, 64, 128):
+        return False
+    if weights.device.type == "cuda":
+        # AMD's build calls itself CUDA too, and packs in other tiles.
+        kernel = (
+            torch.version.hip is None
+            and weights.dtype == torch.bfloat16
+            and torch.cuda.get_device_capability(weights.device) >= (8, 0)
+        )
+        return kernel and rows % 8 == 0 and in_features % (16 * CUDA_INNER_K_TILES) == 0
+    tail = rows % packing_block_rows() if packing_block_rows() else 0
+    return packing_block_rows() > 0 and rows % 16 == 0 and (tail == 0 or nibble_rows(tail) is not None)
+
+
+def empty_packed(rows: int, in_features: int, device: torch.device) -> Tensor:
+    """Room for the packed form of [N, K] 4-bit codes; rows fill it in order."""
+    if device.type == "cuda":
+        shape = (rows // 8, in_features // (16 * CUDA_INNER_K_TILES), 32, CUDA_INNER_K_TILES // 2)
+        return torch.empty(shape, dtype=torch.int32, device=device)
+    return torch.empty(rows, in_features // 2, dtype=torch.uint8)
+
+
+def packed_codes(codes: Tensor) -> Tensor:
+    """uint8 codes [N, K] in the form of the device's int4 kernel."""
+    if codes.device.type == "cuda":
+        pairs = (codes[:, ::2] << 4) | codes[:, 1::2]
+        return torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), CUDA_INNER_K_TILES)
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 2)
+
+
+@cache
+def packing_block_rows() -> int:
+    """Rows that the CPU packing keeps together: the largest block whose layout is known; 0 if none is."""
+    return next((rows for rows in (64, 32, 16) if nibble_rows(rows) is not None), 0)
+
+
+@cache
+def nibble_rows(block_rows: int) -> tuple[slice, slice] | None:
+    """Which rows of a block, [K, block_rows / 2] bytes on the CPU, the low and the high nibbles hold; None if not so.
+
+    Learned by packing a probe whose codes are the digits of the row and, once, of the column.
+    """
+    in_features = 32
+    row = torch.arange(block_rows)[:, None].expand(-1, in_features)
+    column = torch.arange(in_features)[None].expand(block_rows, -1)
+    digits = [_nibbles(packed_codes((code & 15).to(torch.uint8))) for code in (row, row >> 4, column)]
+    rows = (digits[0] + 16 * digits[1]).view(in_features, block_rows // 2, 2)
+    columns = digits[2].view(in_features, block_rows // 2, 2)
+    regular = (rows == rows[:1]).all() and (columns == (torch.arange(in_features) & 15)[:, None, None]).all()
+    planes = [_as_slice(plane.tolist()) for plane in rows[0].unbind(-1)]
+    return (planes[0], planes[1]) if regular and planes[0] is not None and planes[1] is not None else None
+
+
+def _as_slice(indices: list[int]) -> slice | None:
+    step = indices[1] - indices[0] if len(indices) > 1 else 1
+    stop = indices[-1] + 1
+    return slice(indices[0], stop, step) if step > 0 and indices == list(range(indices[0], stop, step)) else None
+
+
+@cache
+def nibble_index(block_rows: int, in_features: int, device: torch.device) -> Tensor:
+    """Where a packed block holds the code of [row, column]: int64 [block_rows, K], counted in nibbles, low first."""
+    flat = torch.arange(block_rows * in_features, device=device).view(block_rows, in_features)
+    found, weight = torch.zeros(block_rows * in_features, dtype=torch.int64, device=device), 1
+    while weight < block_rows * in_features:
+        found += weight * _nibbles(packed_codes((flat // weight % 16).to(torch.uint8)))
+        weight *= 16
+    index = torch.empty_like(found)
+    index[found] = torch.arange(block_rows * in_features, device=device)
+    return index.view(block_rows, in_features)
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    data = packed.contiguous().view(torch.uint8).view(-1)
+    return torch.stack([data & 15, data >> 4], dim=-1).view(-1).to(torch.int64)
+
+
+EMBED_BLOCK_ROWS = {"cpu": packing_block_rows, "cuda": lambda: 8}
