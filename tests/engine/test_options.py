@@ -191,7 +191,7 @@ def test_without_llguidance_one_clear_error(tiny_folder, backend, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     model = load(tiny_folder, backend=backend, device="cpu")
     for options in ({"schema": CLOSED}, {"regex": "a"}, {"lark": "start: /a/"}):
-        with pytest.raises(ImportError, match=r"schema, regex and lark need llguidance.*pip install"):
+        with pytest.raises(ImportError, match=r"schema, regex and lark need the package llguidance, .*pip install"):
             model.generate("hi", **options)
     assert model.generate("hi", schema=None, **GREEDY).token_ids
 
