@@ -9,21 +9,14 @@ from fastapi.responses import Response
 from g3n_mlx.engine.results import Chunk
 from g3n_mlx.engine.sequence import Constraint
 from g3n_mlx.model import Gemma3n
-from g3n_mlx.server import tools
 from g3n_mlx.server.engine import Place, PlaceOf, unless_gone
 from g3n_mlx.server.errors import ApiError
 from g3n_mlx.server.exchange import Choices, respond, sampling_params, token_text
 from g3n_mlx.server.messages import template_messages
 from g3n_mlx.server.scheduler import Task
-from g3n_mlx.server.schemas import (
-    ChatChoice,
-    ChatRequest,
-    Completion,
-    Logprobs,
-    NamedTool,
-    TokenLogprob,
-    TopLogprob,
-)
+from g3n_mlx.server.schemas import ChatChoice, ChatRequest, Completion, Logprobs, TokenLogprob, TopLogprob
+from g3n_mlx.server.tools.offer import Tools
+from g3n_mlx.server.tools.parser import CallParser
 
 router = APIRouter()
 
@@ -33,7 +26,7 @@ async def create_chat_completion(body: ChatRequest, request: Request, place: Pla
     """A response to messages, `n` of them; in a stream, as server-sent events."""
     served = request.app.state.models.find(body.model)
     _check_formats(body)
-    offered = _offered_tools(body)
+    offered = Tools.from_request(body)
     tasks = await unless_gone(request, _tasks(body, offered, place))
     is_json = _schema(body) is not None
     parsers = [offered and offered.parser(content_is_json=is_json) for _ in tasks]
@@ -41,7 +34,7 @@ async def create_chat_completion(body: ChatRequest, request: Request, place: Pla
     return await respond(request, Choices(body, place, served, tasks, shape), stream=bool(body.stream))
 
 
-async def _tasks(body: ChatRequest, offered: tools.Tools | None, place: Place) -> list[Task]:
+async def _tasks(body: ChatRequest, offered: Tools | None, place: Place) -> list[Task]:
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs is given without logprobs: true", param="top_logprobs")
     params = [
@@ -72,26 +65,7 @@ def _check_formats(body: ChatRequest) -> None:
             raise ApiError(400, f"{name} and grammar can't both be kept: leave one out", param=name)
 
 
-def _offered_tools(body: ChatRequest) -> tools.Tools | None:
-    if not body.tools:
-        if body.tool_choice not in (None, "none", "auto"):
-            raise ApiError(400, "tool_choice asks for a call, but there are no tools", param="tool_choice")
-        return None
-    if body.tool_choice == "none":
-        return None
-    named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
-    try:
-        return tools.Tools(
-            [tool.function.model_dump(exclude_unset=True) for tool in body.tools],
-            tools.REQUIRED if body.tool_choice == "required" else tools.AUTO,
-            named=named,
-            parallel=body.parallel_tool_calls is not False,
-        )
-    except ValueError as error:
-        raise ApiError(400, str(error), param="tools") from None
-
-
-async def _constraint(body: ChatRequest, offered: tools.Tools | None, place: Place) -> Constraint | None:
+async def _constraint(body: ChatRequest, offered: Tools | None, place: Place) -> Constraint | None:
     """What the answer must look like, good for one answer; raises ApiError 400 saying why it can't be kept."""
     grammar, engine = body.grammar, place.engine
     place.constrained_by = "tools" if offered is not None else "grammar" if grammar is not None else "response_format"
@@ -125,7 +99,7 @@ class _ChatShape:
 
     kind, chunk_kind, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
-    def __init__(self, model: Gemma3n, parsers: Sequence[tools.CallParser | None], *, logprobs: bool) -> None:
+    def __init__(self, model: Gemma3n, parsers: Sequence[CallParser | None], *, logprobs: bool) -> None:
         """parsers: of each choice, None where nothing is called."""
         self._model, self._parsers, self._wants_logprobs = model, parsers, logprobs
 

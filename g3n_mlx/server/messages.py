@@ -2,15 +2,15 @@
 
 `developer` is `system`. Gemma has one system text, before the first user turn; a later system message becomes part of
 the user's turn where it stands. Turns of one role that follow each other become one, tool calls and results become the
-text that tools.py documents.
+text that tools/ describes.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-from g3n_mlx.server import tools
 from g3n_mlx.server.errors import ApiError
 from g3n_mlx.server.schemas import MAX_MEDIA_COST, MEDIA_COSTS, MediaUrl, Message, Part
+from g3n_mlx.server.tools.history import calls_text, result_parts
 
 Turns = list[dict[str, Any]]
 SEPARATOR = "\n\n"
@@ -32,7 +32,7 @@ def template_messages(messages: Sequence[Message], tools_text: str | None) -> Tu
             role = "system" if all(turn["role"] == "system" for turn in turns) else "user"
         elif role == "tool":
             name = names.get(message.tool_call_id or "", "")
-            role, content = "user", tools.result_parts(name, content)
+            role, content = "user", result_parts(name, content)
         if turns and turns[-1]["role"] == role:
             turns[-1]["content"] = joined(turns[-1]["content"], content)
         else:
@@ -48,7 +48,7 @@ def parts(message: Message) -> list[dict[str, Any]]:
         content = [text_part(part) if isinstance(part, str) else part_fields(part) for part in message.content or []]
     if message.tool_calls:
         calls = [(call.function.name, call.function.arguments) for call in message.tool_calls]
-        content = joined(content, [text_part(tools.calls_text(calls))])
+        content = joined(content, [text_part(calls_text(calls))])
     return content
 
 

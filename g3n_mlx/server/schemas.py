@@ -156,7 +156,7 @@ class Message(Wire):
     tool_call_id: str | None = None
 
 
-class Function(Wire):
+class FunctionDefinition(Wire):
     """A function that the model may call."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
@@ -169,7 +169,7 @@ class Tool(Wire):
     """A tool; functions are the only kind."""
 
     type: Literal["function"] = "function"
-    function: Function
+    function: FunctionDefinition
 
 
 class NamedFunction(Wire):

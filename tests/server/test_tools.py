@@ -16,7 +16,8 @@ from g3n_mlx.engine.grammar import GrammarError, Grammars
 from g3n_mlx.prompt.tokenizer import Tokenizer
 from g3n_mlx.server.messages import template_messages
 from g3n_mlx.server.schemas import Message
-from g3n_mlx.server.tools import REQUIRED, Tools, calls_text
+from g3n_mlx.server.tools.history import calls_text
+from g3n_mlx.server.tools.offer import REQUIRED, Tools
 
 WEATHER = {
     "name": "get_weather",
