@@ -17,9 +17,9 @@ from g3n_mlx.server.errors import ApiError
 from g3n_mlx.server.gate import Gate, GatePolicy
 from g3n_mlx.server.models import ModelTable
 
-# What a request may take beyond its time limit, which the model's part of it keeps by itself.
+# What a request may take beyond its time limit, which the model's part of it observes by itself.
 SLACK_S = 30.0
-# A step of the path to a mistake that is a field of ours, not pydantic's name of a type.
+# A step of the path to an error that is a field of ours, not pydantic's name of a type.
 _FIELD = re.compile(r"(?!(?:str|int|float|bool|dict)$)[a-z_]+(\[\])?")
 
 
@@ -49,24 +49,24 @@ async def refused(_: Request, error: Any) -> Response:
 
 
 async def invalid(request: Request, error: Any) -> Response:
-    """A body that does not fit its schema: 400 with the place of a mistake, as OpenAI has it."""
+    """A body that does not fit its schema: 400 with the field at fault, as OpenAI has it."""
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         at, reason = first["loc"][-1], first["ctx"]["error"]
-        return ApiError(400, f"the body is no JSON: {reason} at character {at}").response()
+        return ApiError(400, f"the body is not JSON: {reason} at character {at}").response()
     if tuple(first["loc"]) == ("body",) and "json" not in request.headers.get("content-type", ""):
         return ApiError(400, "expected a JSON object, sent with the header Content-Type: application/json").response()
-    # Where a value may be of several types there is an error for each: the deepest one is of the type that was meant,
-    # and so is one that is about more than the type.
+    # Where a value may have several types there is an error for each: the deepest one is about the type that was meant,
+    # and so is one that says more than that the type is wrong.
     found = max(error.errors(), key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
-    place = ""
+    field = ""
     for step in found["loc"][1:]:
         if isinstance(step, int):
-            place += f"[{step}]"
+            field += f"[{step}]"
         elif _FIELD.fullmatch(step):
-            place += f".{step}"
-    place = place.lstrip(".")[:200]
-    return ApiError(400, f"{place or 'the body'}: {found['msg']}", param=place or None).response()
+            field += f".{step}"
+    field = field.lstrip(".")[:200]
+    return ApiError(400, f"{field or 'the body'}: {found['msg']}", param=field or None).response()
 
 
 async def no_route(_: Request, error: Any) -> Response:
@@ -80,9 +80,9 @@ async def failed(_: Request, error: Any) -> Response:
 
 
 class Bounded:
-    """Counts answers by path and status, and ends those that take too long for a reason outside of the model.
+    """Counts responses by path and status, and ends those that take too long for a reason outside the model.
 
-    The model's own part ends in time by itself; here ends what waits for a client that neither sends nor reads.
+    The model's own part ends in time by itself; this is for clients that neither send nor read.
     """
 
     def __init__(self, app: ASGIApp, engine: Engine) -> None:
@@ -91,7 +91,6 @@ class Bounded:
         self._timeout_s = engine.limits.request_timeout_s + SLACK_S
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the request on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

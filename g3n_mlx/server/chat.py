@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: messages in, an answer out, whole or as server-sent events, free or under a grammar."""
+"""POST /v1/chat/completions: messages in, a response out, whole or as server-sent events, free or under a grammar."""
 
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -52,7 +52,7 @@ async def _tasks(body: ChatRequest, offered: Tools | None, place: Place) -> list
 
 
 def _check_formats(body: ChatRequest) -> None:
-    """Refuses what can't be kept at the same time."""
+    """Refuses what can't be enforced at the same time."""
     wanted = body.response_format
     if wanted is not None and wanted.type == "json_schema" and wanted.json_schema is None:
         raise ApiError(400, "response_format is json_schema, but has no json_schema", param="response_format")
@@ -62,15 +62,15 @@ def _check_formats(body: ChatRequest) -> None:
     }
     for name, is_given in others.items():
         if is_given and body.grammar is not None:
-            raise ApiError(400, f"{name} and grammar can't both be kept: leave one out", param=name)
+            raise ApiError(400, f"{name} and grammar can't be combined: leave one out", param=name)
 
 
 async def _constraint(body: ChatRequest, offered: Tools | None, place: Place) -> Constraint | None:
-    """What the answer must look like, good for one answer; raises ApiError 400 saying why it can't be kept."""
+    """What one response must look like, None for anything; raises ApiError 400 when that can't be enforced."""
     grammar, engine = body.grammar, place.engine
     place.constrained_by = "tools" if offered is not None else "grammar" if grammar is not None else "response_format"
     schema = _schema(body)
-    if schema is not None:  # also beside tools, to say whose fault it is
+    if schema is not None:  # beside tools too, so that the error names the right field
         alone = await place.opened(lambda: engine.grammars.json_schema(schema), "response_format")
         if offered is None:
             return alone
@@ -84,7 +84,7 @@ async def _constraint(body: ChatRequest, offered: Tools | None, place: Place) ->
 
 
 def _schema(body: ChatRequest) -> dict[str, Any] | bool | None:
-    """What an answer that calls nothing must validate against; None when it is free."""
+    """The schema of a response without calls; None for any text."""
     wanted = body.response_format
     if wanted is None or wanted.type == "text":
         return None
@@ -100,7 +100,7 @@ class _ChatShape:
     kind, chunk_kind, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
     def __init__(self, model: Gemma3n, parsers: Sequence[CallParser | None], *, logprobs: bool) -> None:
-        """parsers: of each choice, None where nothing is called."""
+        """parsers: one per choice, None where no tools are offered."""
         self._model, self._parsers, self._wants_logprobs = model, parsers, logprobs
 
     async def pieces(self, steps: AsyncIterator[tuple[int, Chunk]]) -> AsyncIterator[ChatChoice]:

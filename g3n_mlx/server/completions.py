@@ -38,9 +38,9 @@ def _check(body: CompletionRequest) -> None:
     if body.best_of is not None and body.best_of != body.num_choices:
         raise ApiError(400, f"best_of is {body.best_of}, expected n, {body.num_choices}, or nothing", param="best_of")
     if body.max_tokens == 0 and not body.echo:
-        raise ApiError(400, "max_tokens is 0, which needs echo: there is nothing else to answer", param="max_tokens")
+        raise ApiError(400, "max_tokens is 0, which needs echo: there is nothing else to return", param="max_tokens")
     if len(body.prompts) * body.num_choices > MAX_PROMPTS:
-        raise ApiError(400, f"more than {MAX_PROMPTS} answers in one request", param="prompt")
+        raise ApiError(400, f"more than {MAX_PROMPTS} choices in one request", param="prompt")
 
 
 async def _tasks(body: CompletionRequest, place: Place) -> list[Task]:
@@ -74,7 +74,7 @@ async def _prompt(text_or_ids: str | list[int], place: Place) -> Prompt:
     vocab_size, context_tokens = model.config.text.vocab_size, model.config.text.max_position_embeddings
     wrong = [token_id for token_id in ids if token_id >= vocab_size]
     if wrong:
-        raise ApiError(400, f"{wrong[0]} is no token id, expected 0 to {vocab_size - 1}", param="prompt")
+        raise ApiError(400, f"{wrong[0]} is not a token id, expected 0 to {vocab_size - 1}", param="prompt")
     if len(ids) > context_tokens:
         raise ApiError(
             400,

@@ -29,8 +29,8 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-# Media are opened by few threads: one picture of the largest size takes a gigabyte on its way. Text has threads of its
-# own, so that it does not wait for a slow host.
+# Few threads open media: decoding one image of the largest size takes a gigabyte. Text has threads of its own, so that
+# it does not wait for a slow host.
 MEDIA_THREADS, TEXT_THREADS = 4, 2
 TOO_LONG = "context_length_exceeded"
 RETRY_AFTER_S = 2  # the openai client waits that long and tries again, twice
@@ -40,9 +40,9 @@ RETRY_AFTER_S = 2  # the openai client waits that long and tries again, twice
 class ServerLimits:
     """What the server takes on."""
 
-    parallel: int  # answers in progress
+    parallel: int  # responses in progress
     max_queue: int  # requests behind them
-    request_timeout_s: float  # from a request's arrival to the end of its answer
+    request_timeout_s: float  # from a request's arrival to the end of its response
     policy: MediaPolicy  # where media may come from
 
 
@@ -55,14 +55,14 @@ class Engine:
         self.limits = limits
         self.metrics = metrics
         self.places_taken = 0
-        # A transcription keeps its audio, up to a gigabyte, until it is done: no more than can be answered at once.
+        # A transcription keeps its audio, up to a gigabyte, until it is done: no more of them than run in parallel.
         self.long_audio = asyncio.Semaphore(limits.parallel)
         self.media_threads = ThreadPoolExecutor(MEDIA_THREADS, thread_name_prefix="media")
         self.text_threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
 
     @property
     def grammars(self) -> Grammars:
-        """The grammars of the model's vocabulary. The first use takes seconds: not for the event loop's thread."""
+        """The grammars of the model's vocabulary. The first use takes seconds: not in the event loop's thread."""
         return self.model.grammars
 
     @contextmanager
@@ -85,7 +85,7 @@ class Engine:
             place.stop()
 
     def close(self) -> None:
-        """Waits for the jobs that are left, and ends all threads."""
+        """Waits for the remaining jobs, and ends all threads."""
         self.media_threads.shutdown(cancel_futures=True)
         self.text_threads.shutdown(cancel_futures=True)
         self.scheduler.close()
@@ -98,7 +98,7 @@ class Place:
         self.engine = engine
         self.arrived = time.monotonic()
         self.deadline = self.arrived + engine.limits.request_timeout_s
-        self.constrained_by = "response_format"  # the field whose fault it is when a grammar fails on the way
+        self.constrained_by = "response_format"  # the field to blame when a grammar fails during generation
         self.jobs: list[Job] = []  # in progress or waiting
         self._holds_audio = False
 
@@ -117,9 +117,9 @@ class Place:
         self._holds_audio = True
 
     async def opened(self, work: Callable[[], T], param: str, *, media: bool = False) -> T:
-        """The result of work that neither the event loop nor the model may wait for: it runs in a thread of its own.
+        """The result of work that must block neither the event loop nor the model: it runs in a thread of its own.
 
-        media: whether it may fetch or decode some. Its ValueError becomes an ApiError 400 about a parameter.
+        media: whether it may fetch or decode any. Its ValueError becomes an ApiError 400 about a parameter.
         """
         threads = self.engine.media_threads if media else self.engine.text_threads
         try:
@@ -133,7 +133,7 @@ class Place:
             raise ApiError(400, str(error), param=param) from None
 
     async def encoded(self, text: str) -> list[int]:
-        """The ids of a plain text; raises ApiError 400 when it has none, or more than any context holds."""
+        """The ids of a plain text; raises ApiError 400 when there are none, or more than the context holds."""
         return await self.opened(lambda: self.engine.model.preparer.encode(text), "prompt")
 
     async def prepared(
@@ -141,7 +141,7 @@ class Place:
     ) -> Prompt:
         """The prompt of some messages, their media fetched and opened; raises ApiError 400 when that can't be done.
 
-        answered: it must leave room for an answer.
+        answered: it must leave room for a response.
         """
         media = any(part["type"] != "text" for message in messages for part in message["content"])
         model = self.engine.model
@@ -159,7 +159,7 @@ class Place:
         loop, steps = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Any]]()
 
         def deliver(index: int, step: Any) -> None:
-            with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+            with suppress(RuntimeError):  # the loop has ended, so nobody waits
                 loop.call_soon_threadsafe(steps.put_nowait, (index, step))
 
         jobs = [
@@ -192,9 +192,9 @@ class Place:
         limit = self.engine.limits.request_timeout_s
         return ApiError(
             503,
-            f"the answer was not complete after {limit:g} s, this server's limit",
+            f"the response was not complete after {limit:g} s, this server's limit",
             code="timeout",
-            headers={"x-should-retry": "false"},  # or the openai client would have it all done twice more
+            headers={"x-should-retry": "false"},  # or the openai client would repeat the request twice
         )
 
     def _refused(self, error: BaseException) -> ApiError:
@@ -216,17 +216,17 @@ async def _place(request: Request) -> AsyncIterator[Place]:
         yield place
 
 
-# FastAPI leaves it once the answer was sent or given up, a stream's included.
+# FastAPI leaves the place once the response is sent or given up, also that of a stream.
 PlaceOf = Annotated[Place, Depends(_place)]
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """The work's result; when the client goes away before, the work is cancelled and ApiError 499 raised."""
+    """The work's result; if the client disconnects first, cancels the work and raises ApiError 499."""
     working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise ApiError(CLIENT_GONE, "the client went away")
+            raise ApiError(CLIENT_GONE, "the client disconnected")
         return working.result()
     finally:
         for task in (working, gone):

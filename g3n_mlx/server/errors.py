@@ -6,7 +6,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-# No status of the standard: nginx's for a client that went away, which so nobody reads but the log.
+# Not in the standard: nginx's "client closed request". Only the log sees it.
 CLIENT_GONE = 499
 
 
@@ -36,10 +36,9 @@ class ApiError(Exception):
         return {"error": {"message": _sendable(self.message), "type": kind, "param": param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """The whole answer."""
         return JSONResponse(self.body(), self.status, headers=self.headers)
 
 
 def _sendable(text: str) -> str:
-    """The text without half characters: JSON may bring them in, UTF-8 can't take them out."""
+    """Escapes lone surrogates, which JSON can carry but UTF-8 cannot."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

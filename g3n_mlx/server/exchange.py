@@ -1,4 +1,4 @@
-"""How a request is answered: all at once, or piece by piece as server-sent events.
+"""How a response is sent: all at once, or piece by piece as server-sent events.
 
 `respond` is for every route. Chat and completions share `Choices`, which runs their tasks, counts the usage and sends
 OpenAI's envelope; what stands in a choice is the route's own, its `Shape`.
@@ -37,7 +37,7 @@ class Exchange(Protocol[P]):
     """One request and what is sent for it."""
 
     def pieces(self) -> AsyncIterator[P]:
-        """The answer as it comes, at least one piece; the status is decided with the first."""
+        """The response as it comes, at least one piece; the first decides the status."""
         ...
 
     async def whole(self, pieces: AsyncIterator[P]) -> Response:
@@ -50,7 +50,7 @@ class Exchange(Protocol[P]):
 
 
 async def respond(request: Request, exchange: Exchange[P], *, stream: bool) -> Response:
-    """The response, whole or as a stream; raises ApiError as long as nothing was sent."""
+    """The response, whole or as a stream; an ApiError after a stream's first piece becomes its last event."""
     pieces = exchange.pieces()
     if not stream:
         return await unless_gone(request, exchange.whole(pieces))
@@ -164,5 +164,5 @@ def sampling_params(model: Gemma3n, **options: Any) -> SamplingParams:
 
 
 def token_text(model: Gemma3n, token_id: int) -> str:
-    """One token as text, control tokens by name; a byte that is no character is a replacement character."""
+    """One token as text, control tokens by name; a byte that is not a character becomes U+FFFD."""
     return model.tokenizer.decode([token_id], skip_special=False)

@@ -1,4 +1,4 @@
-"""A request's messages to those of the published template: system first, then user and assistant by turns.
+"""Turns a request's messages into those of the published template: system first, then user and assistant in turn.
 
 `developer` is `system`. Gemma has one system text, before the first user turn; a later system message becomes part of
 the user's turn where it stands. Turns of one role that follow each other become one, tool calls and results become the
@@ -19,7 +19,7 @@ SEPARATOR = "\n\n"
 def template_messages(messages: Sequence[Message], tools_text: str | None) -> Turns:
     """The messages that `Gemma3n.prepare` takes. tools_text: what the system text says about tools.
 
-    Raises ApiError 400 on more media than a request may bring.
+    Raises ApiError 400 when the request brings too many media.
     """
     check_media(messages)
     turns: Turns = []
@@ -41,7 +41,7 @@ def template_messages(messages: Sequence[Message], tools_text: str | None) -> Tu
 
 
 def parts(message: Message) -> list[dict[str, Any]]:
-    """A message's content as parts, with its tool calls as text behind it."""
+    """A message's content as parts, followed by its tool calls as text."""
     if isinstance(message.content, str):
         content = [text_part(message.content)]
     else:
@@ -53,7 +53,7 @@ def parts(message: Message) -> list[dict[str, Any]]:
 
 
 def part_fields(part: Part) -> dict[str, Any]:
-    """A part as `Gemma3n.prepare` takes it: of what a stranger sends, only what is known goes on."""
+    """A part as `Gemma3n.prepare` takes it: only known fields of untrusted input are passed on."""
     fields: dict[str, Any] = {"type": part.type}
     if part.type == "text":
         fields["text"] = part.text
@@ -69,7 +69,7 @@ def part_fields(part: Part) -> dict[str, Any]:
 
 
 def check_media(messages: Sequence[Message]) -> None:
-    """Raises ApiError 400 on more media than a request may bring."""
+    """Raises ApiError 400 when a request brings too many media."""
     parts = (part for message in messages if isinstance(message.content, list) for part in message.content)
     cost = sum(MEDIA_COSTS.get(part.type, 0) for part in parts if isinstance(part, Part))
     if cost > MAX_MEDIA_COST:
@@ -80,7 +80,7 @@ def check_media(messages: Sequence[Message]) -> None:
 
 
 def joined(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Two contents as one. Texts that meet get an empty line between them, since the template strips them."""
+    """Two contents as one. Adjacent texts get an empty line between them, since the template strips them."""
     if not first or not second or not (first[-1]["type"] == second[0]["type"] == "text"):
         return [*first, *second]
     texts = [part.get("text") or "" for part in (first[-1], second[0])]
@@ -88,5 +88,4 @@ def joined(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[di
 
 
 def text_part(text: str) -> dict[str, Any]:
-    """A text as a part."""
     return {"type": "text", "text": text}

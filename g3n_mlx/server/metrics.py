@@ -1,4 +1,4 @@
-"""What /metrics counts, by prometheus-client, in a registry of the server's own."""
+"""What /metrics reports, by prometheus-client, in a registry of the server's own."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -7,22 +7,24 @@ NEXT_TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2.5, 5, 1
 
 
 class Metrics:
-    """The server's figures; every method of prometheus-client is safe to call from any thread."""
+    """The server's metrics; every method of prometheus-client is safe to call from any thread."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter("g3n_requests", "Answered requests", ["path", "status"], registry=self.registry)
-        self.waiting = Gauge("g3n_queue_length", "Answers that wait for their turn", registry=self.registry)
-        self.running = Gauge("g3n_running", "Answers in progress", registry=self.registry)
+        self.waiting = Gauge("g3n_queue_length", "Responses waiting to start", registry=self.registry)
+        self.running = Gauge("g3n_running", "Responses in progress", registry=self.registry)
         self.prompt_tokens = Counter("g3n_prompt_tokens", "Tokens of prompts", registry=self.registry)
         self.cached_tokens = Counter(
             "g3n_cached_tokens", "Tokens of prompts found in the prefix cache", registry=self.registry
         )
-        self.completion_tokens = Counter("g3n_completion_tokens", "Tokens of answers", registry=self.registry)
+        self.completion_tokens = Counter("g3n_completion_tokens", "Tokens of responses", registry=self.registry)
         self.cache_hits = Counter(
-            "g3n_prefix_cache_hits", "Prompts that began in the prefix cache", registry=self.registry
+            "g3n_prefix_cache_hits", "Prompts whose beginning was in the prefix cache", registry=self.registry
         )
-        self.cache_misses = Counter("g3n_prefix_cache_misses", "Prompts that did not", registry=self.registry)
+        self.cache_misses = Counter(
+            "g3n_prefix_cache_misses", "Prompts whose beginning was not", registry=self.registry
+        )
         self.cache_bytes = Gauge(
             "g3n_prefix_cache_bytes", "Bytes of idle caches kept for later prompts", registry=self.registry
         )
@@ -34,11 +36,11 @@ class Metrics:
         )
         self.next_token = Histogram(
             "g3n_time_between_tokens_seconds",
-            "From one token of an answer to the next",
+            "From one token of a response to the next",
             buckets=NEXT_TOKEN_BUCKETS,
             registry=self.registry,
         )
 
     def text(self) -> bytes:
-        """All figures in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""Which models there are, how they do, and their tokens: /v1/models, /health, /metrics, tokenize, detokenize."""
+"""The models, their state and their tokens: /v1/models, /health, /metrics, /v1/tokenize, /v1/detokenize."""
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -23,10 +23,10 @@ router = APIRouter()
 
 
 class ModelTable:
-    """The ids that requests may name; every one is the loaded model."""
+    """The ids that requests may name; all of them are the loaded model."""
 
     def __init__(self, name: str, slice_name: str | None) -> None:
-        """name: as served. slice_name: of the slice that the model was loaded as."""
+        """name: as served. slice_name: of the slice that was taken at load, None for the whole model."""
         self.created = now()
         self.ids = [name] if slice_name is None else [name, f"{name}:{slice_name}"]
 
@@ -44,30 +44,30 @@ class ModelTable:
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> ModelList:
-    """All ids."""
+    """The ids that requests may name."""
     table: ModelTable = request.app.state.models
     return ModelList(data=[_described(request, name) for name in table.ids])
 
 
 @router.get("/v1/models/{name:path}")
 async def get_model(name: str, request: Request) -> ServedModel:
-    """One id, or a 404."""
+    """One of the ids, or a 404."""
     table: ModelTable = request.app.state.models
     return _described(request, table.find(name))
 
 
 @router.get("/health")
 async def health(request: Request) -> dict[str, str]:
-    """200 when the model can answer, else 503."""
+    """200 when the model can respond, else 503."""
     engine: Engine = request.app.state.engine
     if not engine.scheduler.alive:
-        raise ApiError(503, "the model does not answer")
+        raise ApiError(503, "the model does not respond")
     return {"status": "ok"}
 
 
 @router.get("/metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
-    """The figures for Prometheus."""
+    """The metrics for Prometheus."""
     engine: Engine = request.app.state.engine
     return Response(engine.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
@@ -96,7 +96,7 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeRes
     vocab_size = engine.model.config.text.vocab_size
     wrong = [token_id for token_id in body.tokens if token_id >= vocab_size]
     if wrong:
-        raise ApiError(400, f"{wrong[0]} is no token id, expected 0 to {vocab_size - 1}", param="tokens")
+        raise ApiError(400, f"{wrong[0]} is not a token id, expected 0 to {vocab_size - 1}", param="tokens")
     return DetokenizeResponse(prompt=engine.model.tokenizer.decode(body.tokens, skip_special=False))
 
 

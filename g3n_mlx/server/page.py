@@ -1,7 +1,7 @@
-"""GET /: the chat page, one file without a build step, under a policy that lets in what stands in it and nothing else.
+"""GET /: the chat page, one file without a build step, under a Content-Security-Policy that allows its content alone.
 
-The policy names the page's script and style by their digests, so no other script runs, whatever an answer says; the
-page can't turn text into HTML (trusted types), speak to another server, be framed, or send a form.
+The policy names the page's script and style by their digests, so no other script runs, whatever a response contains;
+the page can't turn text into HTML (trusted types), speak to another server, be framed, or send a form.
 """
 
 import base64
@@ -18,7 +18,7 @@ router = APIRouter()
 
 @router.get("/", include_in_schema=False)
 async def page() -> HTMLResponse:
-    """The page."""
+    """The chat page."""
     text, policy = _page()
     headers = {
         "Content-Security-Policy": policy,
@@ -52,6 +52,6 @@ def _page() -> tuple[str, str]:
 
 
 def _digest(text: str, element: str) -> str:
-    """The source expression of the page's one element of a name."""
+    """The policy's source expression for the page's only element of that name."""
     (content,) = re.findall(f"<{element}>(.*?)</{element}>", text, re.DOTALL)
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"

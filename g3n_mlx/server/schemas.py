@@ -1,4 +1,4 @@
-"""The wire types: OpenAI's requests and answers as this server reads and writes them, and vLLM's tokenize.
+"""The wire types: OpenAI's requests and responses as this server reads and writes them, and vLLM's tokenize.
 
 Names and ranges are OpenAI's, with the sampling fields that other local servers add (top_k, min_p,
 repetition_penalty, grammar). Fields that are not listed are ignored.
@@ -14,8 +14,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, 
 MAX_CHOICES = 8
 MAX_MESSAGES = 4096
 MAX_PARTS = 256  # of one message
-# What media of one request may cost at most, counted in pictures. As many fill the published context, opened they take
-# 220 MB; a sound or a video is as long as it likes, within the limit of its duration.
+# The most that a request's media may cost, counted in images. So many images fill the published context and take 220 MB
+# once opened; audio and video cost the same whatever their length, which has a limit of its own.
 MAX_MEDIA_COST = 128
 MEDIA_COSTS = {"image_url": 1, "audio_url": 16, "input_audio": 16, "video_url": 16}
 MAX_TOOLS = 128
@@ -42,7 +42,7 @@ def divisible(temperature: float) -> float:
 
 
 class Wire(BaseModel):
-    """A request's object: fields that are not listed are kept apart."""
+    """A request's object: fields that are not listed are ignored."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -60,7 +60,7 @@ class RequestBody(Wire):
 
 
 class StreamOptions(Wire):
-    """What comes in a stream besides the text."""
+    """What a stream contains besides the text."""
 
     include_usage: bool = False
 
@@ -109,13 +109,13 @@ class GenerationRequest(RequestBody, SamplingFields):
 
 
 class MediaUrl(Wire):
-    """Where a picture, a sound or a video is: a data: URI, http(s), or a path below --media-root."""
+    """Where an image, audio or a video is: a data: URI, http(s), or a path below --media-root."""
 
     url: str
 
 
 class InputAudio(Wire):
-    """A sound in the request itself."""
+    """Audio in the request itself."""
 
     data: str  # base64
     format: str | None = None
@@ -194,14 +194,14 @@ class JsonSchema(Wire):
 
 
 class ResponseFormat(Wire):
-    """What the answer must be: text, any JSON object, or JSON of a schema."""
+    """What the response must be: text, any JSON object, or JSON of a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
 class GrammarField(Wire):
-    """A grammar for the answer."""
+    """A grammar for the response."""
 
     type: Literal["regex", "lark"]
     value: str
@@ -227,7 +227,7 @@ class ChatRequest(GenerationRequest):
         return self.max_completion_tokens or self.max_tokens
 
 
-# The first wrong value ends the check: one error each would make of a large body a far larger answer.
+# The first wrong value ends the check: an error for each would make the response far larger than a large body.
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 
 
@@ -248,7 +248,7 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """Texts or ids, also where one is given by itself."""
+        """The prompts, each text or ids; a single one is a list of one."""
         given: Any = self.prompt
         return given if isinstance(given, list) and not isinstance(given[0], int) else [given]
 
@@ -262,7 +262,7 @@ class TokenizeRequest(RequestBody):
 
 
 class TokenizeResponse(BaseModel):
-    """The ids, and how many the model can read."""
+    """The ids, and the length of the context."""
 
     tokens: list[int]
     count: int
@@ -300,7 +300,6 @@ class RequestUsage(BaseModel):
     @computed_field
     @property
     def total_tokens(self) -> int:
-        """Tokens of prompts and completions."""
         return self.prompt_tokens + self.completion_tokens
 
 
@@ -313,19 +312,19 @@ class TopLogprob(BaseModel):
 
 
 class TokenLogprob(TopLogprob):
-    """A drawn token beside the likeliest ones."""
+    """A drawn token, with the most likely ones."""
 
     top_logprobs: list[TopLogprob]
 
 
 class Logprobs(BaseModel):
-    """Log probabilities of an answer's tokens."""
+    """Log probabilities of a choice's tokens."""
 
     content: list[TokenLogprob]
 
 
 class ChatChoice(BaseModel):
-    """One answer: `message` when it comes whole, `delta` in a stream."""
+    """One response: `message` when it comes whole, `delta` in a stream."""
 
     index: int
     message: dict[str, Any] | None = None
@@ -335,7 +334,7 @@ class ChatChoice(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """Log probabilities in the older shape: lists with an entry a token, None where nothing came before it."""
+    """Log probabilities in the older shape: lists with one entry per token, None for a prompt's first."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -344,7 +343,7 @@ class CompletionLogprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """One answer to one prompt, or a piece of it."""
+    """One response to one prompt, or a piece of it."""
 
     index: int
     text: str

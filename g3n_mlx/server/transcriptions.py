@@ -1,7 +1,7 @@
 """POST /v1/audio/transcriptions and /v1/audio/translations: audio in, its words out, in OpenAI's five formats.
 
-Gemma 3n does the work itself: audio of any length is split at quiet places into clips that it hears at once, and
-each clip is a question of its own. Segments are clips, so their times are the clips' borders.
+Gemma 3n does the work itself: audio of any length is split at quiet places into clips that it hears in one go, and
+each clip is a prompt of its own. Segments are clips, so their times are the clips' borders.
 Source of the questions' wording: "Audio understanding" of Gemma's documentation, ai.google.dev.
 """
 
@@ -59,7 +59,7 @@ async def create_transcription(
 ) -> Response:
     """The words of some audio, in its own language."""
     if "word" in (form.granularities or ()):
-        raise ApiError(400, "the model knows no times of words, only of segments", param="timestamp_granularities")
+        raise ApiError(400, "there are no timestamps of words, only of segments", param="timestamp_granularities")
     language = LANGUAGES.get((form.language or "").lower(), form.language)
     question = f"Transcribe the following speech segment{f' in {language}' if language else ''}"
     return await _respond(request, _Transcript(place, form, "transcribe", language or "", question))
@@ -93,7 +93,7 @@ class Segment:
 
 @dataclass(slots=True)
 class _Transcript:
-    """The exchange of one audio file: every clip of it is asked about."""
+    """The exchange of one audio file, clip by clip."""
 
     place: Place
     form: AudioForm
@@ -103,7 +103,7 @@ class _Transcript:
     segments: list[Segment] = field(default_factory=list[Segment])
 
     async def pieces(self) -> AsyncIterator[str]:
-        """The words as they come; an empty text, if nothing else, at the end of each clip."""
+        """The words as they come; at the end of each clip at least an empty text."""
         place, model, data = self.place, self.place.engine.model, await self.form.file.read()
         policy = replace(place.policy, max_seconds=MAX_AUDIO_S)
         params = sampling_params(model, temperature=self.form.temperature, logprobs=True, max_tokens=CLIP_TOKENS)
@@ -129,7 +129,7 @@ class _Transcript:
                     between = ""
 
     async def whole(self, pieces: AsyncIterator[str]) -> Response:
-        """The response in the format that was asked for."""
+        """The words in the requested format."""
         async for _ in pieces:
             pass
         match self.form.response_format:
@@ -204,5 +204,5 @@ def _clock(time_s: float, point: str) -> str:
 
 
 def _one_block(text: str) -> str:
-    """A text without the empty lines and arrows that would end it in a subtitle file."""
+    """The text without the empty lines and arrows that would break a subtitle file."""
     return "\n".join(line for line in text.strip().splitlines() if line.strip()).replace("-->", "->")

@@ -227,7 +227,7 @@ def test_what_is_wrong_is_a_400_that_says_why(client, options, param):
 @pytest.mark.parametrize(
     ("body", "kind", "words"),
     [
-        (b'{"messages": [}', "application/json", r"the body is no JSON: .* at character 14"),
+        (b'{"messages": [}', "application/json", r"the body is not JSON: .* at character 14"),
         (b'{"messages": []}', "", "Content-Type: application/json"),
         (b'{"messages": []}', "application/x-www-form-urlencoded", "Content-Type: application/json"),
         (b"", "application/json", "the body"),
