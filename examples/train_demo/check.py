@@ -20,7 +20,7 @@ from packing import Encoder
 from skills import all_skills
 
 from g3n_mlx import load
-from g3n_mlx.media.audio import AudioFeatures
+from g3n_mlx.media.audio_features import AudioFeatures
 from g3n_mlx.media.image import ImageFeatures
 from g3n_mlx.prompt.prompt import Prompt
 

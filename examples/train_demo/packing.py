@@ -12,7 +12,7 @@ from network import Rows
 from skill import Example
 
 from g3n_mlx.config.model import ModelConfig
-from g3n_mlx.media.audio import AudioFeatures
+from g3n_mlx.media.audio_features import AudioFeatures
 from g3n_mlx.media.image import ImageFeatures
 from g3n_mlx.media.opener import MediaOpener
 from g3n_mlx.media.part import Media

@@ -12,7 +12,8 @@ import numpy as np
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.failures import BadValue
-from g3n_mlx.media.audio import Audio, AudioFeatures, AudioProcessing, split_clips
+from g3n_mlx.media.audio import Audio
+from g3n_mlx.media.audio_features import AudioFeatures, AudioProcessing, split_clips
 from g3n_mlx.media.image import Image, ImageFeatures, ImageProcessing
 from g3n_mlx.media.part import Source
 from g3n_mlx.media.policy import MediaPolicy

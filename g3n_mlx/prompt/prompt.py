@@ -6,7 +6,7 @@ from numbers import Integral
 from typing import Any
 
 from g3n_mlx.failures import BadValue
-from g3n_mlx.media.audio import AudioFeatures
+from g3n_mlx.media.audio_features import AudioFeatures
 from g3n_mlx.media.image import ImageFeatures
 from g3n_mlx.prompt.template import Border, Control
 from g3n_mlx.prompt.tokenizer import Tokenizer

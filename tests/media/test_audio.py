@@ -18,7 +18,8 @@ from media_files import AV, LEFT_HZ, RIGHT_HZ, SNDFILE, sound_file, tones, video
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.installation import install_command
-from g3n_mlx.media.audio import MAX_CLIP_SAMPLES, Audio, AudioProcessing, split_clips
+from g3n_mlx.media.audio import Audio
+from g3n_mlx.media.audio_features import MAX_CLIP_SAMPLES, AudioProcessing, split_clips
 from g3n_mlx.media.policy import MediaPolicy
 
 ANY = MediaPolicy()

@@ -16,7 +16,7 @@ from g3n_mlx import Audio, Image, Video
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.installation import install_command
-from g3n_mlx.media.audio import AudioFeatures
+from g3n_mlx.media.audio_features import AudioFeatures
 from g3n_mlx.media.image import ImageFeatures
 from g3n_mlx.media.opener import MediaOpener
 from g3n_mlx.media.policy import MediaPolicy
