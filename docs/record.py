@@ -28,13 +28,13 @@ from animation import CELL_HEIGHT, CELL_WIDTH, Frame, Picture, Text, animated_sv
 DOCS = Path(__file__).resolve().parent
 MEDIA = DOCS.parent / "examples" / "media"
 COLUMNS, LINES = 80, 24
-START = "python -m g3n_mlx.chat --model demo"
+START = "g3n chat --model demo"
 MESSAGES = (
     "/image shapes.png",
     "What is in this picture?",
     "/audio digits.ogg Transcribe this.",
-    "./circle.jpg ./red_circle.ogg Does the voice name what the picture shows?",
-    "What is 12 + 34?",
+    "/image circle.jpg",
+    "/audio red_circle.ogg Does the voice name what the picture shows?",
 )
 SHELL_PROMPT, CHAT_PROMPT = "$", ">"
 
@@ -76,8 +76,11 @@ class Terminal:
         """Sends keys."""
         os.write(self._master, text.encode())
 
-    def words(self, patience: float) -> Iterator[None]:
-        """Draws what the programs write, a word at a time, until they have been silent for so many seconds."""
+    def words(self, patience: float) -> Iterator[bool]:
+        """Draws what the programs write, a word or less at a time, until they have been silent for so many seconds.
+
+        True at the end of a word: how words fall into pieces depends on the machine's speed.
+        """
         while self._words or select.select([self._master], [], [], patience)[0]:
             if not self._words:
                 data = self._read + os.read(self._master, 65536)
@@ -92,7 +95,7 @@ class Terminal:
                 continue
             self._stream.feed(word)
             if not self._screen.cursor.hidden:  # it is while a line is drawn anew
-                yield
+                yield word.endswith((b" ", b"\n"))
 
     def _take_graphics(self, command: bytes) -> None:
         """As much of kitty's protocol as the chat uses: a question whether we know it, and PNG files in parts."""
@@ -149,9 +152,11 @@ class Recording:
 
     def wait_for(self, prompt: str) -> None:
         """Records what is written until a program asks for the next line, and leaves time to read it."""
-        for _ in self._terminal.words(PATIENCE_SECONDS):
-            self._add(WORD_SECONDS)
-            if self._terminal.waits_at(prompt):
+        for word_ended in self._terminal.words(PATIENCE_SECONDS):
+            waiting = self._terminal.waits_at(prompt)
+            if word_ended or waiting:
+                self._add(WORD_SECONDS)
+            if waiting:
                 self._clock += READING_SECONDS
                 return
         raise TimeoutError(f"no {prompt!r} within {PATIENCE_SECONDS:.0f} seconds of silence")

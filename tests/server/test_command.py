@@ -53,8 +53,8 @@ def test_a_process_of_its_own(demo, tmp_path):
     process = Process(demo, "--served-model-name", "gemma", "--api-key", "k", "--log-level", "info", cwd=tmp_path)
     client = openai.OpenAI(api_key="k", base_url=f"{process.url}/v1", max_retries=0, timeout=120)
     assert [entry.id for entry in client.models.list()] == ["gemma"]
-    readme = (REPOSITORY / "README.md").read_text("utf-8")
-    (code,) = re.findall(r"<!-- test: openai -->\n```python\n(.*?)```", readme, re.DOTALL)
+    manual = (REPOSITORY / "docs" / "server.md").read_text("utf-8")
+    (code,) = re.findall(r"<!-- test: openai -->\n```python\n(.*?)```", manual, re.DOTALL)
     code = code.replace("http://127.0.0.1:8080", process.url).replace('"none"', '"k"')
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
