@@ -1,24 +1,25 @@
 """Shape of the vision tower, a MobileNetV5 encoder (arXiv:2404.10518), and of its embedder.
 
-`vision_config.model_args` may spell out the stages as timm's builder takes them; what it leaves out is the published
-network's. Strides, dilations, channel counts and skip connections are resolved here, so that the backends only build.
+`vision_config.model_args` may list the blocks in timm's notation; what it leaves out is the published network's. Here
+they become a table of stages with strides, channel counts and skip connections, so that the backends only build. Every
+stage halves the image, up to 32 times with the stem: what timm's builder can do beyond that is refused.
 Source: timm, mobilenetv5.py, _efficientnet_builder.py, _efficientnet_blocks.py.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from g3n_mlx.config.fields import Fields
 from g3n_mlx.failures import BadValue
 
 Shape = tuple[int, ...]
-BlockArgs = Sequence[Sequence[dict[str, Any]]]
 
 ARCHITECTURE = "mobilenetv5_300m_enc"
-# From here on a stage that would halve the picture again widens the gaps in later kernels instead.
-_MAX_STRIDE = 32
+# With the stem the image shrinks 32 times; timm lets further stages dilate their kernels instead.
+_MAX_STAGES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,6 @@ class EdgeResidualConfig:
     exp_kernel_size: int
     pw_kernel_size: int
     stride: int
-    dilation: int  # of the expansion
     has_skip: bool
 
     def tensors(self) -> dict[str, Shape]:
@@ -56,7 +56,6 @@ class UniversalInvertedResidualConfig:
     dw_kernel_size_mid: int
     dw_kernel_size_end: int
     stride: int
-    dilation: int  # of all three
     has_skip: bool
     has_layer_scale: bool
 
@@ -93,7 +92,6 @@ class MobileAttentionConfig:
     value_dim: int
     kv_stride: int  # of the depthwise kernel before keys and values; 1 is no kernel
     dw_kernel_size: int
-    dilation: int  # of that kernel
     has_skip: bool
 
     def tensors(self) -> dict[str, Shape]:
@@ -140,14 +138,13 @@ class VisionConfig:
             dw_kernel_size_mid=0,
             dw_kernel_size_end=0,
             stride=1,
-            dilation=1,
             has_skip=False,
             has_layer_scale=False,
         )
 
     @staticmethod
     def from_dict(raw: dict[str, Any], soft_tokens: int, where: str) -> "VisionConfig":
-        """Reads `vision_config`; raises ValueError naming the key that is missing or does not fit."""
+        """Takes `vision_config`; raises ValueError naming the key that is missing or does not fit."""
         fields = Fields(raw, where)
         if raw.get("architecture", ARCHITECTURE) != ARCHITECTURE:
             raise BadValue(f"{where}: architecture is {raw['architecture']!r}, only {ARCHITECTURE!r} is supported")
@@ -160,8 +157,7 @@ class VisionConfig:
                 f"{where}: msfa_output_resolution is {resolution}, which makes {resolution**2} soft tokens, "
                 f"but vision_soft_tokens_per_image is {soft_tokens}"
             )
-        block_args = _checked_block_args(network["block_args"], where)
-        stages = _stages(block_args, stem_size, where)
+        stages = _stages(network["block_args"], stem_size, where)
         return VisionConfig(
             hidden_size=fields.integer("hidden_size", at_least=1),
             vocab_size=fields.integer("vocab_size", at_least=1),
@@ -170,7 +166,7 @@ class VisionConfig:
             soft_tokens=soft_tokens,
             stem_size=stem_size,
             stages=stages,
-            msfa_stages=_msfa_stages(network["msfa_indices"], block_args, _stage_channels(stem_size, stages), where),
+            msfa_stages=_msfa_stages(network["msfa_indices"], len(stages), where),
             msfa_output_resolution=resolution,
         )
 
@@ -186,10 +182,10 @@ def vision_manifest(config: VisionConfig) -> dict[str, Shape]:
     return {f"vision_tower.timm_model.{name}": shape for name, shape in shapes.items()}
 
 
-def same_padding(size: int, kernel_size: int, stride: int, dilation: int) -> tuple[int, int]:
+def same_padding(size: int, kernel_size: int, stride: int) -> tuple[int, int]:
     """Zeros before and after an axis, as TensorFlow's SAME has them: an odd one comes last."""
     outputs = math.ceil(size / stride)
-    total = max((outputs - 1) * stride + (kernel_size - 1) * dilation + 1 - size, 0)
+    total = max((outputs - 1) * stride + kernel_size - size, 0)
     return total // 2, total - total // 2
 
 
@@ -212,65 +208,37 @@ def _rounded(channels: float) -> int:
     return rounded if rounded >= 0.9 * channels else rounded + 8
 
 
-# The published network, in the notation of `model_args`.
+# What a block says in `model_args`, besides its type.
+_KEYS = {
+    "er": ("stride", "out_chs", "exp_ratio", "exp_kernel_size", "pw_kernel_size"),
+    "uir": ("stride", "out_chs", "exp_ratio", "dw_kernel_size_start", "dw_kernel_size_mid", "dw_kernel_size_end"),
+    "mqa": ("stride", "out_chs", "num_heads", "key_dim", "value_dim", "kv_stride", "dw_kernel_size"),
+}
+# What it may say as well, if only that timm's default holds; null does too.
+_DEFAULTS: dict[str, Any] = {"act_layer": None, "force_in_chs": 0, "noskip": False, "se_ratio": 0}
+_DEFAULT_GROUP_SIZES = {"er": 0, "uir": 1, "mqa": 1}
 
 
-def _er(kernel: int, stride: int, ratio: int, channels: int) -> dict[str, Any]:
-    return {
-        "block_type": "er",
-        "exp_kernel_size": kernel,
-        "pw_kernel_size": 1,
-        "stride": stride,
-        "exp_ratio": ratio,
-        "out_chs": channels,
-    }
+def _published(kind: str, *values: int) -> dict[str, Any]:
+    return {"block_type": kind, **dict(zip(_KEYS[kind], values, strict=True))}
 
 
-def _uir(start: int, mid: int, stride: int, ratio: int, channels: int) -> dict[str, Any]:
-    return {
-        "block_type": "uir",
-        "dw_kernel_size_start": start,
-        "dw_kernel_size_mid": mid,
-        "dw_kernel_size_end": 0,
-        "stride": stride,
-        "exp_ratio": ratio,
-        "out_chs": channels,
-    }
-
-
-def _mqa(kernel: int, heads: int, kv_stride: int, width: int, channels: int) -> dict[str, Any]:
-    return {
-        "block_type": "mqa",
-        "dw_kernel_size": kernel,
-        "num_heads": heads,
-        "kv_stride": kv_stride,
-        "key_dim": width,
-        "value_dim": width,
-        "stride": 1,
-        "out_chs": channels,
-    }
-
+_er, _uir, _mqa = (partial(_published, kind) for kind in _KEYS)
 
 _PUBLISHED: dict[str, Any] = {
     "stem_size": 64,
     "block_args": [
-        [_er(3, 2, 4, 128), _er(3, 1, 4, 128), _er(3, 1, 4, 128)],
+        [_er(2, 128, 4, 3, 1), *[_er(1, 128, 4, 3, 1)] * 2],
+        [_uir(2, 256, 6, 3, 5, 0), *[_uir(1, 256, 4, 5, 0, 0), _uir(1, 256, 4, 3, 0, 0)] * 2],
         [
-            _uir(3, 5, 2, 6, 256),
-            _uir(5, 0, 1, 4, 256),
-            _uir(3, 0, 1, 4, 256),
-            _uir(5, 0, 1, 4, 256),
-            _uir(3, 0, 1, 4, 256),
+            _uir(2, 640, 6, 5, 5, 0),
+            *[_uir(1, 640, 4, 5, 0, 0)] * 7,
+            _uir(1, 640, 1, 0, 0, 0),
+            *[_mqa(1, 640, 12, 64, 64, 2, 3), _uir(1, 640, 2, 0, 0, 0)] * 14,
         ],
         [
-            _uir(5, 5, 2, 6, 640),
-            *[_uir(5, 0, 1, 4, 640)] * 7,
-            _uir(0, 0, 1, 1, 640),
-            *[_mqa(3, 12, 2, 64, 640), _uir(0, 0, 1, 2, 640)] * 14,
-        ],
-        [
-            _uir(5, 5, 2, 6, 1280),
-            *[_mqa(3, 16, 1, 96, 1280), _uir(0, 0, 1, 2, 1280)] * 19,
+            _uir(2, 1280, 6, 5, 5, 0),
+            *[_mqa(1, 1280, 16, 96, 96, 1, 3), _uir(1, 1280, 2, 0, 0, 0)] * 19,
         ],
     ],
     "msfa_indices": [-2, -1],
@@ -290,160 +258,75 @@ def _network(model_args: Any, where: str) -> dict[str, Any]:
     return _PUBLISHED | model_args
 
 
-def _checked_block_args(block_args: Any, where: str) -> BlockArgs:
-    if not isinstance(block_args, list) or not block_args:
-        raise BadValue(f"{where}: block_args is {block_args!r}, expected a list of stages")
-    for index, stage in enumerate(block_args):
-        if not isinstance(stage, list) or not stage or not all(isinstance(block, dict) for block in stage):
-            raise BadValue(f"{where}: block_args[{index}] is {stage!r}, expected a list of blocks, which are objects")
-    return block_args
-
-
-def _stages(block_args: BlockArgs, stem_size: int, where: str) -> tuple[tuple[BlockConfig, ...], ...]:
-    """What timm's `EfficientNetBuilder` makes of the blocks."""
+def _stages(block_args: Any, channels: int, where: str) -> tuple[tuple[BlockConfig, ...], ...]:
+    """The table of stages; channels are those that enter the first."""
+    if not isinstance(block_args, list) or not 1 <= len(block_args) <= _MAX_STAGES:
+        raise BadValue(f"{where}: block_args is {block_args!r:.200}, expected a list of 1 to {_MAX_STAGES} stages")
     stages: list[tuple[BlockConfig, ...]] = []
-    channels, total_stride, dilation = stem_size, 2, 1
     for stage_idx, stage in enumerate(block_args):
+        here = f"{where}, block_args[{stage_idx}]"
+        if not isinstance(stage, list) or not stage or not all(isinstance(block, dict) for block in stage):
+            raise BadValue(f"{here} is {stage!r}, expected a list of blocks, which are objects")
         blocks: list[BlockConfig] = []
         for block_idx, raw in enumerate(stage):
-            args = _BlockArgs(raw, f"{where}, block_args[{stage_idx}][{block_idx}]")
-            stride = min(args.stride(), 2 if block_idx == 0 else 1)  # later blocks never stride, whatever they say
-            next_dilation = dilation
-            if total_stride * stride > _MAX_STRIDE:
-                next_dilation, stride = dilation * stride, 1
-            total_stride *= stride
-            blocks.append(args.block(channels, stride, dilation))
-            channels, dilation = blocks[-1].out_channels, next_dilation
+            blocks.append(_block(raw, f"{here}[{block_idx}]", channels, 1 if blocks else 2))
+            channels = blocks[-1].out_channels
         stages.append(tuple(blocks))
     return tuple(stages)
 
 
-class _BlockArgs:
-    """One block of `block_args`, with errors that name it."""
-
-    def __init__(self, raw: dict[str, Any], where: str) -> None:
-        self._raw, self._where, self._fields = raw, where, Fields(raw, where)
-
-    def stride(self) -> int:
-        stride = self._fields.integer("stride", at_least=1)
-        if stride > 2:
-            raise BadValue(f"{self._where}: stride is {stride}, expected 1 or 2")
-        return stride
-
-    def block(self, channels: int, stride: int, dilation: int) -> BlockConfig:
-        kind = self._fields.get("block_type")
-        if kind == "er":
-            return self._edge_residual(channels, stride, dilation)
-        if kind == "uir":
-            return self._universal_inverted_residual(channels, stride, dilation)
-        if kind == "mqa":
-            return self._mobile_attention(channels, stride, dilation)
-        raise BadValue(f"{self._where}: block_type is {kind!r}, only 'er', 'uir' and 'mqa' are supported")
-
-    def _edge_residual(self, channels: int, stride: int, dilation: int) -> EdgeResidualConfig:
-        self._refuse_others(
-            ("exp_kernel_size", "pw_kernel_size", "exp_ratio", "force_in_chs"), {"se_ratio": 0, "group_size": 0}
-        )
-        forced = self._fields.integer("force_in_chs") if "force_in_chs" in self._raw else 0
-        out_channels = self._out_channels()
-        return EdgeResidualConfig(
-            in_channels=channels,
-            mid_channels=self._expanded(_rounded(forced) if forced else channels),
-            out_channels=out_channels,
-            exp_kernel_size=self._fields.integer("exp_kernel_size", at_least=1),
-            pw_kernel_size=self._fields.integer("pw_kernel_size", at_least=1),
-            stride=stride,
-            dilation=dilation,
-            has_skip=self._has_skip(channels, out_channels, stride),
-        )
-
-    def _universal_inverted_residual(
-        self, channels: int, stride: int, dilation: int
-    ) -> UniversalInvertedResidualConfig:
-        kernels = ("dw_kernel_size_start", "dw_kernel_size_mid", "dw_kernel_size_end")
-        self._refuse_others((*kernels, "exp_ratio"), {"se_ratio": 0, "group_size": 1})
-        start, mid, end = (self._fields.integer(name) for name in kernels)
-        if stride > 1 and not (start or mid or end):
-            raise BadValue(
-                f"{self._where}: stride is {stride}, but the block has no depthwise kernel that could stride"
-            )
-        out_channels = self._out_channels()
-        return UniversalInvertedResidualConfig(
-            in_channels=channels,
-            mid_channels=self._expanded(channels),
-            out_channels=out_channels,
-            dw_kernel_size_start=start,
-            dw_kernel_size_mid=mid,
-            dw_kernel_size_end=end,
-            stride=stride,
-            dilation=dilation,
-            has_skip=self._has_skip(channels, out_channels, stride),
-            has_layer_scale=True,
-        )
-
-    def _mobile_attention(self, channels: int, stride: int, dilation: int) -> MobileAttentionConfig:
-        # A stride here takes the skip connection away and is not applied to anything: so timm has it.
-        self._refuse_others(
-            ("dw_kernel_size", "num_heads", "key_dim", "value_dim", "kv_stride"), {"se_ratio": 0, "group_size": 1}
-        )
-        out_channels = self._out_channels()
-        return MobileAttentionConfig(
-            in_channels=channels,
-            out_channels=out_channels,
-            num_heads=self._fields.integer("num_heads", at_least=1),
-            key_dim=self._fields.integer("key_dim", at_least=1),
-            value_dim=self._fields.integer("value_dim", at_least=1),
-            kv_stride=self._fields.integer("kv_stride", at_least=1),
-            dw_kernel_size=self._fields.integer("dw_kernel_size", at_least=1),
-            dilation=dilation,
-            has_skip=self._has_skip(channels, out_channels, stride),
-        )
-
-    def _refuse_others(self, known: Sequence[str], neutral: dict[str, int]) -> None:
-        """Keys that we do not know, and those that may only say what holds without them."""
-        for key in sorted(set(self._raw) - {"block_type", "stride", "out_chs", "noskip", *known}):
-            allowed = {"act_layer": None, **neutral}
-            if key not in allowed:
-                raise BadValue(
-                    f"{self._where}: the key {key!r} is not supported for {self._raw['block_type']!r} blocks"
-                )
-            if self._raw[key] not in (None, allowed[key]):
-                raise BadValue(f"{self._where}: {key} is {self._raw[key]!r}, only {allowed[key]!r} is supported")
-
-    def _out_channels(self) -> int:
-        return _rounded(self._fields.integer("out_chs", at_least=1))
-
-    def _expanded(self, channels: int) -> int:
-        ratio = self._fields.number("exp_ratio")
-        if not 0 < ratio < math.inf:
-            raise BadValue(f"{self._where}: exp_ratio is {ratio!r}, expected a number above 0")
-        return _rounded(channels * ratio)
-
-    def _has_skip(self, in_channels: int, out_channels: int, stride: int) -> bool:
-        noskip = self._raw.get("noskip", False)
-        if not isinstance(noskip, bool):
-            raise BadValue(f"{self._where}: noskip is {noskip!r}, expected true or false")
-        return in_channels == out_channels and stride == 1 and not noskip
+def _block(raw: dict[str, Any], where: str, in_channels: int, stride: int) -> BlockConfig:
+    """A block of `block_args`. stride: 2 for the first of a stage; later ones never stride, whatever they say."""
+    fields = Fields(raw, where)
+    kind = fields.get("block_type")
+    if not isinstance(kind, str) or kind not in _KEYS:
+        raise BadValue(f"{where}: block_type is {kind!r}, only 'er', 'uir' and 'mqa' are supported")
+    _refuse_others(raw, kind, where)
+    if kind == "mqa" and stride == 2:
+        raise BadValue(f"{where}: block_type is 'mqa', expected 'er' or 'uir', which can halve the image")
+    said, accepted = fields.integer("stride"), (1,) if kind == "mqa" else (2,) if stride == 2 else (1, 2)
+    if said not in accepted:
+        raise BadValue(f"{where}: stride is {said}, expected {' or '.join(map(str, accepted))}")
+    out_channels = _rounded(fields.integer("out_chs", at_least=1))
+    has_skip = in_channels == out_channels and stride == 1
+    sizes = {
+        key: fields.integer(key, at_least=0 if kind == "uir" else 1)  # no kernel is a kernel of size 0
+        for key in _KEYS[kind]
+        if key not in ("stride", "out_chs", "exp_ratio")
+    }
+    if kind == "mqa":
+        return MobileAttentionConfig(in_channels=in_channels, out_channels=out_channels, has_skip=has_skip, **sizes)
+    ratio = fields.number("exp_ratio")
+    if not 0 < ratio < math.inf:
+        raise BadValue(f"{where}: exp_ratio is {ratio!r}, expected a number above 0")
+    expanded = _rounded(in_channels * ratio)
+    if kind == "er":
+        return EdgeResidualConfig(in_channels, expanded, out_channels, **sizes, stride=stride, has_skip=has_skip)
+    if stride > 1 and not any(sizes.values()):
+        raise BadValue(f"{where}: stride is {stride}, but the block has no depthwise kernel that could stride")
+    return UniversalInvertedResidualConfig(
+        in_channels, expanded, out_channels, **sizes, stride=stride, has_skip=has_skip, has_layer_scale=True
+    )
 
 
-def _msfa_stages(indices: Any, block_args: BlockArgs, channels: Sequence[int], where: str) -> tuple[int, ...]:
-    """The stages that are fused, in order; 0 is the stem.
+def _refuse_others(raw: dict[str, Any], kind: str, where: str) -> None:
+    """Keys that we do not know, and those that may only say what holds without them."""
+    allowed = _DEFAULTS | {"group_size": _DEFAULT_GROUP_SIZES[kind]}
+    for key in sorted(set(raw) - {"block_type", *_KEYS[kind]}):
+        if key not in allowed:
+            raise BadValue(f"{where}: the key {key!r} is not supported for {kind!r} blocks")
+        if raw[key] not in (None, allowed[key]):
+            raise BadValue(f"{where}: {key} is {raw[key]!r}, only {allowed[key]!r} is supported")
 
-    `msfa_indices` count the stages before which and at whose end the picture shrinks. timm then takes them for indices
-    of all stages, which is the same unless a stage keeps the picture's size.
-    """
+
+def _msfa_stages(indices: Any, num_stages: int, where: str) -> tuple[int, ...]:
+    """The stages that are fused, in order; 0 is the stem."""
     if not isinstance(indices, list) or not indices or not all(type(index) is int for index in indices):
         raise BadValue(f"{where}: msfa_indices is {indices!r}, expected a list of integers")
-    shrinks = [stage[0]["stride"] > 1 for stage in block_args]
-    ends = [number for number, shrinking in enumerate([*shrinks, True]) if shrinking]
-    if not all(-len(ends) <= index < len(ends) for index in indices):
-        raise BadValue(f"{where}: msfa_indices is {indices!r}, but there are {len(ends)} resolutions")
-    taken = sorted({index % len(ends) for index in indices})
-    expected = sum(channels[ends[index]] for index in indices)
-    found = sum(channels[number] for number in taken)
-    if expected != found:
-        raise BadValue(
-            f"{where}: msfa_indices {indices!r} stand for {expected} channels, but the stages that timm takes for "
-            f"them, {taken}, have {found}: give every stage a stride of 2, or other indices"
-        )
-    return tuple(taken)
+    count = num_stages + 1
+    if not all(-count <= index < count for index in indices):
+        raise BadValue(f"{where}: msfa_indices is {indices!r}, but there are {count} resolutions")
+    taken = {index % count for index in indices}
+    if len(taken) < len(indices):
+        raise BadValue(f"{where}: msfa_indices is {indices!r}, which names a resolution twice")
+    return tuple(sorted(taken))

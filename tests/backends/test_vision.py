@@ -86,11 +86,10 @@ BODY = [
     [uir(32, 5, 5, stride=2), uir(32, 0, 0, ratio=1.0), mqa(32, 3, 16, 2), uir(32, 0, 0)],
     [uir(40, 5, 5, stride=2), mqa(40, 4, 24), uir(40, 0, 0)],
 ]
-# A stride of attention counts as one of the stage, but shrinks nothing.
 ATTENTION = [
     [er(16, 3, 2)],
     [uir(24, 3, 3, stride=2), mqa(24, 2, 8, 3, 5), mqa(24, 1, 12, 4, 2), uir(24, 0, 0)],
-    [mqa(32, 5, 8, 2, value_dim=24, stride=2), mqa(32, 2, 16, 1, value_dim=8, noskip=True), uir(32, 3, 0)],
+    [uir(32, 3, 0, stride=2), mqa(32, 5, 8, 2, value_dim=24), mqa(24, 2, 16, 1, value_dim=8), uir(32, 3, 0)],
 ]
 EVEN_KERNELS = [
     [er(16, 4, 2, pw_kernel_size=3), er(16, 2, pw_kernel_size=2)],
@@ -98,18 +97,12 @@ EVEN_KERNELS = [
     [uir(32, 2, 0, 4, stride=2), mqa(32, 2, 8, 2, 4), uir(32, 0, 0, 7, ratio=1.5)],
 ]
 ODD_WIDTHS = [
-    [er(11, 3, 2, 2.7), er(11, 5, 1, 1.3, force_in_chs=20), er(12, 1, noskip=True)],
-    [uir(21, 3, 7, stride=2, ratio=3.3), uir(21, 0, 3, ratio=0.4), uir(22, 3, 0, noskip=True)],
+    [er(11, 3, 2, 2.7), er(11, 5, 1, 1.3), er(12, 1)],
+    [uir(21, 3, 7, stride=2, ratio=3.3), uir(21, 0, 3, ratio=0.4), uir(22, 3, 0)],
     [uir(35, 0, 0, 3, stride=2), uir(35, 0, 0, 5), mqa(37, 3, 7, 2), uir(37, 0, 0)],
 ]
-# The picture shrinks 32 times at most: the last three strides widen the gaps of what follows.
-DILATED = [
-    *[[er(16, 3, 2)], [uir(16, 3, 3, stride=2)], [uir(24, 0, 3, stride=2)], [uir(24, 3, 0, stride=2)]],
-    [uir(32, 5, 3, stride=2), mqa(32, 2, 16, 2), uir(32, 0, 0)],
-    [uir(32, 0, 5, 3, stride=2), uir(32, 3, 0), mqa(32, 2, 16, 2, 3), er(32, 3, 2)],
-    [uir(32, 3, 3, stride=2), er(40, 4)],
-]
-NO_STRIDE_AT_FIRST = [[er(16, 3, 1)], [uir(16, 3, 3, stride=2)], [uir(16, 3, 3, stride=2)], [er(16, 3, 1)]]
+# Later blocks of a stage never stride, whatever they say: timm's notation repeats the first one's stride.
+REPEATED_STRIDES = [[er(16, 3, 2), er(16, 3, 2)], [uir(24, 3, 5, stride=2), uir(24, 3, 3, stride=2)]]
 
 SHAPES: dict[str, tuple[dict[str, Any], list[tuple[int, int]]]] = {
     "pooled_3_by_3": ({"block_args": BODY, "msfa_output_resolution": 2}, [(96, 96)]),
@@ -122,8 +115,7 @@ SHAPES: dict[str, tuple[dict[str, Any], list[tuple[int, int]]]] = {
     "attention": ({"block_args": ATTENTION, "msfa_output_resolution": 4}, [(64, 96), (67, 81)]),
     "even_kernels": ({"block_args": EVEN_KERNELS, "msfa_output_resolution": 4}, [(64, 96), (61, 83)]),
     "odd_widths": ({"block_args": ODD_WIDTHS, "msfa_output_resolution": 4, "stem_size": 10}, [(64, 72), (55, 97)]),
-    "dilated": ({"block_args": DILATED, "msfa_output_resolution": 2}, [(192, 128), (195, 161)]),
-    "stages_without_stride": ({"block_args": NO_STRIDE_AT_FIRST, "msfa_output_resolution": 4}, [(64, 80)]),
+    "repeated_strides": ({"block_args": REPEATED_STRIDES, "msfa_output_resolution": 4}, [(64, 80)]),
     "three_fused": (
         {"block_args": BODY, "msfa_indices": [1, -1, 2], "msfa_output_resolution": 4},
         [(64, 80), (71, 57)],

@@ -66,9 +66,9 @@ class Pointwise(nn.Module):
 class Conv2d(nn.Module):
     """A spatial convolution, dense or depthwise, with TF-SAME padding for the size that comes."""
 
-    def __init__(self, weights: Weights, stride: int, dilation: int, bias: bool = False) -> None:
+    def __init__(self, weights: Weights, stride: int, bias: bool = False) -> None:
         super().__init__()
-        self.stride, self.dilation = stride, dilation
+        self.stride = stride
         weight = weights.tensor().contiguous(memory_format=torch.channels_last)  # [O, I, kH, kW]
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = nn.Parameter(weights.tensor("bias"), requires_grad=False) if bias else None
@@ -76,11 +76,11 @@ class Conv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, h, w, I] -> [B, h / stride, w / stride, O], rounded up."""
         height, width = x.shape[1:3]
-        top, bottom = same_padding(height, self.weight.shape[2], self.stride, self.dilation)
-        left, right = same_padding(width, self.weight.shape[3], self.stride, self.dilation)
+        top, bottom = same_padding(height, self.weight.shape[2], self.stride)
+        left, right = same_padding(width, self.weight.shape[3], self.stride)
         x = F.pad(x, (0, 0, left, right, top, bottom)).permute(0, 3, 1, 2)  # [B, I, h, w]
         groups = x.shape[1] // self.weight.shape[1]
-        x = F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, groups)
+        x = F.conv2d(x, self.weight, self.bias, self.stride, groups=groups)
         return x.permute(0, 2, 3, 1)
 
 
@@ -115,10 +115,10 @@ class EdgeResidual(nn.Module):
     def __init__(self, config: EdgeResidualConfig, weights: Weights) -> None:
         super().__init__()
         self.has_skip = config.has_skip
-        self.conv_exp = Conv2d(weights.at("conv_exp"), config.stride, config.dilation)
+        self.conv_exp = Conv2d(weights.at("conv_exp"), config.stride)
         self.bn1 = RMSNorm(weights.at("bn1"), EPS)
         conv_pwl = weights.at("conv_pwl")
-        self.conv_pwl = Pointwise(conv_pwl) if config.pw_kernel_size == 1 else Conv2d(conv_pwl, 1, 1)
+        self.conv_pwl = Pointwise(conv_pwl) if config.pw_kernel_size == 1 else Conv2d(conv_pwl, 1)
         self.bn2 = RMSNorm(weights.at("bn2"), EPS)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -134,11 +134,11 @@ class UniversalInvertedResidual(nn.Module):
         super().__init__()
         self.has_skip = config.has_skip
         start, mid, end = config.strides
-        self.dw_start = depthwise(weights.at("dw_start"), config.dw_kernel_size_start, start, config.dilation)
+        self.dw_start = depthwise(weights.at("dw_start"), config.dw_kernel_size_start, start)
         self.pw_exp = ConvNorm(Pointwise(weights.at("pw_exp.conv")), weights.at("pw_exp"))
-        self.dw_mid = depthwise(weights.at("dw_mid"), config.dw_kernel_size_mid, mid, config.dilation)
+        self.dw_mid = depthwise(weights.at("dw_mid"), config.dw_kernel_size_mid, mid)
         self.pw_proj = ConvNorm(Pointwise(weights.at("pw_proj.conv")), weights.at("pw_proj"))
-        self.dw_end = depthwise(weights.at("dw_end"), config.dw_kernel_size_end, end, config.dilation)
+        self.dw_end = depthwise(weights.at("dw_end"), config.dw_kernel_size_end, end)
         self.layer_scale = LayerScale(weights.at("layer_scale")) if config.has_layer_scale else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,19 +152,19 @@ class UniversalInvertedResidual(nn.Module):
         return out + x if self.has_skip else out
 
 
-def depthwise(weights: Weights, kernel_size: int, stride: int, dilation: int) -> ConvNorm | None:
+def depthwise(weights: Weights, kernel_size: int, stride: int) -> ConvNorm | None:
     """A depthwise convolution and its norm; None where the kernel has size 0."""
-    return ConvNorm(Conv2d(weights.at("conv"), stride, dilation), weights) if kernel_size else None
+    return ConvNorm(Conv2d(weights.at("conv"), stride), weights) if kernel_size else None
 
 
 class Projection(nn.Module):
     """Queries, keys, values or the output of attention; with a stride, of a smaller map."""
 
-    def __init__(self, weights: Weights, stride: int, dilation: int) -> None:
+    def __init__(self, weights: Weights, stride: int) -> None:
         super().__init__()
         self.stride = stride
         if stride > 1:
-            self.down_conv = Conv2d(weights.at("down_conv"), stride, dilation)
+            self.down_conv = Conv2d(weights.at("down_conv"), stride)
             self.norm = RMSNorm(weights.at("norm"), EPS)
         self.proj = Pointwise(weights.at("proj"))
 
@@ -179,10 +179,10 @@ class MultiQueryAttention(nn.Module):
     def __init__(self, config: MobileAttentionConfig, weights: Weights) -> None:
         super().__init__()
         self.key_dim, self.value_dim = config.key_dim, config.value_dim
-        self.query = Projection(weights.at("query"), 1, 1)
-        self.key = Projection(weights.at("key"), config.kv_stride, config.dilation)
-        self.value = Projection(weights.at("value"), config.kv_stride, config.dilation)
-        self.output = Projection(weights.at("output"), 1, 1)
+        self.query = Projection(weights.at("query"), 1)
+        self.key = Projection(weights.at("key"), config.kv_stride)
+        self.value = Projection(weights.at("value"), config.kv_stride)
+        self.output = Projection(weights.at("output"), 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, h, w, I] -> [B, h, w, O]."""
@@ -247,7 +247,7 @@ class MobileNetV5Encoder(nn.Module):
     def __init__(self, config: VisionConfig, weights: Weights) -> None:
         super().__init__()
         self.msfa_stages = config.msfa_stages
-        self.conv_stem = ConvNorm(Conv2d(weights.at("conv_stem.conv"), 2, 1, bias=True), weights.at("conv_stem"))
+        self.conv_stem = ConvNorm(Conv2d(weights.at("conv_stem.conv"), 2, bias=True), weights.at("conv_stem"))
         self.blocks: list[list[Block]] = nn.ModuleList(  # pyright: ignore[reportAttributeAccessIssue]
             nn.ModuleList(
                 block(block_config, weights.at(f"blocks.{stage_idx}.{block_idx}"))
