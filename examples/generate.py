@@ -6,7 +6,7 @@ from g3n_mlx import load
 from g3n_mlx.checkpoint.hub import default_model
 
 
-def main(model_path: str | None = None, question: str = "Why is the sky blue?") -> None:
+def main(model_path: str | None = None, question: str = "What is 12 + 34?") -> None:
     model = load(model_path or default_model()[0])
     result = model.generate(question, max_tokens=64, seed=0)
     print(result.text)

@@ -7,7 +7,7 @@ import numpy as np
 from g3n_mlx import load
 from g3n_mlx.checkpoint.hub import default_model
 
-SENTENCES = ("The cat sat on the mat.", "The mat sat on the cat.", "Cat the on mat sat the.")
+SENTENCES = ("12 + 34 = 46", "12 + 34 = 48", "46 = + 34 12")
 
 
 def main(model_path: str | None = None) -> None:

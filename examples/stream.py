@@ -8,11 +8,11 @@ from g3n_mlx.checkpoint.hub import default_model
 
 def main(model_path: str | None = None) -> None:
     model = load(model_path or default_model()[0])
-    messages = [{"role": "system", "content": "Answer in one sentence."}]
-    for question in ("What is a snail's shell made of?", "And how does it grow?"):
+    messages = []
+    for question in ("My name is Anna.", "What is my name?"):
         messages.append({"role": "user", "content": question})
         answer = ""
-        for chunk in model.stream(messages, max_tokens=48, temperature=0.7, seed=1):
+        for chunk in model.stream(messages, max_tokens=48):
             print(chunk.text, end="", flush=True)
             answer += chunk.text
             if chunk.usage is not None:

@@ -9,16 +9,13 @@ from openai import OpenAI
 
 client = OpenAI(base_url=sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8080/v1", api_key="none")
 
-messages = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Hello! What can you do?"},
-]
+messages = [{"role": "user", "content": "My name is Anna."}]
 answer = client.chat.completions.create(model="default", messages=messages, max_tokens=48, seed=1)
 print(answer.choices[0].message.content)
 
 messages += [
     {"role": "assistant", "content": answer.choices[0].message.content},
-    {"role": "user", "content": "Thank you. Count to five."},
+    {"role": "user", "content": "What is my name?"},
 ]
 stream = client.chat.completions.create(
     model="default", messages=messages, max_tokens=48, stream=True, stream_options={"include_usage": True}

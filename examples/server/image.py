@@ -15,7 +15,7 @@ kind = mimetypes.guess_type(path)[0]
 url = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 content = [
     {"type": "image_url", "image_url": {"url": url}},
-    {"type": "text", "text": "Please describe this image in detail."},
+    {"type": "text", "text": "What is in this picture?"},
 ]
 answer = client.chat.completions.create(
     model="default", messages=[{"role": "user", "content": content}], max_tokens=64, temperature=0

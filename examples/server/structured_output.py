@@ -10,26 +10,26 @@ client = OpenAI(base_url=sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1
 schema = {
     "type": "object",
     "properties": {
-        "colour": {"enum": ["red", "green", "blue"]},
-        "corners": {"type": "integer", "minimum": 0, "maximum": 12},
-        "round": {"type": "boolean"},
+        "a": {"type": "integer", "minimum": 0, "maximum": 99},
+        "b": {"type": "integer", "minimum": 0, "maximum": 99},
+        "sum": {"type": "integer", "minimum": 0, "maximum": 198},
     },
-    "required": ["colour", "corners", "round"],
+    "required": ["a", "b", "sum"],
     "additionalProperties": False,
 }
 answer = client.chat.completions.create(
     model="default",
-    messages=[{"role": "user", "content": "Describe a red triangle."}],
-    response_format={"type": "json_schema", "json_schema": {"name": "shape", "schema": schema}},
+    messages=[{"role": "user", "content": "What is 12 + 34? Answer in JSON."}],
+    response_format={"type": "json_schema", "json_schema": {"name": "addition", "schema": schema}},
     max_tokens=200,
 )
-shape = json.loads(answer.choices[0].message.content)
-print(shape["colour"], shape["corners"], shape["round"])
+numbers = json.loads(answer.choices[0].message.content)
+print(numbers["a"], numbers["b"], numbers["sum"])
 
 answer = client.chat.completions.create(
     model="default",
-    messages=[{"role": "user", "content": "Is ice cold?"}],
-    extra_body={"grammar": {"type": "regex", "value": "(Yes|No), because [a-z ]{5,40}"}},
+    messages=[{"role": "user", "content": "What is 5 + 6?"}],
+    extra_body={"grammar": {"type": "regex", "value": r"\d+ \+ \d+ = \d+"}},
     max_tokens=100,
 )
 print(answer.choices[0].message.content)
