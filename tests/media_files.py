@@ -7,9 +7,7 @@ from pathlib import Path
 
 import av
 import numpy as np
-import pytest
 import soundfile
-from PIL import Image as pil
 
 LEFT_HZ, RIGHT_HZ = 440.0, 1500.0
 # Names of sound files: what libsndfile writes, and what PyAV writes with container and codec.
@@ -105,20 +103,3 @@ def video_file(
             if track is not None and sound is not None:
                 encode_sound(output, track, 48_000, sound)
         return path.read_bytes()
-
-
-def drawn(height: int = 40, width: int = 60) -> np.ndarray:
-    """A picture that looks different when it is turned or mirrored, uint8 [h, w, 3]."""
-    y, x = np.mgrid[:height, :width] / max(height, width)
-    pixels = np.stack([255 * x, 255 * y, 255 * (1 - x) * (1 - y)], axis=-1).astype(np.uint8)
-    pixels[: height // 4, : width // 3] = (250, 40, 30)
-    return pixels
-
-
-def encoded(picture: np.ndarray | pil.Image, kind: str, **options) -> bytes:
-    if kind == "HEIF":
-        pytest.importorskip("pillow_heif").register_heif_opener()
-    buffer = io.BytesIO()
-    picture = pil.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-    picture.save(buffer, kind, **options)
-    return buffer.getvalue()

@@ -140,3 +140,18 @@ def test_the_history_is_checked_from_the_first_commit_of_the_rule(git, script, c
     shallow = check(tmp_path / "shallow")
     assert shallow.returncode == 0
     assert "shallow clone" in shallow.stdout
+
+
+def test_a_folder_without_history_is_not_checked(script, tmp_path):
+    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    environment.pop("GIT_DIR", None)
+    for path in (environment["PATH"], ""):  # with git, and without
+        done = subprocess.run(
+            [sys.executable, str(script)],
+            cwd=tmp_path,
+            env={**environment, "PATH": path},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "no clone" in done.stdout

@@ -5,7 +5,8 @@ import weakref
 
 import numpy as np
 import pytest
-from media_files import drawn, encoded, sound_file, tones, video_file
+from image_files import drawn, encoded
+from media_files import sound_file, tones, video_file
 
 from g3n_mlx import Audio, Image, Video, load
 from g3n_mlx.engine.sequence import PromptTooLong

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import venv
 import zipfile
 
 import pytest
@@ -83,6 +84,38 @@ def test_commands_run_from_the_unpacked_wheel(wheel, tmp_path):
     code = "from g3n_mlx.matformer.table import read_slices; print(len(read_slices()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.strip() == "16", done.stderr
+
+
+@pytest.mark.slow  # pyright downloads itself the first time
+def test_editors_see_the_editable_install(source, tmp_path):
+    """Pyright resolves the package, and its types, for a script that is nowhere near the checkout."""
+    pytest.importorskip("pyright")
+    venv.create(tmp_path / "env", symlinks=os.name != "nt")
+    (site,) = (tmp_path / "env").rglob("site-packages")
+    wheel = build(source, "editable", tmp_path)
+    shutil.unpack_archive(wheel, site, "zip")
+    script = tmp_path / "elsewhere" / "script.py"
+    script.parent.mkdir()
+    script.write_text("from g3n_mlx import load\nfrom g3n_mlx.convert import convert\nreveal_type(load)\n", "utf-8")
+    python = tmp_path / "env" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pyright", "--pythonpath", str(python), str(script)],
+        cwd=script.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert "0 errors" in done.stdout, done.stdout + done.stderr
+    assert "-> Gemma3n" in done.stdout
+    found = subprocess.run(
+        [str(python), "-c", "import importlib.util as u; print(u.find_spec('g3n_mlx').origin)"],
+        cwd=script.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert found.stdout.strip() == str(source / "g3n_mlx" / "__init__.py"), found.stderr
 
 
 def test_the_right_framework_for_the_machine(repository):

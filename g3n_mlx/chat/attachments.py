@@ -1,5 +1,5 @@
-"""What a question in the chat carries besides words: files named by a flag or a command or dropped into the line,
-the clipboard's picture, the microphone. All become parts of a message that JSON can hold, so a chat can be saved.
+"""What a question in the chat carries besides words: files named by a flag or a command or dropped into the line, the
+image in the clipboard, the microphone. All become parts of a message that JSON can hold, so a chat can be saved.
 """
 
 import base64
@@ -29,23 +29,16 @@ SUFFIXES = {
     "audio": {".aac", ".aif", ".aiff", ".flac", ".m4a", ".mp3", ".oga", ".ogg", ".opus", ".wav"},
     "video": {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"},
 }
-# Where a path may begin: as one, or as a name that ends like a media file's. And a word as terminals write a dropped
-# path: in quotes, or with its spaces escaped.
-_PATH = r"(?:/|~/|\./|\.\./|file://|[A-Za-z]:[\\/])"
-_SUFFIX = rf"\.(?:{'|'.join(suffix[1:] for kind in SUFFIXES.values() for suffix in sorted(kind))})"
-_START = re.compile(
-    rf"""(?<!\S)(?=['"]?{_PATH}|(?:\\.|[^\s'"\\])+{_SUFFIX}\b|'[^'\n]+{_SUFFIX}'|"[^"\n]+{_SUFFIX}")""", re.IGNORECASE
-)
+# A path as terminals write a dropped file: absolute or a file:// URI, in quotes or with its spaces escaped, or both.
 _QUOTED = r"""'([^'\n]*)'|"([^"\n]*)\""""
-_WORD = re.compile(rf"(?:{_QUOTED}|[^\s'\"])+" if os.name == "nt" else rf"(?:{_QUOTED}|\\.|[^\s'\"\\])+")
+_PLAIN = r"[^\s'\"]" if os.name == "nt" else r"\\.|[^\s'\"\\]"
+_DROPPED = re.compile(rf"""(?<!\S)(?=['"]?(?:/|file://|[A-Za-z]:[\\/]))(?:{_QUOTED}|{_PLAIN})+""")
 _UNQUOTE = re.compile(_QUOTED if os.name == "nt" else rf"{_QUOTED}|\\(.)")
-_LINE = re.compile(r"[^\n]{1,4096}(?:\n|\Z)")
-_BARE = re.compile(r"\S{1,4096}")
 _REMOTE = re.compile(r"(?:https?|data|file):")
+_PUNCTUATION = ".,;:!?)"  # that may follow a path
 # What speech needs, and what the audio tower is given in the end.
 MICROPHONE_RATE = 16_000
 MAX_NAME_LETTERS = 4096  # of a path, as systems have it
-MAX_NOTES = 3  # about one message: pasted text may be full of paths
 
 
 def part(kind: str, source: str) -> dict[str, Any]:
@@ -59,20 +52,17 @@ def unquoted(name: str) -> str:
 
 
 def name_and_rest(argument: str) -> tuple[str, str]:
-    """What stands after a command: the file or URL, as it is or in a shell's spelling, and the text behind it."""
-    if _is_file(Path(argument)) or _is_file(Path(unquoted(argument))):
-        return (argument if _is_file(Path(argument)) else unquoted(argument)), ""
-    word = re.match(r"\S+", argument) if _REMOTE.match(argument) else _WORD.match(argument)
-    rest = argument[word.end() :].strip() if word else ""
-    if word is not None and rest and (_REMOTE.match(argument) or _is_file(Path(unquoted(word[0])))):
-        return unquoted(word[0]), rest
-    # A name with spaces as it is, the longest there is; else what must have been meant as the name.
-    ends = [space.start() for space in re.finditer(r"\s+", argument[:MAX_NAME_LETTERS])]
-    for end in reversed(ends):
-        if _is_file(Path(argument[:end])):
-            return argument[:end], argument[end:].strip()
-    end = next((end for end in ends if kind_of(Path(unquoted(argument[:end])))), len(argument))
-    return unquoted(argument[:end]), argument[end:].strip()
+    """What follows a command: the file or URL, as it is or in a shell's spelling, and the text after it."""
+    if _REMOTE.match(argument):
+        name, *rest = argument.split(maxsplit=1)
+        return name, "".join(rest)
+    ends = [len(argument), *(space.start() for space in re.finditer(r"\s+", argument[:MAX_NAME_LETTERS]))]
+    spellings = [(spelled, end) for end in sorted(ends) for spelled in (argument[:end], unquoted(argument[:end]))]
+    # The longest file there is; else the shortest name of media, which must have been meant.
+    found = next((entry for entry in reversed(spellings) if _is_file(Path(entry[0]))), None)
+    named = next((entry for entry in spellings[1::2] if kind_of(Path(entry[0]))), spellings[-1])
+    name, end = found or named
+    return name, argument[end:].strip()
 
 
 def name_of(part: dict[str, Any]) -> str:
@@ -84,67 +74,37 @@ def name_of(part: dict[str, Any]) -> str:
 
 
 def content(text: str, attached: list[dict[str, Any]]) -> str | list[Any]:
-    """A message's content: what was attached, then the text, with the media files it names in their places."""
-    parts = [*attached, *_with_dropped_files(text)]
+    """A message's content: what was attached, then the text, files dropped at its beginning or end in their places."""
+    dropped = list(_dropped_files(text))
+    borders = [0, *(border for start, end, _ in dropped for border in (start, end)), len(text)]
+    between = [text[start:end].strip() for start, end in zip(borders[::2], borders[1::2], strict=True)]
+    parts, position = [*attached], 0
+    for index, (start, end, path) in enumerate(dropped):
+        if any(between[: index + 1]) and any(words.strip(_PUNCTUATION) for words in between[index + 1 :]):
+            continue
+        parts += [text[position:start].strip(), part(str(kind_of(path)), str(path))]
+        position = end
+    parts = [entry for entry in [*parts, text[position:].strip()] if entry]
     return text if all(isinstance(entry, str) for entry in parts) else parts
 
 
 def notes(content: str | list[Any], attached: list[dict[str, Any]]) -> list[str]:
-    """What a user should know of a message's content: the files its text brought in, and paths that stayed text."""
+    """What a user should know of a message's content: the files taken out of its text, and those left in it."""
     parts = [content] if isinstance(content, str) else content
     taken = [f"with {name_of(part)}" for part in parts if isinstance(part, dict) and part not in attached]
-    left = [note for piece in parts if isinstance(piece, str) for note in map(_left_as_text, _starts(piece)) if note]
-    return taken + left[:MAX_NOTES]
+    left = [path.name for piece in parts if isinstance(piece, str) for _, _, path in _dropped_files(piece)]
+    return taken + [f"note: {name} is text; drop a file at the beginning or end of a message" for name in left]
 
 
-def _starts(text: str) -> Iterator[str]:
-    """The words at which a path may begin, without quotes and the punctuation behind them."""
-    for start in _START.finditer(text):
-        word = _WORD.match(text, start.start())
-        if word and len(word[0]) <= MAX_NAME_LETTERS:
-            yield unquoted(word[0]).rstrip(".,;:!?)")
-
-
-def _left_as_text(name: str) -> str | None:
-    if _REMOTE.match(name) and not name.startswith("file:"):
-        kind = kind_of(Path(urlsplit(name).path))
-        return f"note: {name} is text; /{kind} {name} fetches it" if kind else None
-    path = _path_of(name)
-    if kind_of(path):
-        return f"note: there is no file {name}, so it is text"
-    if not name.strip("/.~") or not _holds(path, Path.exists):
-        return None
-    what = "a folder" if _holds(path, Path.is_dir) else "no picture, sound or video"
-    return f"note: {name} is {what}, so it is text"
-
-
-def _with_dropped_files(text: str) -> Iterator[str | dict[str, Any]]:
-    position = 0
-    for start in _START.finditer(text):
-        found = _dropped_file(text, start.start()) if start.start() >= position else None
-        if found is None:
-            continue
-        if before := text[position : start.start()].strip():
-            yield before
-        path, position = found
-        yield part(str(kind_of(path)), str(path))
-    if text[position:].strip():
-        yield text[position:].strip()
-
-
-def _dropped_file(text: str, start: int) -> tuple[Path, int] | None:
-    """The media file whose path begins here, and where the path ends."""
-    word, line, bare = _WORD.match(text, start), _LINE.match(text, start), _BARE.match(text, start)
-    spellings = [(line[0].rstrip(),) * 2] if line else []  # not escaped at all
-    if word:
-        spellings += [(unquoted(word[0]), word[0])]
-    spellings += [(bare[0], bare[0])] if bare else []
-    for name, spelled in spellings:
-        for end in (len(name), len(name.rstrip(".,;:!?)"))):
-            path = _path_of(name[:end])
-            if kind_of(path) and _is_file(path):
-                return path, start + len(spelled) - (len(name) - end)
-    return None
+def _dropped_files(text: str) -> Iterator[tuple[int, int, Path]]:
+    """The media files whose absolute paths are words of the text: where each word begins and ends, and the path."""
+    for word in _DROPPED.finditer(text):
+        name = unquoted(word[0])
+        for length in (len(name), len(name.rstrip(_PUNCTUATION))):
+            path = _path_of(name[:length])
+            if path.is_absolute() and kind_of(path) and _is_file(path):
+                yield word.start(), word.end() - (len(name) - length), path
+                break
 
 
 def _path_of(name: str) -> Path:
@@ -154,13 +114,9 @@ def _path_of(name: str) -> Path:
 
 
 def _is_file(path: Path) -> bool:
-    return _holds(path, Path.is_file)
-
-
-def _holds(path: Path, test: Callable[[Path], bool]) -> bool:
     try:
-        return test(path.expanduser())
-    except (OSError, ValueError, RuntimeError):  # a text that is no name: too long, with a null, of nobody's home
+        return path.expanduser().is_file()
+    except (OSError, ValueError, RuntimeError):  # not a valid path: too long, null byte, unknown home directory
         return False
 
 

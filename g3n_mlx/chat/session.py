@@ -197,7 +197,7 @@ class Session:
     def _help(self, _: str) -> None:
         for name, (argument, text, _do) in self._commands.items():
             say(f"  {f'/{name} {argument}':<24} {text}")
-        say("  A picture, sound or video may also be dropped into a message, or named in it by its path.")
+        say("  An image, audio or video file may also be dropped at the beginning or end of a message.")
         say("  A new line in a message: Alt-Enter, or Enter after a backslash. Ctrl-C stops an answer.")
 
     def _file(self, kind: str, argument: str) -> None:

@@ -194,6 +194,6 @@ def _hang_up(connected: socket.socket, expired: threading.Event) -> None:
 
 
 def short(source: object) -> str:
-    """A path or URI for an error, quoted and abbreviated."""
+    """A path or URI for an error, quoted; a long one without its middle, so that a file keeps its name."""
     text = str(source)
-    return repr(text if len(text) <= 80 else f"{text[:77]}...")
+    return repr(text if len(text) <= 80 else f"{text[:35]}...{text[-42:]}")

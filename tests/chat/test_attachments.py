@@ -36,38 +36,58 @@ def test_a_dropped_file_becomes_a_part_in_its_place(cat, spelled):
     escaped = "".join(f"\\{letter}" if letter in " '()" else letter for letter in str(cat))
     uri = str(cat).replace(" ", "%20").replace("'", "%27")
     text = spelled.format(path=cat, escaped=escaped, uri=uri, shell=shlex.quote(str(cat)))
-    assert attachments.content(f"What is in {text} here?", []) == ["What is in", image(cat), "here?"]
     assert attachments.content(text, []) == [image(cat)]
+    assert attachments.content(f"{text} What's here?", []) == [image(cat), "What's here?"]
+    assert attachments.content(f"What's in {text} ", []) == ["What's in", image(cat)]
     assert attachments.content(f"What's in {text}?", []) == ["What's in", image(cat), "?"]
     assert attachments.content(f"{text}\n{text} alike?", []) == [image(cat), image(cat), "alike?"]
+    assert attachments.content(f"{text} or {text} {text}?", []) == [image(cat), "or", image(cat), image(cat), "?"]
 
 
-def test_a_path_without_quotes_at_the_end_of_a_line(cat, tmp_path):
-    assert attachments.content(f"What is in {cat}", []) == ["What is in", image(cat)]
-    plain = tmp_path / "it's.png"
-    plain.write_bytes(b"png")
-    assert attachments.content(f"Is {plain} a cat, don't you think?", []) == [
-        "Is",
-        image(plain),
-        "a cat, don't you think?",
-    ]
-    assert attachments.content(f"And {plain}, or not?", []) == ["And", image(plain), ", or not?"]
-
-
-def test_single_quotes(tmp_path):
-    path = tmp_path / "two words.wav"
+def test_a_path_that_needs_no_quotes(tmp_path):
+    path = tmp_path / "two-words.wav"
     path.write_bytes(b"wav")
-    assert attachments.content(f"'{path}' What is said?", []) == [
-        {"type": "audio", "audio": str(path)},
-        "What is said?",
-    ]
+    part = {"type": "audio", "audio": str(path)}
+    assert attachments.content(f"{path} What is said?", []) == [part, "What is said?"]
+    assert attachments.content(f"Transcribe {path}", []) == ["Transcribe", part]
 
 
-def test_what_is_no_media_file_stays_text(tmp_path, cat):
-    notes = tmp_path / "notes.txt"
-    notes.write_text("")
-    for text in (f"Read {notes}", f"{tmp_path}/missing.png", "cat.png", "/usr/bin is what?", f'a"{cat}"', ""):
+def test_what_is_no_dropped_file_stays_text(tmp_path, cat, monkeypatch):
+    """Names in prose above all: nothing that a message merely speaks of is sent along."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "dog.png").write_bytes(b"png")
+    (tmp_path / "notes.txt").write_text("")
+    for text in (
+        "dog.png",
+        "dog.png What is this?",
+        "What is in dog.png?",
+        "./dog.png what?",
+        "~/dog.png",
+        "'dog.png' what?",
+        f"Is {tmp_path}/dog.png in the middle?",
+        f"Read {tmp_path}/notes.txt",
+        f"{tmp_path}/missing.png",
+        str(cat),  # neither quoted nor escaped
+        "/usr/bin is what?",
+        f'a"{cat}"',
+        "",
+    ):
         assert attachments.content(text, []) == text
+
+
+def test_notes_say_what_was_taken_and_what_was_left(tmp_path):
+    for name in ("cat.png", "dog.png"):
+        (tmp_path / name).write_bytes(b"png")
+    attached = [image("/a/mouse.png")]
+    text = f"{tmp_path}/cat.png and {tmp_path}/dog.png are which?"
+    content = attachments.content(text, attached)
+    assert content == [*attached, image(tmp_path / "cat.png"), f"and {tmp_path}/dog.png are which?"]
+    assert attachments.notes(content, attached) == [
+        "with cat.png",
+        "note: dog.png is text; drop a file at the beginning or end of a message",
+    ]
+    assert attachments.notes("/no/such.png dog.png", []) == []
 
 
 def test_attached_parts_come_first(cat):

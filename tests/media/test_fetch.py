@@ -350,6 +350,13 @@ def test_the_size_limit_of_data_uris():
     assert fetch("data:;base64," + base64.b64encode(bytes(9)).decode(), policy) == bytes(9)
 
 
+def test_a_long_path_keeps_its_file_name_in_errors():
+    message = refused("/nowhere/" + "a/" * 100 + "cat.png", ANY)
+    assert message.startswith("'/nowhere/a/")
+    assert message.endswith("/a/cat.png' does not exist")
+    assert len(message) < 110
+
+
 @settings(deadline=None)
 @given(st.binary())
 def test_base64_of_any_bytes(data):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from media_files import drawn, encoded
+from image_files import drawn, encoded
 from PIL import Image as pil
 
 from g3n_mlx.config.fields import read_json

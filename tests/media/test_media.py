@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from media_files import drawn, encoded, sound_file, tones, video_file
+from image_files import drawn, encoded
+from media_files import sound_file, tones, video_file
 from PIL import Image as pil
 from test_fetch import Answers, no_proxy, server, url  # noqa: F401 - fixtures
 
