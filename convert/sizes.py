@@ -49,7 +49,8 @@ def size_slices(
     for entry in slices:
         plan = plan_slice(base, entry)
         text = TextConfig.from_dict(slice_config(raw_text, plan))
-        shapes = text_manifest(text) | dead_manifest(text)
+        dead = dead_manifest(text)
+        shapes = text_manifest(text) | dead
         chosen: Mapping[str, Quantization] = {}
         if stored:
             chosen = {name: how for path, how in stored.items() if (name := plan.sliced_name(path)) is not None}
@@ -63,7 +64,7 @@ def size_slices(
                 outputs = list(quantized_outputs(path, shape, chosen[path], dtype))
             size = sum(output.num_bytes for output in outputs)
             disk += size
-            if path != PLE_TABLE and name not in dead_manifest(text):
+            if path != PLE_TABLE and name not in dead:
                 resident += size
         sized.append(
             SizedSlice(entry, effective_parameters(text), disk, resident + _cache_bytes(text) + _PROGRAM_BYTES)
