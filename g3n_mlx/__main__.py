@@ -19,6 +19,7 @@ COMMANDS = {
     "bench": ("g3n_mlx.bench", "measure load time, speed and memory"),
     "eval": ("g3n_mlx.eval", "measure quality on examples or a text"),
     "serve": ("g3n_mlx.server", "serve a model over OpenAI's API"),
+    "doctor": ("g3n_mlx.doctor", "show what this machine can run and what is installed"),
     "completion": ("g3n_mlx.completion", "print the script for completion by Tab"),
 }
 ALIASES = {"server": "serve"}

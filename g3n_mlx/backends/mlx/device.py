@@ -1,6 +1,8 @@
 """Where MLX computes and in which dtype."""
 
 import logging
+from importlib.metadata import version
+from typing import Any
 
 import mlx.core as mx
 
@@ -74,3 +76,25 @@ def leave() -> None:
     """
     mx.synchronize()
     mx.clear_streams()
+
+
+def describe() -> dict[str, Any]:
+    """MLX's version and devices, the default one with its dtype, and what multiplies 4-bit weights there."""
+    place = device_of(None)
+    devices: list[dict[str, Any]] = [{"name": "cpu", "description": "MLX's CPU kernels", "memory_bytes": None}]
+    kind = "cpu"
+    if mx.metal.is_available():
+        found, kind = mx.device_info(), "metal"
+        memory = int(found["max_recommended_working_set_size"])
+        devices.append({"name": "gpu", "description": str(found["device_name"]), "memory_bytes": memory})
+    elif mx.cuda.is_available():
+        kind = "cuda"
+        names = [f"cuda:{index}" for index in range(mx.device_count(mx.gpu))]
+        devices += [{"name": name, "description": "CUDA", "memory_bytes": None} for name in names]
+    return {
+        "version": version("mlx"),
+        "devices": devices,
+        "default_device": kind,
+        "default_dtype": str(dtype_of(None, place, quantized=True)).removeprefix("mlx.core."),
+        "products": f"quantized_matmul on {kind}",
+    }

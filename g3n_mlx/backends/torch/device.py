@@ -1,5 +1,7 @@
 """Where PyTorch computes and in which dtype."""
 
+from typing import Any
+
 import torch
 
 from g3n_mlx.failures import BadValue
@@ -47,3 +49,29 @@ def claim(device: torch.device) -> None:
 
 def leave() -> None:
     """Nothing to free before the process ends."""
+
+
+def describe() -> dict[str, Any]:
+    """PyTorch's version and devices, the default one with its dtype, and what multiplies 4-bit weights there."""
+    from g3n_mlx.backends.torch.kernels.dense import dense_product_dtype, dense_product_rows
+    from g3n_mlx.backends.torch.kernels.packed import packing_block_rows
+
+    place, capability = device_of(None), torch.backends.cpu.get_cpu_capability()
+    devices: list[dict[str, Any]] = [{"name": "cpu", "description": capability, "memory_bytes": None}]
+    for index in range(torch.cuda.device_count() if place.type == "cuda" else 0):
+        found = torch.cuda.get_device_properties(index)
+        devices.append({"name": f"cuda:{index}", "description": found.name, "memory_bytes": found.total_memory})
+    blocks = f"blocks dequantized to {dense_product_dtype(torch.bfloat16, place.type)}".replace("torch.", "")
+    products = blocks
+    if place.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(place) >= (8, 0):
+        products = "packed int4 kernel (_weight_int4pack_mm)"
+    elif place.type == "cpu" and packing_block_rows():
+        rows = dense_product_rows()
+        products = f"packed int4 kernel (_weight_int4pack_mm_for_cpu) below {rows} rows, {blocks} from there"
+    return {
+        "version": torch.__version__,
+        "devices": devices,
+        "default_device": str(place),
+        "default_dtype": str(dtype_of(None, place, quantized=True)).removeprefix("torch."),
+        "products": products,
+    }
