@@ -12,7 +12,7 @@ from pathlib import Path
 
 FIRST = "Move the configs into a folder of their own"
 SUBJECT_LENGTH = 72
-LINES_WITHOUT_BODY = 30  # added and removed lines up to which a subject may be enough
+LINES_WITHOUT_BODY = 60  # added and removed lines up to which a subject may be enough
 
 NO_VERBS = {"a", "an", "the", "this", "these", "it", "its", "no", "new", "now", "more", "some", "also", "when", "for"}
 PAST_TENSES = {"made", "built", "wrote", "ran", "took", "gave", "got", "went", "kept", "left", "sent", "found", "did"}
