@@ -62,6 +62,7 @@ def source(run_peer, tiny_folder, tmp_path_factory):
             (folder / path.name).write_bytes(path.read_bytes())
     config = json.loads((folder / "config.json").read_text("utf-8"))
     del config["vision_config"]["model_args"]  # those of the tiny tower
+    config["vision_soft_tokens_per_image"] = 256  # of the published tower
     (folder / "config.json").write_text(json.dumps(config))
     run_peer(WRITE_TOWER, tiny_folder / "model.safetensors", folder / "model.safetensors")
     return folder
