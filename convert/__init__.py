@@ -15,10 +15,11 @@ from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.checkpoint.hub import cache_folder, resolve
 from g3n_mlx.checkpoint.names import canonical_tensors
 from g3n_mlx.checkpoint.quantization import Quantization
+from g3n_mlx.checkpoint.recipe import choose_quantizations
 from g3n_mlx.checkpoint.shards import open_shards
 from g3n_mlx.config.manifest import TEXT, dead_manifest
 from g3n_mlx.config.model import ModelConfig
-from g3n_mlx.convert.quantize import FLOATS, choose_quantizations, plan_jobs
+from g3n_mlx.convert.quantize import FLOATS, plan_jobs
 from g3n_mlx.convert.write import (
     appearing_folder,
     check_free_name,

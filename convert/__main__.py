@@ -16,9 +16,9 @@ from g3n_mlx.config.model import read_config
 from g3n_mlx.config.text import TextConfig
 from g3n_mlx.convert import DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS, convert
 from g3n_mlx.convert.quantize import FLOATS
-from g3n_mlx.convert.sizes import SizedSlice, largest_fitting, size_slices, table
 from g3n_mlx.failures import BadValue, size_in_words
 from g3n_mlx.matformer.plan import fits
+from g3n_mlx.matformer.sizes import SizedSlice, largest_fitting, size_slices, table
 from g3n_mlx.matformer.table import OWN_TABLE, PUBLISHED, read_slices
 
 NAME = "g3n-convert"

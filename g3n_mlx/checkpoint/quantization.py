@@ -6,6 +6,7 @@ bit stream, and groups never straddle rows: a slice of whole groups can be cut o
 """
 
 from dataclasses import dataclass
+from math import prod
 
 import ml_dtypes
 import numpy as np
@@ -40,6 +41,11 @@ class Quantization:
     def packed_width(self, width: int) -> int:
         """uint32 words that `width` codes take; width is a multiple of the group size."""
         return width * self.bits // 32
+
+    def num_bytes(self, shape: tuple[int, ...], item_bytes: int) -> int:
+        """Bytes of codes, scales and biases of a weight; item_bytes: of one scale."""
+        *lead, width = shape
+        return prod(lead) * (4 * self.packed_width(width) + 2 * item_bytes * (width // self.group_size))
 
 
 def quantize(weight: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ from g3n_mlx.checkpoint.quantization import BITS
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.convert import DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS
 from g3n_mlx.convert.quantize import FLOATS
-from g3n_mlx.convert.sizes import size_slices
+from g3n_mlx.matformer.sizes import size_slices
 from g3n_mlx.matformer.table import PUBLISHED, read_slices
 
 

@@ -25,8 +25,8 @@ from g3n_mlx.config.manifest import dead_manifest
 from g3n_mlx.convert import cached_conversion, convert, plan_for
 from g3n_mlx.convert import write as writing
 from g3n_mlx.convert.__main__ import main
-from g3n_mlx.convert.sizes import largest_fitting, size_slices
 from g3n_mlx.failures import size_in_words
+from g3n_mlx.matformer.sizes import largest_fitting, size_slices
 from g3n_mlx.matformer.table import read_slices
 
 DENSE_MARKS = ("norm", "altup.", "laurel.", "embed_vision.", "embed_audio.", "_tower.")

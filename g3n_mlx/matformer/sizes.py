@@ -6,9 +6,10 @@ from math import prod
 from typing import Any
 
 from g3n_mlx.checkpoint.quantization import Quantization
+from g3n_mlx.checkpoint.recipe import choose_quantizations
+from g3n_mlx.checkpoint.shards import DTYPES
 from g3n_mlx.config.manifest import PLE_TABLE, dead_manifest, effective_parameters, text_manifest
 from g3n_mlx.config.text import SLIDING, TextConfig
-from g3n_mlx.convert.quantize import Output, choose_quantizations, quantized_outputs
 from g3n_mlx.failures import BadValue, size_in_words
 from g3n_mlx.matformer.plan import plan_slice, slice_config
 from g3n_mlx.matformer.table import Slice
@@ -44,7 +45,7 @@ def size_slices(
 
     stored: how the base is quantized already, by module path; then the bits asked for have no say.
     """
-    base = TextConfig.from_dict(raw_text)
+    base, item_bytes = TextConfig.from_dict(raw_text), DTYPES[dtype].itemsize
     sized: list[SizedSlice] = []
     for entry in slices:
         plan = plan_slice(base, entry)
@@ -59,10 +60,7 @@ def size_slices(
         disk = resident = 0
         for name, shape in shapes.items():
             path = name.removesuffix(".weight")
-            outputs = [Output(name, dtype, shape)]
-            if path in chosen:
-                outputs = list(quantized_outputs(path, shape, chosen[path], dtype))
-            size = sum(output.num_bytes for output in outputs)
+            size = chosen[path].num_bytes(shape, item_bytes) if path in chosen else prod(shape) * item_bytes
             disk += size
             if path != PLE_TABLE and name not in dead:
                 resident += size
