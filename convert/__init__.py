@@ -35,11 +35,11 @@ from g3n_mlx.matformer.view import open_sliced
 
 logger = logging.getLogger(__name__)
 
-# What the rest of a checkpoint can bear is too coarse for the PLE table, which is never in memory anyway.
+# 4 bits are too coarse for the PLE table; 8 cost no memory, because the table stays on disk.
 DEFAULT_PLE_BITS = 8
 DEFAULT_GROUP_SIZE = 64
 
-# A cached conversion is made anew when what a conversion writes changes.
+# Raised when the output of a conversion changes, so that cached ones are made again.
 _CACHE_VERSION = 1
 _OUTSIDE_THE_CACHE = "that is your cache; convert into another folder (g3n-convert -q -o FOLDER), and load that"
 
@@ -60,8 +60,8 @@ def convert(
     """Writes a checkpoint, sliced and quantized as asked, into a new folder; returns the folder.
 
     source: a folder of any layout, or a hub id. q_bits: 2, 3, 4, 5, 6 or 8; None does not quantize. ple_bits: of the
-    PLE table, 8 when nothing is said. matformer: name of a slice in matformer_config, a CSV file (None: the published
-    table). dtype: "bfloat16" when nothing is said, "float16" or "float32"; of an already quantized source it stays
+    PLE table, 8 by default. matformer: name of a slice in matformer_config, a CSV file (None: the published
+    table). dtype: "bfloat16" by default, "float16" or "float32"; of an already quantized source it stays
     what it is. Raises ValueError or OSError when the source, the slice, the disk or the output folder does not fit.
     """
     if matformer_config is not None and matformer is None:
@@ -114,14 +114,14 @@ def cached_conversion(
 
 
 def plan_for(folder: Path, matformer: str, matformer_config: str | Path | None = None) -> SlicePlan:
-    """The plan of a named slice for the checkpoint in a folder; of it, config.json and its own slices are read."""
+    """The plan of a named slice for the checkpoint in a folder; reads only config.json and the slice tables."""
     slices = slices_for(folder, None if matformer_config is None else Path(matformer_config))
     text = ModelConfig.from_file(folder).text
     return plan_slice(text, find_slice(matformer, slices, text))
 
 
 def fingerprint(folder: Path) -> str:
-    """What a checkpoint is, without reading all of it: config, and name, size, time and header of every shard."""
+    """Identifies a checkpoint without reading all of it: config, and name, size, time and header of every shard."""
     shards, on_disk = open_shards(folder)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for shard in shards:
@@ -166,7 +166,7 @@ def _write(
         check_space(output, jobs)
         write_shards(partial, jobs, progress)
         copy_sidecars(checkpoint.folder, partial, whole=plan is None)
-        # Last: a folder without config.json is none that anybody loads.
+        # Written last: a folder without config.json is never taken for a checkpoint.
         write_json(partial / "config.json", _config(checkpoint, chosen, stored))
 
 

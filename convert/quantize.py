@@ -1,4 +1,4 @@
-"""Which tensor is stored how, and the work that brings it there, a block of rows at a time."""
+"""How each tensor of the new checkpoint is made, a block of rows at a time."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,13 +27,12 @@ class Output:
 
     @property
     def num_bytes(self) -> int:
-        """Size in the file."""
         return prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Tensors that come from one source and have equally many rows."""
+    """Tensors made from one source tensor, with the same number of rows."""
 
     outputs: tuple[Output, ...]
     num_rows: int
@@ -55,7 +54,8 @@ def quantized_outputs(path: str, shape: tuple[int, ...], quantization: Quantizat
 def plan_jobs(checkpoint: Checkpoint, quantizations: Mapping[str, Quantization], dtype: str | None) -> list[Job]:
     """Everything that the new checkpoint holds, under the published names.
 
-    The unused keys and values of KV-sharing layers go along, zeros where the source lacks them: mlx-lm wants them.
+    The unused keys and values of KV-sharing layers are written too, as zeros where the source lacks them: mlx-lm
+    requires them.
     dtype: of all floats, as safetensors spells it; None leaves every tensor as it is stored.
     """
     jobs = [

@@ -1,7 +1,7 @@
 """Writes a checkpoint folder: shards filled by all cores, index, config, and the small files beside them.
 
-Nothing is in memory but the blocks in work. The folder grows under another name and gets its own at the very end,
-so what bears the name is complete.
+Only the blocks in progress are in memory. The folder is filled under a temporary name and renamed at the end, so a
+folder with the final name is complete.
 """
 
 import json
@@ -56,7 +56,7 @@ class _ShardFile:
         self._file.truncate(start + end)
 
     def write(self, output: Output, first_row: int, rows: np.ndarray) -> None:
-        """Puts some rows of a tensor in place."""
+        """Writes some rows of a tensor."""
         row_bytes = output.num_bytes // output.shape[0] if output.shape else 0
         data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
         with self._lock:  # Windows has no pwrite: seek and write belong together
@@ -65,7 +65,6 @@ class _ShardFile:
                 data = data[self._file.write(data) :]
 
     def close(self) -> None:
-        """Closes the file."""
         self._file.close()
 
 
@@ -97,10 +96,10 @@ def check_space(folder: Path, jobs: Iterable[Job]) -> int:
 def appearing_folder(
     folder: Path, wait_for_others: bool, otherwise: str = "choose another place for the output folder"
 ) -> Generator[Path]:
-    """A folder to fill, which gets its name when the block ends well and is removed when it does not.
+    """A folder to fill, which gets its name when the block succeeds and is removed when it fails.
 
-    What a killed run left behind is removed first. Raises FileExistsError when the name is taken, or when another
-    process is filling it and wait_for_others is false. PermissionError when there is no writing at its place; its
+    Leftovers of a killed run are removed first. Raises FileExistsError when the name is taken, or when another
+    process is filling it and wait_for_others is false. PermissionError when its parent is not writable; its
     message ends with `otherwise`, what the user can do.
     """
     folder = folder.absolute()
@@ -108,7 +107,7 @@ def appearing_folder(
     lock_file = folder.parent / f".{folder.name}.lock"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock_file.touch()  # the lock would take a place that can't be written to for another process's
+        lock_file.touch()  # FileLock reports a folder that cannot be written to as locked
     except OSError as error:
         in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
         reason = "it is no folder" if in_the_way else (error.strerror or str(error)).lower()
@@ -186,7 +185,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _split(jobs: Sequence[Job], max_bytes: int) -> Iterator[list[Job]]:
-    """Groups that fit a shard; what stands for one weight is never parted."""
+    """Groups that fit a shard; the tensors of one weight stay together."""
     group: list[Job] = []
     filled = 0
     for job in jobs:
@@ -207,7 +206,7 @@ def _blocks(job: Job, shard: _ShardFile) -> Iterator[_Block]:
 
 
 def _run_all(blocks: Iterable[_Block]) -> Iterator[int]:
-    """Runs blocks on all cores (numpy's loops and the file calls let go of the interpreter); yields bytes done."""
+    """Runs blocks on all cores (numpy's loops and file calls release the GIL); yields bytes done."""
     workers = os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
         pending: set[Future[int]] = set()

@@ -1,4 +1,4 @@
-"""The names in which Gemma 3n lies on disk, and what its config.json says about quantization.
+"""The names that Gemma 3n's tensors have on disk, and what its config.json says about quantization.
 
 Names differ by who wrote the file: Google and mlx-lm, mlx-vlm, text-only Hugging Face, transformers 5. Canonical
 names are the module paths of our models.
@@ -31,7 +31,7 @@ _PREFIXES = (
     ),
     ("model.", TEXT),
 )
-# What mx.quantize takes where nothing is said (mlx, ops.cpp, `quantize`, mode "affine").
+# The defaults of mx.quantize (mlx, ops.cpp, `quantize`, mode "affine").
 _MLX_DEFAULT = Quantization(bits=4, group_size=64)
 
 
@@ -75,7 +75,7 @@ def lacks_stem_bias(tensors: Mapping[str, StoredTensor]) -> bool:
 def without_absent_modalities(
     config: ModelConfig, raw_config: dict[str, Any], tensors: Mapping[str, StoredTensor]
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """Text-only conversions keep the whole config.json: a modality without any tensor is none."""
+    """Drops modalities that have no tensors: text-only conversions keep the whole config.json."""
     for modality, tower in TOWERS.items():
         key = f"{modality}_config"
         if key in raw_config and not any(name.startswith((tower, f"embed_{modality}.")) for name in tensors):
@@ -86,7 +86,7 @@ def without_absent_modalities(
 
 
 def declared_quantization(raw_config: dict[str, Any], where: str) -> Declared | None:
-    """Takes the quantization keys out of a config: what holds is in the shapes, and is checked against them."""
+    """Takes the quantization keys out of a config; the shapes decide, and are checked against them."""
     repeated = raw_config.pop("quantization_config", None)
     raw = raw_config.pop("quantization", repeated)
     if raw is None:

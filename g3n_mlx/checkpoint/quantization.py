@@ -1,7 +1,7 @@
 """Group-wise affine quantization in numpy, MLX's scheme: w ≈ code · scale + bias for each group of a row.
 
 Equal, bit for bit, to `mx.quantize` on MLX's CPU stream (mlx, backend/cpu/quantized.cpp, `quantize`), so a
-checkpoint does not depend on the machine that wrote it. Codes lie behind each other LSB first in a little-endian
+checkpoint does not depend on the machine that wrote it. Codes are packed LSB first into a little-endian
 bit stream, and groups never straddle rows: a slice of whole groups can be cut out of the packed form.
 """
 

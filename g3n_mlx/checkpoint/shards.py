@@ -53,7 +53,7 @@ class Shard:
         self._lock = threading.Lock()
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fills a buffer of bytes from a place in the file; raises ValueError where the file ends before."""
+        """Fills a buffer of bytes from an offset in the file; raises ValueError where the file ends early."""
         with self._lock:
             self._file.seek(offset)
             while len(buffer):
@@ -84,7 +84,6 @@ class StoredTensor:
 
     @property
     def num_bytes(self) -> int:
-        """Size in the file."""
         return prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
@@ -94,7 +93,7 @@ class MappedTensor:
     def __init__(self, stored: StoredTensor):
         self._map, place = stored.shard.map(stored.offset, stored.num_bytes)
         if hasattr(self._map, "madvise"):
-            self._map.madvise(mmap.MADV_RANDOM)  # rows are far apart: reading ahead brings what nobody asks for
+            self._map.madvise(mmap.MADV_RANDOM)  # rows are far apart: readahead would only waste I/O
         data = np.frombuffer(self._map, DTYPES[stored.dtype], prod(stored.shape), place)
         self._rows = data.reshape(stored.shape)
 
@@ -103,7 +102,7 @@ class MappedTensor:
         return self._rows[ids]
 
     def release(self) -> None:
-        """Gives the pages back that were read so far; they come again from the file when needed."""
+        """Releases the pages read so far; the file is read again when they are needed."""
         if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows, which trims a process by itself
             self._map.madvise(mmap.MADV_DONTNEED)
 

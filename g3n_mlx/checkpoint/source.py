@@ -12,14 +12,14 @@ from g3n_mlx.checkpoint.shards import DTYPES, MappedTensor, Shard, StoredTensor
 # Ranges [start, stop) along one axis, ascending.
 Ranges = tuple[tuple[int, int], ...]
 
-# A gap between kept columns is worth skipping from a page upwards: below, the disk brings it anyway.
+# Gaps of a page or more between kept columns are skipped; shorter ones are read along, for the disk reads whole pages.
 _PAGE_BYTES = 4096
-# Rows that are read whole and then cut, at a time.
+# Rows that are read whole and then cut, per block.
 _BLOCK_BYTES = 1 << 20
-# Mapped pages that may stay resident before they are given back, ...
+# Mapped pages that may stay resident before they are released, ...
 _MAPPED_BYTES = 32 << 20
 # ... and what one touched row can map: Linux keeps large files in pieces of up to this size and maps a piece whole
-# (512 rows of E4B's table at 8 bits: 300 MB resident where 64 KiB a row were reckoned with).
+# (measured with 512 rows of E4B's table at 8 bits: 300 MB resident; 64 KiB per row would have been 32 MB).
 _TOUCH_BYTES = 2 << 20
 
 
@@ -30,7 +30,7 @@ class Source:
     stored: StoredTensor
     shape: tuple[int, ...]  # as read
     rows: Ranges | None = None  # kept rows
-    columns: Ranges | None = None  # kept columns in stored units: words of packed codes, or one scale a group
+    columns: Ranges | None = None  # kept columns in stored units: words of packed codes, or scales, one per group
     axes: tuple[int, ...] | None = None  # the transposition from the stored to the published order
     absent: bool = False  # not on disk: reads as zeros
 
@@ -65,7 +65,7 @@ class Source:
 class RowTable:
     """Rows of a table on disk, gathered from a memory map and dequantized after the gather.
 
-    The pages that were touched are given back from time to time, so a long run does not make the table resident.
+    Touched pages are released from time to time, so a long run does not make the table resident.
     """
 
     def __init__(self, sources: list[Source], quantization: Quantization | None):

@@ -39,21 +39,21 @@ class Fields:
         return self._raw[key]
 
     def integer(self, key: str, at_least: int = 0) -> int:
-        """An integer; raises ValueError when it is none, or too small."""
+        """Raises ValueError when the value is not an integer, or too small."""
         value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
             raise BadValue(f"{self._where}: {key} is {value!r}, expected an integer of at least {at_least}")
         return value
 
     def number(self, key: str) -> float:
-        """A number; raises ValueError when it is none."""
+        """Raises ValueError when the value is not a number."""
         value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise BadValue(f"{self._where}: {key} is {value!r}, expected a number")
         return float(value)
 
     def per_layer(self, key: str, layers: int, kind: type) -> tuple[Any, ...]:
-        """A list with one entry a layer; older files write one scalar for all."""
+        """A list with one entry per layer; older files write one scalar for all."""
         value = self.get(key)
         if value is None:  # the reference fills it in from numbers of its own
             raise BadValue(f"{self._where}: {key} is null, expected a value for every layer: write the list out")

@@ -19,7 +19,7 @@ FULL = "full_attention"
 
 @dataclass(frozen=True, slots=True)
 class TextConfig:
-    """Shape of the language model; tuples hold one entry a layer."""
+    """Shape of the language model; tuples hold one entry per layer."""
 
     vocab_size: int
     vocab_size_per_layer_input: int  # rows of the PLE table; ids from here on use row 0

@@ -24,7 +24,7 @@ _PER_LAYER_LISTS = ("layer_types", "activation_sparsity_pattern")
 
 @dataclass(frozen=True, slots=True)
 class SlicePlan:
-    """A slice that was checked against a config: what to keep of this very checkpoint."""
+    """A slice checked against a config: what to keep of the checkpoint."""
 
     slice_name: str
     kept_layers: tuple[int, ...]  # indices in the checkpoint, ascending

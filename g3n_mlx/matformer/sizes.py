@@ -29,7 +29,7 @@ class SizedSlice:
     slice: Slice
     effective_parameters: int  # computed; the table has the published figure
     disk_bytes: int  # of the text model
-    resident_bytes: int  # of a text run: all but the PLE table, whose rows are read when they are needed
+    resident_bytes: int  # of a text run: all but the PLE table, which stays on disk
 
 
 def size_slices(
@@ -43,7 +43,7 @@ def size_slices(
 ) -> list[SizedSlice]:
     """Sizes every slice of a base model whose text_config is given; dtype as safetensors spells it.
 
-    stored: how the base is quantized already, by module path; then the bits asked for have no say.
+    stored: how the base is quantized already, by module path; the requested bits are then ignored.
     """
     base, item_bytes = TextConfig.from_dict(raw_text), DTYPES[dtype].itemsize
     sized: list[SizedSlice] = []

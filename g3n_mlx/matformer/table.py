@@ -10,7 +10,7 @@ from g3n_mlx.failures import BadValue, MissingFile
 
 PUBLISHED = Path(__file__).parent.parent / "matformer_configs" / "gemma3n.csv"
 
-# The slices of a checkpoint that was made for them lie beside it.
+# A checkpoint may bring slices of its own in this file.
 OWN_TABLE = "matformer.csv"
 
 _COLUMNS = (
