@@ -2,7 +2,8 @@
 """Checks commit messages: `check_commit.py FILE` checks one that is being written, without FILE those of the history.
 
 A subject is an imperative of at most 72 characters that a stranger understands; a commit of more than a few lines says
-why in its body. The rule holds from the commit with the subject FIRST on: older commits were written without it.
+why in its body, unless it only moves them. The rule holds from the commit with the subject FIRST on: older
+commits were written without it.
 """
 
 import re
@@ -13,6 +14,8 @@ from pathlib import Path
 FIRST = "Move the configs into a folder of their own"
 SUBJECT_LENGTH = 72
 LINES_WITHOUT_BODY = 60  # added and removed lines up to which a subject may be enough
+
+MOVES = {"Move", "Rename"}  # a subject that begins so says it all
 
 NO_VERBS = {"a", "an", "the", "this", "these", "it", "its", "no", "new", "now", "more", "some", "also", "when", "for"}
 PAST_TENSES = {"made", "built", "wrote", "ran", "took", "gave", "got", "went", "kept", "left", "sent", "found", "did"}
@@ -43,7 +46,7 @@ def complaints(message: str, changed_lines: int) -> list[str]:
     if rest and not rest.startswith("\n"):
         found.append("there is no blank line between subject and body")
     body = [line for line in rest.splitlines() if line.strip() and not re.match(r"[A-Z][\w-]+-by: ", line)]
-    if not body and changed_lines > LINES_WITHOUT_BODY:
+    if not body and changed_lines > LINES_WITHOUT_BODY and word not in MOVES:
         found.append(f"{changed_lines} lines change: say why in a body, below a blank line")
     return found
 

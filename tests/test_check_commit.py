@@ -91,6 +91,7 @@ def test_a_large_change_says_why(checks):
     lines = checks.LINES_WITHOUT_BODY
     assert checks.complaints("Read it", lines) == []
     assert checks.complaints("Read it\n\nBecause.", lines + 1) == []
+    assert checks.complaints("Move what reads it into a folder", lines + 1) == []
     for message in ("Read it", "Read it\n\nSigned-off-by: A <a@b.example>"):
         (found,) = checks.complaints(message, lines + 1)
         assert found.startswith(f"{lines + 1} lines change")
