@@ -7,6 +7,7 @@ import pytest
 
 from g3n_mlx import load
 from g3n_mlx.checkpoint.hub import demo_folder
+from g3n_mlx.engine.grammar import GrammarError
 from g3n_mlx.engine.runner import Runner
 from g3n_mlx.sampling import SamplingParams
 
@@ -95,3 +96,30 @@ def test_params_and_a_schema_for_all(model):
         list(model.stream_many(["a"], replace(params), constraint=object()))
     with pytest.raises(ValueError, match="parallel is 0"):
         list(model.stream_many(["a"], parallel=0))
+
+
+def test_what_fails_on_the_way_is_that_prompts_error_and_a_bug_ends_it(model, monkeypatch):
+    class Failing:
+        def __init__(self, error):
+            self.error, self.asked = error, 0
+
+        def mask(self):
+            self.asked += 1
+            if self.asked == 3:
+                raise self.error
+
+        def push(self, token_id):
+            pass
+
+    def constraints(error):
+        made = iter([None, Failing(error), None])
+        monkeypatch.setattr("g3n_mlx.model.constraint_of", lambda *_: next(made))
+
+    prompts = ["Hello", "2 + 2?", "Who are you?"]
+    constraints(GrammarError("too complex"))
+    found = dict(model.stream_many(prompts, parallel=3, temperature=0, max_tokens=6, ignore_eos=True))
+    assert str(found[1]) == "too complex"
+    assert [len(found[i].token_ids) for i in (0, 2)] == [6, 6]
+    constraints(RuntimeError("a bug"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        list(model.stream_many(prompts, parallel=3, temperature=0, max_tokens=6, ignore_eos=True))

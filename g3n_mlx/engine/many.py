@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from g3n_mlx.engine.answer import Answer
 from g3n_mlx.engine.results import Chunk
 from g3n_mlx.engine.runner import Failure, Rounds, Runner
+from g3n_mlx.failures import is_expected
 
 
 def answers(
@@ -29,14 +30,14 @@ def answers(
         for tasks in rounds.calls():
             for answer, outcome in zip(tasks, runner.advance(tasks), strict=True):
                 number, chunks = written[answer]
+                result: list[Chunk] | Exception = chunks
                 if isinstance(outcome, Failure):
-                    if not isinstance(outcome.error, Exception):
-                        raise outcome.error
-                    rounds.tasks.remove(answer)
-                    yield number, outcome.error
-                    continue
-                chunks += outcome
-                if answer.finished:
+                    if not isinstance(outcome.error, Exception) or not is_expected(outcome.error):
+                        raise outcome.error  # a bug, no property of the prompt
+                    result = outcome.error
+                else:
+                    chunks += outcome
+                if result is not chunks or answer.finished:
                     rounds.tasks.remove(answer)
                     del written[answer]
-                    yield number, chunks
+                    yield number, result
