@@ -31,7 +31,7 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class TensorJob:
     """Tensors made from one source tensor, with the same number of rows."""
 
     outputs: tuple[Output, ...]
@@ -51,7 +51,7 @@ def quantized_outputs(path: str, shape: tuple[int, ...], quantization: Quantizat
     )
 
 
-def plan_jobs(checkpoint: Checkpoint, quantizations: Mapping[str, Quantization], dtype: str | None) -> list[Job]:
+def plan_jobs(checkpoint: Checkpoint, quantizations: Mapping[str, Quantization], dtype: str | None) -> list[TensorJob]:
     """Everything that the new checkpoint holds, under the published names.
 
     The unused keys and values of KV-sharing layers are written too, as zeros where the source lacks them: mlx-lm
@@ -83,7 +83,7 @@ def _job(
     read: Callable[[int, int], np.ndarray],
     quantizations: Mapping[str, Quantization],
     dtype: str | None,
-) -> Job:
+) -> TensorJob:
     published = f"model.{name}"
     target = dtype if dtype and stored in FLOATS.values() else stored
     quantization = quantizations.get(name.removesuffix(".weight"))
@@ -93,7 +93,7 @@ def _job(
     else:
         outputs = quantized_outputs(published.removesuffix(".weight"), shape, quantization, target)
         produce = partial(_quantize, published, read, DTYPES[target], quantization)
-    return Job(outputs, shape[0] if shape else 1, prod(shape) * DTYPES[stored].itemsize, produce)
+    return TensorJob(outputs, shape[0] if shape else 1, prod(shape) * DTYPES[stored].itemsize, produce)
 
 
 def _zeros(row: tuple[int, ...], dtype: str, start: int, stop: int) -> np.ndarray:

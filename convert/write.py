@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from g3n_mlx.checkpoint.shards import DTYPES, INDEX
-from g3n_mlx.convert.quantize import Job, Output
+from g3n_mlx.convert.quantize import Output, TensorJob
 from g3n_mlx.failures import FileInTheWay, FileProblem, NotPermitted, size_in_words
 from g3n_mlx.matformer.table import OWN_TABLE
 
@@ -70,7 +70,7 @@ class _ShardFile:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    job: Job
+    job: TensorJob
     shard: _ShardFile
     start: int
     stop: int
@@ -82,7 +82,7 @@ class _Block:
         return self.job.source_bytes * (self.stop - self.start) // self.job.num_rows
 
 
-def check_space(folder: Path, jobs: Iterable[Job]) -> int:
+def check_space(folder: Path, jobs: Iterable[TensorJob]) -> int:
     """The bytes that a conversion will write; raises OSError when the disk has less room."""
     needed = sum(output.num_bytes for job in jobs for output in job.outputs)
     parent = next(path for path in folder.absolute().parents if path.is_dir())
@@ -141,7 +141,9 @@ def check_free_name(folder: Path) -> None:
         raise FileInTheWay(f"{folder} exists already; choose another output folder, or remove it")
 
 
-def write_shards(folder: Path, jobs: Sequence[Job], progress: bool, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def write_shards(
+    folder: Path, jobs: Sequence[TensorJob], progress: bool, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
     """Runs all jobs into model.safetensors, or into numbered shards and their index."""
     groups = list(_split(jobs, max_shard_bytes))
     names = [
@@ -184,9 +186,9 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _split(jobs: Sequence[Job], max_bytes: int) -> Iterator[list[Job]]:
+def _split(jobs: Sequence[TensorJob], max_bytes: int) -> Iterator[list[TensorJob]]:
     """Groups that fit a shard; the tensors of one weight stay together."""
-    group: list[Job] = []
+    group: list[TensorJob] = []
     filled = 0
     for job in jobs:
         size = sum(output.num_bytes for output in job.outputs)
@@ -199,7 +201,7 @@ def _split(jobs: Sequence[Job], max_bytes: int) -> Iterator[list[Job]]:
         yield group
 
 
-def _blocks(job: Job, shard: _ShardFile) -> Iterator[_Block]:
+def _blocks(job: TensorJob, shard: _ShardFile) -> Iterator[_Block]:
     step = max(1, _BLOCK_BYTES * job.num_rows // max(1, job.source_bytes))
     for start in range(0, job.num_rows, step):
         yield _Block(job, shard, start, min(start + step, job.num_rows))

@@ -1,9 +1,9 @@
 """Gemma3n: what `load` returns and users hold. Messages in, text out, over the engine."""
 
 import asyncio
-import contextlib
 import threading
 from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Self, Unpack
@@ -21,7 +21,7 @@ from g3n_mlx.engine.options import AnswerOptions, constraint_of, parsed, with_me
 from g3n_mlx.engine.results import Chunk, Result
 from g3n_mlx.engine.runner import Runner
 from g3n_mlx.engine.scores import PromptReader, TokenScore
-from g3n_mlx.engine.sequence import Constraint, TokenSequence, check_length, chunks
+from g3n_mlx.engine.sequence import Constraint, TokenSequence, check_length, prefill_spans
 from g3n_mlx.engine.soft_tokens import EmbeddedMedia
 from g3n_mlx.failures import BadValue, size_in_words
 from g3n_mlx.media.audio import Audio
@@ -106,8 +106,8 @@ class Gemma3n:
         """
         if not self.runner.closed:
             self.reset()
-            self._embedded.clear()
             self.runner.close()
+            self.runner.thread.call(self._embedded.clear)  # where it is filled, after the call that may be under way
             self.checkpoint.close()
             vars(self).pop("grammars", None)
             return_freed_memory()
@@ -140,13 +140,13 @@ class Gemma3n:
     def encode_audio(self, waveform: Any, rate: int | None = None) -> np.ndarray:
         """The soft tokens of a waveform [samples] or [samples, channels] of a rate in Hz, or of an `Audio`.
 
-        float32 [n, D]: the config's count for every clip; a sound longer than a clip is several of them.
+        float32 [n, D]: the config's count for every clip; longer audio is several clips.
         Raises ValueError when it can't be used or the checkpoint has no audio tower.
         """
         return self._encoded(waveform if isinstance(waveform, Audio) else Audio(waveform, rate))
 
     def split_audio(self, audio: Audio, policy: MediaPolicy = ANY_MEDIA) -> list[tuple[float, float, Audio]]:
-        """A sound as clips that the model hears at once, cut at quiet places: start and end in seconds, and the clip.
+        """Audio as clips that the model hears at once, cut at quiet places: start and end in seconds, and the clip.
 
         Raises ValueError when it can't be opened or the checkpoint has no audio tower.
         """
@@ -155,8 +155,8 @@ class Gemma3n:
 
     def drop_towers(self) -> None:
         """Frees the vision and the audio tower and what they encoded; the next image or clip reads them again."""
-        self._embedded.clear()
         self.runner.call(self.runner.model.drop_towers)
+        self.runner.call(self._embedded.clear)
         return_freed_memory()
 
     def generate(
@@ -197,7 +197,7 @@ class Gemma3n:
     ) -> AsyncGenerator[Chunk, None]:
         """`stream` for an event loop; errors come with the first chunk. Cancelling it stops it within one token."""
         request = await asyncio.to_thread(self._request, prompt, params, options)
-        async with contextlib.aclosing(self._astream(*request)) as chunks:
+        async with aclosing(self._astream(*request)) as chunks:
             async for chunk in chunks:
                 yield chunk
 
@@ -298,9 +298,9 @@ class Gemma3n:
         prepared = self._prompt(prompt)
         check_length(prepared, 0, self.config.text.max_position_embeddings)
         reader = PromptReader(self.runner, self.config.text, prepared, self._embedded)
-        for a, b in chunks(0, start, (), SamplingParams().prefill_step_size):
+        for a, b in prefill_spans(0, start, (), SamplingParams().prefill_step_size):
             reader.skip(a, b)
-        for a, b in chunks(start, len(prepared.token_ids), (start,), rows):
+        for a, b in prefill_spans(start, len(prepared.token_ids), (start,), rows):
             yield reader.logits(a, b)
 
     def score(self, prompt: Prompt, top_logprobs: int = 0) -> Iterator[list[TokenScore]]:
@@ -366,38 +366,36 @@ class Gemma3n:
     def _stream(
         self, prompt: Prompt, params: SamplingParams, constraint: Constraint | None
     ) -> Generator[Chunk, None, None]:
-        conversation = self._taken_conversation()
-        answer = self.answer(conversation, prompt, params, constraint)
-        try:
+        with self._own_conversation() as conversation:
+            answer = self.answer(conversation, prompt, params, constraint)
             while not answer.finished:
                 yield from chunks_of(*self.runner.advance([answer]))
-        except GeneratorExit:
-            self._conversation = conversation  # closed between two tokens
-            raise
-        self._conversation = conversation
 
     async def _astream(
         self, prompt: Prompt, params: SamplingParams, constraint: Constraint | None
     ) -> AsyncGenerator[Chunk, None]:
-        conversation = self._taken_conversation()
-        answer = self.answer(conversation, prompt, params, constraint)
-        try:
+        with self._own_conversation() as conversation:
+            answer = self.answer(conversation, prompt, params, constraint)
             while not answer.finished:
                 for chunk in chunks_of(*await self.runner.advance_async([answer])):
                     yield chunk
+
+    @contextmanager
+    def _own_conversation(self) -> Generator[Conversation, None, None]:
+        """The cached conversation, taken out while in use, or an empty one where another answer has it.
+
+        It is kept when the answer is complete or was closed between two tokens. What breaks off inside a call of the
+        model leaves a cache that nobody can trust.
+        """
+        with self._conversation_lock:
+            taken, self._conversation = self._conversation, None
+        conversation = taken or self.conversation()
+        try:
+            yield conversation
         except GeneratorExit:
             self._conversation = conversation
             raise
         self._conversation = conversation
-
-    def _taken_conversation(self) -> Conversation:
-        """The cached conversation, taken out while in use, or an empty one.
-
-        What breaks off inside a call of the model leaves a cache that nobody can trust.
-        """
-        with self._conversation_lock:
-            conversation, self._conversation = self._conversation, None
-        return conversation or self.conversation()
 
 
 def _sampling(options: AnswerOptions) -> Any:

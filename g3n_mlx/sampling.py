@@ -1,4 +1,4 @@
-"""How the next token is chosen: the options, the uniform numbers, and the draw in numpy.
+"""How the next token is chosen: the options, the uniform numbers, and the rules of the draw.
 
 Both backends draw on their device, by the same rules: candidates stand in the order logit descending, id ascending;
 top_k, then top_p and min_p cut that list; one uniform number per token picks from it by inverse CDF. So equal logits

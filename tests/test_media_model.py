@@ -157,7 +157,7 @@ def test_more_media_than_the_context_holds(model, encodings, monkeypatch, caplog
     soft = sum(span.length for span in model.prepare(messages).media)
     clips = len(model.split_audio(Audio(noise, RATE)))
     advice = "shorten it, or send less or shorter media"
-    expected = f"120 tokens and an answer: {advice}: {soft} tokens stand for 1 picture and {clips} sound clips"
+    expected = f"120 tokens and an answer: {advice}: {soft} tokens stand for 1 image and {clips} audio clips"
     for ask in (model.generate, model.stream):
         with pytest.raises(PromptTooLong, match=expected):
             ask(messages, **SHORT)

@@ -10,7 +10,7 @@ What the pair is allowed to have differently:
 | decode step | compiled from one attention to the next (`steps.py`) | the layers' own forward |
 | quantized products | `mx.quantized_matmul` | int4 kernels on a packed form; blocks of dequantized rows |
 | quantized activations | float32 on the CPU device, where bf16 products are off by 5 % | the chosen dtype |
-| caches | functional updates | in place |
+| rows of a KV cache | assigning to a slice makes a new array | writes in place |
 | vision maps | [B, h, w, C] throughout, kernels turned at construction | so inside; [B, C, h, w] at the tower's ends |
 | vision's 1 x 1 kernels | [I, O], turned at construction | [O, I] |
 | vision's GELU | written out: `nn.gelu_approx` takes a power | `F.gelu` |

@@ -175,7 +175,7 @@ def _table(summary: dict[str, Any]) -> str:
             lines.append(f"  {'peak device memory':<24}{_size(figures['peak_device_bytes'])}")
         share = figures["weight_bandwidth"] / figures["read_bandwidth"]
         lines += [
-            f"  {'weights read a token':<24}{_size(figures['weight_bytes_per_token'])}",
+            f"  {'weights read per token':<24}{_size(figures['weight_bytes_per_token'])}",
             f"  {'so decode reads':<24}{_size(figures['weight_bandwidth'])}/s, {share:.1%} of the "
             f"{_size(figures['read_bandwidth'])}/s that a plain reduction reads here",
         ]
@@ -189,7 +189,7 @@ def _table(summary: dict[str, Any]) -> str:
         ratios, peer = summary["ratios"], list(summary["engines"])[1]
         lines += [
             f"{OURS} against {peer}, medians: prefill {ratios['prompt_tps']:.2f} x, decode "
-            f"{ratios['generation_tps']:.2f} x the speed ({ratios['decode_time']:.2f} x the time a token)"
+            f"{ratios['generation_tps']:.2f} x the speed ({ratios['decode_time']:.2f} x the time per token)"
             + (f", {ratios['peak_memory_bytes']:.2f} x the peak memory" if ratios["peak_memory_bytes"] else "")
         ]
     return "\n".join(lines).rstrip()

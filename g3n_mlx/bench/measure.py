@@ -74,7 +74,7 @@ class Loaded:
     """An engine with a model in it, as this file sees it."""
 
     description: str
-    generate: Callable[[list[int], int, Callable[[], None]], None]  # prompt ids, count, called once a token
+    generate: Callable[[list[int], int, Callable[[], None]], None]  # prompt ids, count, called once per token
     weight_bytes_per_token: int
     framework: str  # "mlx" or "torch"
     device: str  # "cpu", "gpu", "cuda", "cuda:1"
@@ -182,7 +182,7 @@ def _load_mlx_lm(request: Request) -> Loaded:
 
 
 def _load_transformers(request: Request) -> Loaded:
-    # For pictures only, and a torchvision built for another torch would stop the import of transformers.
+    # For images only, and a torchvision built for another torch would stop the import of transformers.
     sys.modules["torchvision"] = sys.modules["timm"] = None  # type: ignore[assignment]
     import torch
     from transformers import Gemma3nForCausalLM  # pyright: ignore[reportMissingImports]

@@ -46,7 +46,7 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
         )
     answer.add_argument("--system-prompt", metavar="TEXT", help="what the model is told before the conversation")
     answer.add_argument("--max-tokens", type=int, metavar="N", help="of one answer; default: to the context limit")
-    answer.add_argument("--temperature", "--temp", type=float, metavar="X", help="0 takes the likeliest token always")
+    answer.add_argument("--temperature", "--temp", type=float, metavar="X", help="0 always takes the most likely token")
     answer.add_argument("--top-p", type=float, metavar="X")
     answer.add_argument("--top-k", type=int, metavar="N")
     answer.add_argument("--min-p", type=float, metavar="X")

@@ -38,7 +38,7 @@ SETTINGS: dict[str, type[int] | type[float]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Reply:
     """What came of one question."""
 
     text: str
@@ -104,7 +104,7 @@ class Session:
                 self.failures += 1
                 say(f"error: {one_line(error)}")
 
-    def ask(self, text: str) -> Answer:
+    def ask(self, text: str) -> Reply:
         """Asks about what was attached and what the text names, which is said; see `_ask`."""
         content = attachments.content(text, self._attached)
         for line in attachments.notes(content, self._attached):
@@ -136,7 +136,7 @@ class Session:
         tokens = sum(span.length for span in prompt.media)
         say(f"{attachments.name_of(part)}{size}: {tokens} tokens, with the next question")
 
-    def _ask(self, content: str | list[Any]) -> Answer:
+    def _ask(self, content: str | list[Any]) -> Reply:
         """Streams the answer to stdout and keeps it in the conversation, a stopped one as far as it came."""
         self._unanswered = content
         messages = [*self.messages, {"role": "user", "content": content}]
@@ -158,7 +158,7 @@ class Session:
         """Of what was attached, what a question holds is not for the next one."""
         self._attached = [part for part in self._attached if isinstance(content, str) or part not in content]
 
-    def _stream(self, messages: list[dict[str, Any]]) -> Answer:
+    def _stream(self, messages: list[dict[str, Any]]) -> Reply:
         parts: list[str] = []
         finish_reason, usage, stopped = None, None, False
         with attachments.errors_by_name(messages), Interruption() as interruption:
@@ -181,7 +181,7 @@ class Session:
             if not text.endswith("\n"):
                 sys.stdout.write("\n")
                 sys.stdout.flush()
-        return Answer(text, stopped, None if stopped else finish_reason, None if stopped else usage)
+        return Reply(text, stopped, None if stopped else finish_reason, None if stopped else usage)
 
     def _system_message(self) -> list[dict[str, Any]]:
         return [{"role": "system", "content": self.system}] if self.system else []

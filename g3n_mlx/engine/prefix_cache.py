@@ -11,7 +11,7 @@ from g3n_mlx.engine.conversation import Conversation
 
 
 class PrefixCache:
-    """Idle conversations, least recently used first. For the model's thread alone."""
+    """Idle conversations, least recently used first. Not for several threads at once; `take` and `put` copy arrays."""
 
     def __init__(self, empty: Callable[[], Conversation]) -> None:
         """empty: makes a conversation with nothing in it."""

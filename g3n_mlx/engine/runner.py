@@ -74,7 +74,7 @@ def model_thread(name: str, at_exit: Callable[[], None]) -> ModelThread:
     return ModelThread(name, at_exit)
 
 
-class Task(Protocol):
+class Wisher(Protocol):
     """Something that appends rows to a cache, wish by wish (engine/answer.py)."""
 
     @property
@@ -151,7 +151,7 @@ class Runner:
         """Waits for something that is done in the model's thread."""
         return self.thread.call(work)
 
-    def advance(self, tasks: Sequence[Task]) -> list[Any]:
+    def advance(self, tasks: Sequence[Wisher]) -> list[Any]:
         """One wish of each task, all in one call of the model; what `told` returned for each, or its Failure.
 
         A failure of one task's wish, or of what it makes of its step, harms no other. What fails in the call itself
@@ -159,11 +159,11 @@ class Runner:
         """
         return self.thread.call(lambda: self._advance(tasks))
 
-    async def advance_async(self, tasks: Sequence[Task]) -> list[Any]:
+    async def advance_async(self, tasks: Sequence[Wisher]) -> list[Any]:
         """The same for an event loop. Cancelled, it leaves the tasks where they are, or half way in a call."""
         return await asyncio.wrap_future(self.thread.submit(lambda: self._advance(tasks)))
 
-    def _advance(self, tasks: Sequence[Task]) -> list[Any]:
+    def _advance(self, tasks: Sequence[Wisher]) -> list[Any]:
         wishes = [_attempt(task.wish) for task in tasks]
         rows = [wish for wish in wishes if not isinstance(wish, Failure)]
         ran = _attempt(lambda: run(self.model, rows)) if rows else []

@@ -8,7 +8,7 @@ import numpy as np
 from g3n_mlx.config.text import TextConfig
 from g3n_mlx.engine.cache import Cache
 from g3n_mlx.engine.runner import Runner, all_logits, run
-from g3n_mlx.engine.sequence import Embed, chunks, soft_tokens
+from g3n_mlx.engine.sequence import Embed, prefill_spans, soft_tokens
 from g3n_mlx.interface import Rows
 from g3n_mlx.prompt.prompt import Prompt
 
@@ -22,17 +22,17 @@ class TokenScore:
 
     token: int
     logprob: float | None  # None of the first one
-    top_logprobs: tuple[tuple[int, float], ...] | None  # the likeliest ones in its place, best first
+    top_logprobs: tuple[tuple[int, float], ...] | None  # the most likely ones in its place, best first
 
 
 def token_scores(token_ids: np.ndarray, logits: np.ndarray, top: int) -> list[TokenScore]:
-    """The scores of ids [T] under the logits [T, V] before each, with the `top` likeliest ones, ties by id."""
+    """The scores of ids [T] under the logits [T, V] before each, with the `top` most likely ones, ties by id."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     logprobs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     found: list[TokenScore] = []
     for token_id, row in zip(token_ids, logprobs, strict=True):
-        likeliest = np.argpartition(-row, top - 1)[:top] if top else np.zeros(0, dtype=np.int64)
-        best = sorted(((int(i), float(row[i])) for i in likeliest), key=lambda entry: (-entry[1], entry[0]))
+        most_likely = np.argpartition(-row, top - 1)[:top] if top else np.zeros(0, dtype=np.int64)
+        best = sorted(((int(i), float(row[i])) for i in most_likely), key=lambda entry: (-entry[1], entry[0]))
         found.append(TokenScore(int(token_id), float(row[token_id]), tuple(best)))
     return found
 
@@ -56,7 +56,7 @@ class PromptReader:
     def scores(self, top: int) -> Iterator[list[TokenScore]]:
         """The scores of all tokens, part by part."""
         last: np.ndarray | None = None
-        for a, b in chunks(0, len(self._ids), self._prompt.borders, SCORED_ROWS):
+        for a, b in prefill_spans(0, len(self._ids), self._prompt.borders, SCORED_ROWS):
             logits = self.logits(a, b)
             before = logits[:-1] if last is None else np.concatenate([last, logits[:-1]])
             last = logits[-1:]

@@ -53,7 +53,7 @@ def check_length(prompt: Prompt, answer_tokens: int, context_tokens: int) -> Non
         return
     answer = " and an answer" if answer_tokens else ""
     kinds = [span.features.kind for span in prompt.media]
-    counts = {"picture": kinds.count("image"), "sound clip": kinds.count("audio")}
+    counts = {"image": kinds.count("image"), "audio clip": kinds.count("audio")}
     media = " and ".join(f"{count} {name}{'s' if count > 1 else ''}" for name, count in counts.items() if count)
     advice = "shorten it"
     if media:
@@ -66,7 +66,7 @@ def check_length(prompt: Prompt, answer_tokens: int, context_tokens: int) -> Non
     )
 
 
-def chunks(start: int, length: int, borders: Sequence[int], step_size: int) -> Iterator[tuple[int, int]]:
+def prefill_spans(start: int, length: int, borders: Sequence[int], step_size: int) -> Iterator[tuple[int, int]]:
     """Spans [a, b) that cover start..length: cut at every border, and every `step_size` ids after one.
 
     They depend on the prompt and where the cache ends alone: from an empty one, the same calls every time.
@@ -174,7 +174,7 @@ class TokenSequence:
         if start == 0:
             self.conversation.begin(Cache(self._config, self._model.kv_arrays))
         prompt = self._prompt
-        self._parts = chunks(start, len(prompt.token_ids), prompt.borders, self._params.prefill_step_size)
+        self._parts = prefill_spans(start, len(prompt.token_ids), prompt.borders, self._params.prefill_step_size)
 
     def _draw(self) -> Draw:
         mask = None if self._constraint is None else self._constraint.mask()

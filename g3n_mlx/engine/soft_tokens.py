@@ -7,12 +7,12 @@ from g3n_mlx.interface import SoftTokens
 from g3n_mlx.media.image import ImageFeatures
 from g3n_mlx.prompt.prompt import Features
 
-# Soft tokens kept for the next turns: an image's are 1 MiB at E4B's width, so 256 pictures or clips.
+# Soft tokens kept for the next turns: an image's are 1 MiB at E4B's width, so 256 images or clips.
 KEPT_SOFT_TOKENS_BYTES = 256 << 20
 
 
 class EmbeddedMedia:
-    """Features to soft tokens, each picture or sound once: those used last are kept, found by their content."""
+    """Features to soft tokens, each image or clip once: those used last are kept, found by their content."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner

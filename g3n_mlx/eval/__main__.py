@@ -328,11 +328,11 @@ def _figures(summary: dict[str, Any]) -> list[list[str]]:
     entries = summary["variants"]
     if "text" in summary:
         figures = {
-            "perplexity a token": [f"{entry['perplexity']:.4f}" for entry in entries],
-            "perplexity a byte": [f"{entry['perplexity_per_byte']:.4f}" for entry in entries],
+            "perplexity per token": [f"{entry['perplexity']:.4f}" for entry in entries],
+            "perplexity per byte": [f"{entry['perplexity_per_byte']:.4f}" for entry in entries],
             "KL divergence, mean": [_cell(entry["kl_mean"], ".3g") for entry in entries],
             "KL divergence, 99th percentile": [_cell(entry["kl_p99"], ".3g") for entry in entries],
-            "same likeliest token": [_cell(entry["same_top1"], ".2%") for entry in entries],
+            "same most likely token": [_cell(entry["same_top1"], ".2%") for entry in entries],
         }
     else:
         from g3n_mlx.eval.quality import METRICS
@@ -348,7 +348,7 @@ def _figures(summary: dict[str, Any]) -> list[list[str]]:
             first = entries[0]["backend"]
             figures[f"same answers as {first}"] = [_cell(entry["same_answers"], ".1%") for entry in entries]
     figures["weights, MB"] = [f"{entry['weight_bytes'] / 1e6:.1f}" for entry in entries]
-    figures["weights read a token, MB"] = [f"{entry['weight_bytes_per_token'] / 1e6:.1f}" for entry in entries]
+    figures["weights read per token, MB"] = [f"{entry['weight_bytes_per_token'] / 1e6:.1f}" for entry in entries]
     return [[name, *cells] for name, cells in figures.items()]
 
 
@@ -384,7 +384,7 @@ def _plot(path: Path, summary: dict[str, Any], names: list[tuple[str, ...]]) -> 
     """Quality over size: a point a variant, the slices of one model joined by a line."""
     from matplotlib.figure import Figure
 
-    key, label = ("perplexity", "perplexity a token") if "text" in summary else ("mean_score", "mean score")
+    key, label = ("perplexity", "perplexity per token") if "text" in summary else ("mean_score", "mean score")
     families: dict[tuple[str, ...], list[tuple[float, float, str]]] = {}
     for entry, parts in zip(summary["variants"], names, strict=True):
         sliced = len({entry["matformer"] for entry in summary["variants"]}) > 1

@@ -91,10 +91,10 @@ def _parsed(line: str, folder: Path, where: str) -> Example:
 
 
 def answer(model: "Gemma3n", example: Example) -> str:
-    """What the model says, always the likeliest token; no longer than twice the right answer and a few words.
+    """What the model says, always the most likely token; no longer than twice the right answer and a few words.
 
     The right answer is verified first, in one pass, as a draft would be: it is what greedy decoding gives exactly when
-    each of its tokens, and then an end, is the likeliest after those before. Only another answer is decoded.
+    each of its tokens, and then an end, is the most likely after those before. Only another answer is decoded.
     Raises ValueError naming the example when its messages or media can't be used.
     """
     model.reset()  # an answer must not depend on the example before it
@@ -113,8 +113,8 @@ def says(model: "Gemma3n", prompt: Prompt, draft: Sequence[int]) -> bool:
     """Whether greedy decoding gives these tokens and then ends."""
     length = len(prompt.token_ids)
     whole = replace(prompt, token_ids=(*prompt.token_ids, *draft))
-    likeliest = [int(i) for logits in model.logit_chunks(whole, length - 1) for i in logits.argmax(axis=-1)]
-    return likeliest[:-1] == list(draft) and likeliest[-1] in model.eos_token_ids
+    most_likely = [int(i) for logits in model.logit_chunks(whole, length - 1) for i in logits.argmax(axis=-1)]
+    return most_likely[:-1] == list(draft) and most_likely[-1] in model.eos_token_ids
 
 
 def grade(examples: Sequence[Example], answers: Sequence[str]) -> tuple[dict[str, float], float]:
@@ -152,11 +152,11 @@ def word_errors(answer: Sequence[str], truth: Sequence[str]) -> int:
 class TextQuality:
     """What a model makes of a text; divergence and agreement are against the reference."""
 
-    perplexity: float  # a token
+    perplexity: float  # per token
     perplexity_per_byte: float
     kl_mean: float | None = None  # nats, of the model's next-token distribution from the reference's
     kl_p99: float | None = None  # 99th percentile over the text's tokens
-    same_top1: float | None = None  # share of tokens where both find the same token likeliest
+    same_top1: float | None = None  # share of tokens where both find the same token most likely
 
 
 def windows(length: int, size: int, stride: int) -> Iterator[tuple[int, int, int]]:

@@ -43,7 +43,7 @@ class Task:
     prompt: Prompt
     params: SamplingParams | None  # None: no answer
     constraint: Constraint | None = None
-    scored: int | None = None  # how many of the likeliest tokens come with every score; None: no scores
+    scored: int | None = None  # how many of the most likely tokens come with every score; None: no scores
 
     def tokens(self, context_tokens: int) -> int:
         """The most tokens that its cache will hold."""

@@ -46,7 +46,7 @@ steps = st.lists(
 @settings(max_examples=60, deadline=None)
 @given(steps=steps)
 def test_a_full_cache_is_one_concatenation(framework, steps):
-    cache, keys, values = KVCache(framework.module("cache")), *rows(6100)
+    cache, keys, values = KVCache(framework.module("kv_arrays")), *rows(6100)
     offset = 0
     for kind, count in steps:
         if kind == "add":
@@ -67,7 +67,7 @@ def test_a_full_cache_is_one_concatenation(framework, steps):
 @given(window=st.sampled_from([1, 2, 5, 16, 300]), steps=steps)
 def test_a_sliding_cache_is_the_end_of_one_concatenation(framework, window, steps):
     """An update returns the window - 1 rows before the new ones, and those; memory does not grow with the offset."""
-    cache, keys, values = SlidingKVCache(window, framework.module("cache")), *rows(6100)
+    cache, keys, values = SlidingKVCache(window, framework.module("kv_arrays")), *rows(6100)
     offset, held = 0, 0  # rows that a trim may fall back on
     for kind, count in steps:
         if kind == "add":
@@ -93,7 +93,7 @@ def test_a_sliding_cache_is_the_end_of_one_concatenation(framework, window, step
 def test_the_last_tokens_can_be_forgotten_at_any_time(framework, window, added):
     """Also right after the window has moved: at every offset that a cache passes through, one by one or in chunks."""
     keys, values = rows(2000)
-    offset, cache = 0, SlidingKVCache(window, framework.module("cache"))
+    offset, cache = 0, SlidingKVCache(window, framework.module("kv_arrays"))
     while offset + added <= 1300:
         feed(framework, cache, keys, values, offset, offset + added)
         offset += added
@@ -106,7 +106,7 @@ def test_the_last_tokens_can_be_forgotten_at_any_time(framework, window, added):
 
 
 def test_a_negative_trim_is_refused(framework):
-    for cache in (KVCache(framework.module("cache")), SlidingKVCache(4, framework.module("cache"))):
+    for cache in (KVCache(framework.module("kv_arrays")), SlidingKVCache(4, framework.module("kv_arrays"))):
         with pytest.raises(ValueError, match="cannot trim -1"):
             cache.trim(-1)
         assert cache.nbytes == 0

@@ -15,7 +15,7 @@ from checkpoint_files import read_config
 from random_gemma3n import IMAGE, MediaPrompt, random_prompt, write_gemma3n
 
 from g3n_mlx.checkpoint.folder import Checkpoint
-from g3n_mlx.engine.sequence import chunks, soft_tokens
+from g3n_mlx.engine.sequence import prefill_spans, soft_tokens
 from g3n_mlx.prompt.prompt import MediaSpan
 
 TOLERANCE = 1e-3
@@ -103,6 +103,6 @@ def test_pieces_are_the_whole(networks, prompt, soft):
         cache = make_cache(network)
         rows = [
             logits_of(network, prompt.token_ids[a:b], cache, placed(prompt, soft[name], a, b))
-            for a, b in chunks(0, len(prompt.token_ids), (), 5)
+            for a, b in prefill_spans(0, len(prompt.token_ids), (), 5)
         ]
         np.testing.assert_allclose(np.concatenate(rows), whole, rtol=0, atol=TOLERANCE, err_msg=name)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from g3n_mlx.engine import sequence as sequences
 from g3n_mlx.engine.conversation import MAX_SNAPSHOTS, Conversation
 from g3n_mlx.engine.runner import run
-from g3n_mlx.engine.sequence import PromptTooLong, TokenSequence, chunks
+from g3n_mlx.engine.sequence import PromptTooLong, TokenSequence, prefill_spans
 from g3n_mlx.prompt.prompt import Prompt
 from g3n_mlx.sampling import SamplingParams
 
@@ -120,7 +120,7 @@ PROMPT = tuple(range(20))
     step_size=st.integers(1, 30),
 )
 def test_chunks_cover_everything_once_and_end_at_borders(start, length, borders, step_size):
-    spans = list(chunks(start, length, borders, step_size))
+    spans = list(prefill_spans(start, length, borders, step_size))
     assert [i for a, b in spans for i in range(a, b)] == list(range(start, length))
     assert all(0 < b - a <= step_size for a, b in spans)
     assert {b for b in borders if start < b < length} <= {b for _, b in spans}
@@ -129,15 +129,15 @@ def test_chunks_cover_everything_once_and_end_at_borders(start, length, borders,
 @given(borders=st.lists(st.integers(1, 59), min_size=1), step_size=st.integers(1, 30), data=st.data())
 def test_chunks_after_a_border_are_those_of_a_fresh_run(borders, step_size, data):
     border = data.draw(st.sampled_from(borders))
-    whole = list(chunks(0, 60, borders, step_size))
-    assert list(chunks(border, 60, borders, step_size)) == [span for span in whole if span[0] >= border]
+    whole = list(prefill_spans(0, 60, borders, step_size))
+    assert list(prefill_spans(border, 60, borders, step_size)) == [span for span in whole if span[0] >= border]
 
 
 @given(st.integers(0, 59), st.sets(st.integers(1, 60)), st.integers(1, 20))
 def test_chunks_end_where_the_prompt_says_wherever_they_start(start, borders, step_size):
     """A prompt that goes on from the end of a reply, which is no border, is cut where a fresh one is."""
-    ends = [end for _, end in chunks(0, 60, borders, step_size) if end > start]
-    assert [end for _, end in chunks(start, 60, borders, step_size)] == ends
+    ends = [end for _, end in prefill_spans(0, 60, borders, step_size) if end > start]
+    assert [end for _, end in prefill_spans(start, 60, borders, step_size)] == ends
 
 
 def test_prompt_too_long_says_by_how_much():

@@ -21,7 +21,7 @@ import numpy as np
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.manifest import PLE_TABLE, TEXT, TOKEN_TABLE, dead_manifest, text_manifest
 from g3n_mlx.config.text import TextConfig
-from g3n_mlx.convert.quantize import Job, Output
+from g3n_mlx.convert.quantize import Output, TensorJob
 from g3n_mlx.convert.write import appearing_folder, check_space, copy_sidecars, write_json, write_shards
 from g3n_mlx.matformer.plan import find_slice, plan_slice, slice_config
 from g3n_mlx.matformer.table import PUBLISHED, read_slices
@@ -81,14 +81,16 @@ def published_config(raw_text: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def job(name: str, shape: tuple[int, ...], block: np.ndarray, blocks: dict[tuple[float, float], np.ndarray]) -> Job:
+def job(
+    name: str, shape: tuple[int, ...], block: np.ndarray, blocks: dict[tuple[float, float], np.ndarray]
+) -> TensorJob:
     spread = spread_of(name, shape)
     if spread not in blocks:
         mean, deviation = spread
         blocks[spread] = (block * np.float32(deviation) + np.float32(mean)).astype(ml_dtypes.bfloat16)
     output = Output(f"model.{name}", "BF16", shape)
     produce = partial(rows, blocks[spread], zlib.crc32(name.encode()), shape[1:])
-    return Job((output,), shape[0], output.num_bytes, produce)
+    return TensorJob((output,), shape[0], output.num_bytes, produce)
 
 
 def spread_of(name: str, shape: tuple[int, ...]) -> tuple[float, float]:

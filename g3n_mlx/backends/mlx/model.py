@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from g3n_mlx.backends.mlx import cache
+from g3n_mlx.backends.mlx import kv_arrays
 from g3n_mlx.backends.mlx.audio import AudioTower
 from g3n_mlx.backends.mlx.layers import linear
 from g3n_mlx.backends.mlx.sampling import Sampler, Step
@@ -49,7 +49,7 @@ class MultimodalEmbedder(nn.Module):
         return self.projected(self.hard_embedding_norm(embedded))
 
     def soft(self, encodings: mx.array) -> mx.array:
-        """What a tower made of a picture or a sound, [n, hidden] -> soft tokens [n, D]."""
+        """What a tower made of an image or a clip, [n, hidden] -> soft tokens [n, D]."""
         return self.projected(self.soft_embedding_norm(encodings))
 
     def projected(self, normed: mx.array) -> mx.array:
@@ -74,7 +74,7 @@ class Gemma3nModel(nn.Module):
     @property
     def kv_arrays(self) -> KVArrays:
         """What the sequences' KV caches are made of."""
-        return cache
+        return kv_arrays
 
     def make_sampler(self, params: SamplingParams, prompt_ids: Sequence[int]) -> Sampler:
         """A sampler for one answer."""
@@ -110,7 +110,7 @@ class Gemma3nModel(nn.Module):
         if self.vision_tower is None:
             self.vision_tower = VisionTower(config, self.weights.at("vision_tower"))
         features = self.vision_tower(mx.array(pixels).astype(self.weights.dtype)[None])  # [1, h', w', C]
-        rows = features.reshape(-1, config.hidden_size) * config.hidden_size**0.5  # row by row of the picture
+        rows = features.reshape(-1, config.hidden_size) * config.hidden_size**0.5  # row by row of the image
         return evaluated(self.embedder("embed_vision").soft(rows))
 
     def embed_audio(self, frames: np.ndarray, mask: np.ndarray) -> mx.array:

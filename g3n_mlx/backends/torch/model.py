@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from g3n_mlx.backends.torch import cache
+from g3n_mlx.backends.torch import kv_arrays
 from g3n_mlx.backends.torch.audio import AudioTower
 from g3n_mlx.backends.torch.layers import linear
 from g3n_mlx.backends.torch.sampling import Sampler, Step
@@ -49,7 +49,7 @@ class MultimodalEmbedder(nn.Module):
         return self.projected(self.hard_embedding_norm(embedded))
 
     def soft(self, encodings: Tensor) -> Tensor:
-        """What a tower made of a picture or a sound, [n, hidden] -> soft tokens [n, D]."""
+        """What a tower made of an image or a clip, [n, hidden] -> soft tokens [n, D]."""
         return self.projected(self.soft_embedding_norm(encodings))
 
     def projected(self, normed: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Gemma3nModel(nn.Module):
     @property
     def kv_arrays(self) -> KVArrays:
         """What the sequences' KV caches are made of."""
-        return cache
+        return kv_arrays
 
     def make_sampler(self, params: SamplingParams, prompt_ids: Sequence[int]) -> Sampler:
         """A sampler for one answer."""
@@ -104,7 +104,7 @@ class Gemma3nModel(nn.Module):
             self.vision_tower = VisionTower(config, self.weights.at("vision_tower"))
         image = torch.from_numpy(pixels).to(self.device, self.weights.dtype).permute(2, 0, 1)[None]  # [1, 3, h, w]
         features = self.vision_tower(image)  # [1, C, h', w']
-        rows = features.flatten(2)[0].T * config.hidden_size**0.5  # [h' * w', C], row by row of the picture
+        rows = features.flatten(2)[0].T * config.hidden_size**0.5  # [h' * w', C], row by row of the image
         return self.embedder("embed_vision").soft(rows)
 
     @torch.no_grad()
