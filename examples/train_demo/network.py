@@ -10,18 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from g3n_mlx.backends.torch.audio import AudioTower
 from g3n_mlx.backends.torch.model import MultimodalEmbedder
-from g3n_mlx.backends.torch.text import LanguageModel, Rope
+from g3n_mlx.backends.torch.text import DecoderLayer, LanguageModel, Rope
 from g3n_mlx.backends.torch.vision import VisionTower
-from g3n_mlx.backends.torch.weights import Weights
+from g3n_mlx.backends.torch.weights import Placement, Weights
 from g3n_mlx.checkpoint.folder import Checkpoint
+from g3n_mlx.checkpoint.recipe import is_quantized_module
 from g3n_mlx.config.text import SLIDING
-from g3n_mlx.convert.quantize import is_quantized_module
 
 GROUP = 64
 
@@ -54,7 +55,7 @@ class Network(nn.Module):
         assert config.vision is not None
         assert config.audio is not None
         self.config = config
-        weights = Weights(checkpoint, torch.float32, self.device)
+        weights = Weights(checkpoint, Placement(torch.float32, self.device))
         self.language_model = LanguageModel(config.text, weights.at("language_model"))
         self.vision_tower = VisionTower(config.vision, weights.at("vision_tower"))
         self.audio_tower = AudioTower(config.audio, weights.at("audio_tower"))
@@ -123,34 +124,51 @@ class Network(nn.Module):
         model, text = self.language_model, self.config.text
         num_rows, length = rows.ids.shape
         rope: Rope = {kind: (cos.repeat(num_rows, 1, 1), sin.repeat(num_rows, 1, 1))
-                      for kind, (cos, sin) in model.rope(0, length).items()}  # fmt: skip
+                      for kind, (cos, sin) in model.rope(np.arange(length, dtype=np.int32)).items()}  # fmt: skip
         masks = seen(rows.sequences, text.sliding_window)
-        projected, *parts = model.start(embeddings, rope)
+        streams, projected = model.expanded(embeddings), model.projected(embeddings)
         ids = rows.ids.flatten()
         table = self.tables["per_layer"] * model.per_layer_scale
         per_layer = F.embedding(torch.where(ids < len(table), ids, 0), table).view(projected.shape)
         per_layer = (projected + per_layer) * (1 / math.sqrt(2))
         shared: dict[int, tuple[Tensor, Tensor]] = {}
-        for place, layer_idx in enumerate(kept_layers):
+        for layer_idx in kept_layers:
             layer = model.layers[layer_idx]
-            predictions, laurel, queries, *owned = parts
-            if owned:
-                shared[layer_idx] = by_row(owned[0], num_rows), by_row(owned[1], num_rows)
-            keys, values = shared[text.kv_owners[layer_idx]]
-            attended = F.scaled_dot_product_attention(
-                by_row(queries, num_rows), keys, values, masks[layer.self_attn.kind], scale=1.0, enable_gqa=True
-            )  # [R, N, S, H]
-            attended = attended.transpose(1, 2).reshape(len(ids), -1)
-            streams = layer.after_attention(attended, predictions, laurel, per_layer[:, layer_idx])
-            if place + 1 == len(kept_layers):
-                return model.finish(streams)
-            parts = model.layers[kept_layers[place + 1]].before_attention(streams, rope).parts()
-        raise AssertionError("a network without layers")
+            streams = self.layer(layer, streams, per_layer[:, layer_idx], rope, masks, shared, num_rows)
+        return model.norm(model.merged(streams))
+
+    def layer(
+        self,
+        layer: DecoderLayer,
+        streams: Tensor,
+        per_layer_input: Tensor,
+        rope: Rope,
+        masks: dict[str, Tensor],
+        shared: dict[int, tuple[Tensor, Tensor]],
+        num_rows: int,
+    ) -> Tensor:
+        """DecoderLayer's forward, with attention over rows that each hold several sequences."""
+        attention = layer.self_attn
+        predictions = layer.altup.predict(streams)
+        active = predictions[:, layer.active_idx]
+        x = layer.input_layernorm(active)
+        if attention.owner_idx == attention.layer_idx:
+            keys, values = attention.keys_values(x, rope)
+            shared[attention.layer_idx] = by_row(keys, num_rows), by_row(values, num_rows)
+        keys, values = shared[attention.owner_idx]
+        queries = by_row(attention.queries(x, rope), num_rows)
+        attended = F.scaled_dot_product_attention(
+            queries, keys, values, masks[attention.kind], scale=1.0, enable_gqa=True
+        )  # [R, N, S, H]
+        attended = attention.o_proj(attended.transpose(1, 2).reshape(len(x), -1))
+        x = (active + layer.post_attention_layernorm(attended) + layer.laurel(x)) * (1 / math.sqrt(2))
+        activated = x + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(x)))
+        return layer.updated(layer.altup.correct(predictions, activated), per_layer_input)
 
 
 def by_row(x: Tensor, num_rows: int) -> Tensor:
-    """[1, N, R * S, H] -> [R, N, S, H]."""
-    return x[0].unflatten(1, (num_rows, -1)).transpose(0, 1)
+    """[R * S, N, H] -> [R, N, S, H]."""
+    return x.unflatten(0, (num_rows, -1)).transpose(1, 2)
 
 
 def seen(sequences: Tensor, window: int) -> dict[str, Tensor]:
