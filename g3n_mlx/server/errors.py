@@ -1,5 +1,6 @@
 """Errors in OpenAI's shape: `{"error": {message, type, param, code}}` with the status that its clients expect."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,8 @@ from fastapi.responses import JSONResponse
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 # Not in the standard: nginx's "client closed request". Only the log sees it.
 CLIENT_GONE = 499
+# Advice to install an extra ends a message. It is for whoever runs the server, and may name a folder of this machine.
+_INSTALL_ADVICE = re.compile(r"\b(?:uv )?pip install \S.*", re.DOTALL)
 
 
 class ApiError(Exception):
@@ -40,5 +43,6 @@ class ApiError(Exception):
 
 
 def _sendable(text: str) -> str:
-    """Escapes lone surrogates, which JSON can carry but UTF-8 cannot."""
+    """Escapes lone surrogates, which JSON can carry but UTF-8 cannot; without advice to install something here."""
+    text = _INSTALL_ADVICE.sub("this server does not have it", text)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

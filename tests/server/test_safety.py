@@ -5,6 +5,9 @@ import json
 import openai
 import pytest
 
+from g3n_mlx.installation import install_command
+from g3n_mlx.server.errors import ApiError
+
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
 
 
@@ -134,3 +137,12 @@ def test_deep_things_that_are_ignored_do_no_harm(server):
     with server.http() as http:
         answer = http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code in (200, 400)
+
+
+def test_advice_to_install_something_stays_with_the_server():
+    """It names the folder that the server was installed from."""
+    advice = install_command("heif")
+    body = ApiError(400, f"messages[0].content[1]: the image is HEIC, which needs pillow-heif: {advice}").body()
+    assert body["error"]["message"] == (
+        "messages[0].content[1]: the image is HEIC, which needs pillow-heif: this server does not have it"
+    )
