@@ -13,11 +13,10 @@ import argparse
 import json
 import logging
 import os
-import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from g3n_mlx.commands import add_model_flags, command_parser, run_command, say
+from g3n_mlx.eval import table
 from g3n_mlx.failures import BadValue, IsAFolder, MissingFile, MissingPackage, NotPermitted, check_folder_of, one_line
 from g3n_mlx.installation import install_command
 
@@ -39,8 +39,6 @@ FEW_TOKENS = 1000  # of a text: below, the perplexity is uncertain by some tenth
 BITS = (2, 3, 4, 5, 6, 8)
 ALL_SLICES = "all"
 BACKENDS = {"auto": ("auto",), "mlx": ("mlx",), "torch": ("torch",), "both": ("mlx", "torch")}
-NO_TERMINAL = (120, 24)  # columns and lines, where stdout goes elsewhere
-GAP = "  "  # between columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +103,13 @@ def _run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     variants = _variants(arguments)
     summary = _on_text(arguments, variants) if arguments.text else _on_examples(arguments, variants)
-    names = _names(summary["variants"])
-    print(_title(summary), "", *(_markdown if arguments.markdown else _aligned)(summary, names), sep="\n")
+    columns = table.names(summary["variants"])
+    lines = (table.markdown if arguments.markdown else table.aligned)(summary, columns)
+    print(table.title(summary), "", *lines, sep="\n")
     if arguments.json:
         arguments.json.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if arguments.plot:
-        _plot(arguments.plot, summary, names)
+        table.plot(arguments.plot, summary, columns)
     return 0
 
 
@@ -296,112 +295,6 @@ def _on_text(arguments: argparse.Namespace, variants: list[Variant]) -> dict[str
 def _words(variant: Variant) -> str:
     """As the progress bar calls it."""
     return " ".join(str(value) for value in asdict(variant).values() if value is not None)
-
-
-def _names(entries: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """A column's name in parts: the backend, and whatever differs between the columns."""
-    short = {entry["model"]: Path(entry["model"]).name for entry in entries}
-    if len(set(short.values())) < len(short):
-        short = {model: model for model in short}
-    parts = {
-        "model": [short[entry["model"]] for entry in entries],
-        "backend": [entry["backend"] for entry in entries],
-        "dtype": [entry["dtype"] or "own dtype" for entry in entries],
-        "q_bits": [f"{entry['q_bits']} bits" if entry["q_bits"] else "as stored" for entry in entries],
-        "matformer": [entry["matformer"] or "whole" for entry in entries],
-    }
-    shown = [values for part, values in parts.items() if part == "backend" or len(set(values)) > 1]
-    return list(zip(*shown, strict=True))
-
-
-def _title(summary: dict[str, Any]) -> str:
-    if "text" in summary:
-        return (
-            f"{summary['text']}: {summary['tokens']} tokens, {summary['bytes']} bytes; windows of "
-            f"{summary['window_tokens']} tokens move on by {summary['stride_tokens']}; the reference comes first"
-        )
-    return f"{summary['examples']}: {sum(skill['count'] for skill in summary['skills'])} examples"
-
-
-def _figures(summary: dict[str, Any]) -> list[list[str]]:
-    """The rows of the table: what was measured, then one cell a variant."""
-    entries = summary["variants"]
-    if "text" in summary:
-        figures = {
-            "perplexity per token": [f"{entry['perplexity']:.4f}" for entry in entries],
-            "perplexity per byte": [f"{entry['perplexity_per_byte']:.4f}" for entry in entries],
-            "KL divergence, mean": [_cell(entry["kl_mean"], ".3g") for entry in entries],
-            "KL divergence, 99th percentile": [_cell(entry["kl_p99"], ".3g") for entry in entries],
-            "same most likely token": [_cell(entry["same_top1"], ".2%") for entry in entries],
-        }
-    else:
-        from g3n_mlx.eval.quality import METRICS
-
-        figures = {
-            f"{skill['skill']}, {METRICS[skill['metric']]} of {skill['count']}": [
-                f"{entry['rates'][skill['skill']]:.1%}" for entry in entries
-            ]
-            for skill in summary["skills"]
-        }
-        figures["mean of accuracies, 1 - error rates"] = [f"{entry['mean_score']:.1%}" for entry in entries]
-        if any(entry["same_answers"] is not None for entry in entries):
-            first = entries[0]["backend"]
-            figures[f"same answers as {first}"] = [_cell(entry["same_answers"], ".1%") for entry in entries]
-    figures["weights, MB"] = [f"{entry['weight_bytes'] / 1e6:.1f}" for entry in entries]
-    figures["weights read per token, MB"] = [f"{entry['weight_bytes_per_token'] / 1e6:.1f}" for entry in entries]
-    return [[name, *cells] for name, cells in figures.items()]
-
-
-def _cell(value: float | None, spelled: str) -> str:
-    return "-" if value is None else format(value, spelled)
-
-
-def _aligned(summary: dict[str, Any], names: list[tuple[str, ...]]) -> Iterator[str]:
-    """The table's lines; columns that do not fit the terminal's width stand below the others."""
-    rows = [["", *parts] for parts in zip(*names, strict=True)] + _figures(summary)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    room = shutil.get_terminal_size(NO_TERMINAL).columns
-    start = 1
-    while start < len(widths):
-        stop = start + 1
-        while stop < len(widths) and widths[0] + sum(len(GAP) + width for width in widths[start : stop + 1]) <= room:
-            stop += 1
-        for row in rows:
-            cells = (cell.rjust(width) for cell, width in zip(row[start:stop], widths[start:stop], strict=True))
-            yield GAP.join([row[0].ljust(widths[0]), *cells])
-        if stop < len(widths):
-            yield ""
-        start = stop
-
-
-def _markdown(summary: dict[str, Any], names: list[tuple[str, ...]]) -> Iterator[str]:
-    header = ["", *map(", ".join, names)]
-    for row in (header, ["---", *["---:"] * len(names)], *_figures(summary)):
-        yield f"| {' | '.join(row)} |"
-
-
-def _plot(path: Path, summary: dict[str, Any], names: list[tuple[str, ...]]) -> None:
-    """Quality over size: a point a variant, the slices of one model joined by a line."""
-    from matplotlib.figure import Figure
-
-    key, label = ("perplexity", "perplexity per token") if "text" in summary else ("mean_score", "mean score")
-    families: dict[tuple[str, ...], list[tuple[float, float, str]]] = {}
-    for entry, parts in zip(summary["variants"], names, strict=True):
-        sliced = len({entry["matformer"] for entry in summary["variants"]}) > 1
-        family, point = (parts[:-1], parts[-1]) if sliced else (parts, "")
-        families.setdefault(family, []).append((entry["weight_bytes"] / 1e6, entry[key], point))
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for family, points in families.items():
-        axes.plot(*zip(*sorted((x, y) for x, y, _ in points), strict=True), "o-", label=" ".join(family))
-        for x, y, point in points:
-            axes.annotate(point, (x, y), xytext=(4, 4), textcoords="offset points", fontsize="small")
-    axes.set_xlabel("weights, MB")
-    axes.set_ylabel(label)
-    axes.margins(x=0.15, y=0.15)  # room for the names
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":
