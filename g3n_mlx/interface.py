@@ -6,48 +6,16 @@ rows of a KV cache. Calls return at once; `int(step)` waits for the token. So a 
 before the last token is known. All calls come from one thread (engine/runner.py).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from g3n_mlx.batch import Batch, Cache, Sampler, SoftTokens
 from g3n_mlx.sampling import SamplingParams
 
 # Tokens that a cache can forget at any time: longer than a draft of tokens is worth.
 MAX_TRIM_TOKENS = 64
-
-
-class Step(Protocol):
-    """One drawn token, perhaps still being computed on the device."""
-
-    def __int__(self) -> int:
-        """The token id; waits for it."""
-        ...
-
-    def logprob(self) -> float:
-        """Natural log of the token's probability before penalties and filters."""
-        ...
-
-    def top_logprobs(self, count: int) -> list[tuple[int, float]]:
-        """The `count` most likely (token id, log probability), best first, ties by id."""
-        ...
-
-
-class SoftTokens(Protocol):
-    """Rows [n, D] on the device that stand for an image or an audio clip in the text model."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: slice, /) -> "SoftTokens": ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes they take."""
-        ...
-
-
-Soft = Sequence[tuple[int, SoftTokens]]  # (index of the first id they replace, soft tokens) pairs
 
 
 class KVArrays(Protocol):
@@ -66,54 +34,6 @@ class KVArrays(Protocol):
         ...
 
 
-class Cache(Protocol):
-    """Keys and values of one sequence (engine/cache.py), as a backend sees it."""
-
-    @property
-    def offset(self) -> int:
-        """Tokens seen: the position of the next one."""
-        ...
-
-    @property
-    def layers(self) -> Mapping[int, Any]:
-        """Per layer that owns keys and values: `update(keys, values)` appends, and returns all that may be seen."""
-        ...
-
-
-class Sampler(Protocol):
-    """Draws the tokens of one answer; keeps its penalties' counts."""
-
-    def draw(self, logits: Any, position: int, mask: np.ndarray | None = None, /) -> Step:
-        """The token at a position of the answer, from 0, out of a row [V] of logits.
-
-        mask: bool [V], the tokens that may be drawn.
-        """
-        ...
-
-    def forget(self, n: int) -> None:
-        """Takes the last n drawn tokens out of the penalties' counts: a draft that was not accepted."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """That tokens be drawn after the last rows of a sequence in a call: 1 to decode, k + 1 to verify a draft of k."""
-
-    sampler: Sampler
-    position: int  # of the first drawn token in the answer, from 0: it decides the uniform number
-    masks: Sequence[np.ndarray | None] = (None,)  # for each, bool [V]: the tokens that may be drawn
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """What one sequence appends to its cache in a call: ids, or the token of a step that may not be known yet."""
-
-    cache: Cache
-    token_ids: np.ndarray | Step  # int64 [T]
-    soft: Soft = ()
-    draw: Draw | None = None  # None: keys and values alone, so the layers that share others' are skipped
-
-
 class Model(Protocol):
     """A loaded model of one backend."""
 
@@ -126,7 +46,7 @@ class Model(Protocol):
         """A sampler for one answer; the prompt's ids count for the repetition penalty."""
         ...
 
-    def __call__(self, batch: Any, /) -> Any:
+    def __call__(self, batch: Batch, /) -> Any:
         """Appends a Batch to the caches of its sequences; logits [R, V] of the rows that are kept, None where R is 0.
 
         Soft tokens replace the embeddings of the ids they cover. Each sequence gets the logits that it would get alone.

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from g3n_mlx.batch import Rows
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.engine.runner import run
 from g3n_mlx.failures import BadValue, is_expected, one_line
-from g3n_mlx.interface import Rows
 from g3n_mlx.memory import peak_process_bytes
 
 ENGINES = ("g3n_mlx", "mlx-lm", "transformers")

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Sequence
 
+from g3n_mlx.batch import Rows, Step
 from g3n_mlx.engine.results import Chunk, Usage
 from g3n_mlx.engine.runner import Failure
 from g3n_mlx.engine.sequence import Timings, TokenSequence
 from g3n_mlx.engine.stops import StopStrings
-from g3n_mlx.interface import Rows, Step
 from g3n_mlx.prompt.tokenizer import StreamDecoder
 from g3n_mlx.sampling import SamplingParams
 

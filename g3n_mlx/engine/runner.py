@@ -18,9 +18,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from g3n_mlx.batch import Batch
+from g3n_mlx.batch import Batch, Rows, Step
 from g3n_mlx.failures import BadValue
-from g3n_mlx.interface import Model, Rows, Step
+from g3n_mlx.interface import Model
 
 T = TypeVar("T")
 

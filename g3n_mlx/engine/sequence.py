@@ -11,10 +11,11 @@ from typing import Protocol
 
 import numpy as np
 
+from g3n_mlx.batch import Draw, Rows, Soft, SoftTokens, Step
 from g3n_mlx.config.text import TextConfig
 from g3n_mlx.engine.cache import Cache
 from g3n_mlx.engine.conversation import Conversation
-from g3n_mlx.interface import Draw, Model, Rows, Soft, SoftTokens, Step
+from g3n_mlx.interface import Model
 from g3n_mlx.prompt.prompt import Features, MediaSpan, Prompt, PromptTooLong
 from g3n_mlx.sampling import SamplingParams
 

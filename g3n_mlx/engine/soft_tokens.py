@@ -2,8 +2,8 @@
 
 from collections import OrderedDict
 
+from g3n_mlx.batch import SoftTokens
 from g3n_mlx.engine.runner import Runner
-from g3n_mlx.interface import SoftTokens
 from g3n_mlx.media.image import ImageFeatures
 from g3n_mlx.prompt.prompt import Features
 

@@ -6,8 +6,8 @@ from calls import decode, logits_of, make_cache, prefill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from g3n_mlx.batch import Draw, Rows
 from g3n_mlx.engine.runner import run
-from g3n_mlx.interface import Draw, Rows
 from g3n_mlx.sampling import SamplingParams
 
 TOLERANCE = 1e-4

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from calls import decode, make_cache, prefill
 
-from g3n_mlx.batch import Batch
+from g3n_mlx.batch import Batch, Draw, Rows
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.engine.runner import run
-from g3n_mlx.interface import Draw, Rows
 from g3n_mlx.sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0)

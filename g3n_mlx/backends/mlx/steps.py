@@ -14,9 +14,8 @@ import numpy as np
 
 from g3n_mlx.backends.mlx.sampling import Step
 from g3n_mlx.backends.mlx.text import DecoderLayer, LanguageModel, Rope, by_sequence
-from g3n_mlx.batch import Batch, Context
+from g3n_mlx.batch import Batch, Cache, Context
 from g3n_mlx.config.model import ModelConfig
-from g3n_mlx.interface import Cache
 
 # Sequences in a step that is compiled: every count is traced on its own.
 MAX_SEQUENCES = 16
