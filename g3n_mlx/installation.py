@@ -7,19 +7,18 @@ import json
 import os
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.metadata import Distribution
 
 DISTRIBUTION = "g3n-mlx"
 
 
 def version() -> str:
     """The version that is installed; "unknown" in a checkout that never was."""
-    from importlib import metadata
-
-    try:
-        return metadata.version(DISTRIBUTION)
-    except metadata.PackageNotFoundError:
-        return "unknown"
+    distribution = _installed()
+    return "unknown" if distribution is None else distribution.version
 
 
 def install_command(extra: str) -> str:
@@ -28,13 +27,11 @@ def install_command(extra: str) -> str:
     The installer's record says where the copy came from: a folder, an archive, a repository or an index.
     Source: PEP 610 (direct_url.json), PEP 627 (INSTALLER).
     """
-    from importlib import metadata
     from urllib.parse import urlsplit
     from urllib.request import url2pathname
 
-    try:
-        distribution = metadata.distribution(DISTRIBUTION)
-    except metadata.PackageNotFoundError:
+    distribution = _installed()
+    if distribution is None:
         return _pip("install", "-e", f"{Path(__file__).parent.parent}[{extra}]")
     installer = (distribution.read_text("INSTALLER") or "").strip()
     tool = "uv pip" if installer == "uv" else "pip"  # environments made by uv hold no pip
@@ -50,6 +47,17 @@ def install_command(extra: str) -> str:
         url = f"{source['vcs']}+{url}@{revision}"
     wanted = f"{DISTRIBUTION}[{extra}]"
     return _pip("install", f"{wanted} @ {url}" if url else wanted, tool=tool)
+
+
+def _installed() -> "Distribution | None":
+    """What an installer wrote of this package; None in a checkout that never was installed.
+
+    A build leaves metadata in the checkout too, a g3n_mlx.egg-info, which comes first where Python runs there.
+    """
+    from importlib import metadata
+
+    found = metadata.distributions(name=DISTRIBUTION)
+    return next((one for one in found if one.read_text("INSTALLER") or one.read_text("direct_url.json")), None)
 
 
 def _pip(*arguments: str, tool: str = "pip") -> str:

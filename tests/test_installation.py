@@ -71,11 +71,19 @@ def test_the_command_names_where_the_package_came_from(installed, direct_url, in
 
 
 @pytest.mark.skipif(os.name == "nt", reason="paths and quotes of a POSIX shell")
-def test_a_checkout_that_was_never_installed(repository):
-    code = "from g3n_mlx.installation import *; import g3n_mlx; print(g3n_mlx.__version__, install_command('video'))"
+@pytest.mark.parametrize("built", [False, True])
+def test_a_checkout_that_was_never_installed(repository, tmp_path, built):
+    """A build leaves metadata beside the package, which is no installation."""
+    if built:
+        (tmp_path / "g3n_mlx.egg-info").mkdir()
+        (tmp_path / "g3n_mlx.egg-info" / "PKG-INFO").write_text(
+            "Metadata-Version: 2.1\nName: g3n-mlx\nVersion: 1.2.3\n"
+        )
+    paths = os.pathsep.join([str(tmp_path), str(repository)])
+    code = "from g3n_mlx.installation import *; print(version(), install_command('video'))"
     done = subprocess.run(
         [sys.executable, "-S", "-c", code],  # without site-packages
-        env={**os.environ, "PYTHONPATH": str(repository)},
+        env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
         check=True,
