@@ -1,8 +1,9 @@
-"""Writes a full-size Gemma 3n text checkpoint with random weights, in the published layout (bfloat16 shards).
+"""Writes a full-size Gemma 3n checkpoint with random weights, in the published layout (bfloat16 shards).
 
 For measuring: conversion, load, memory and speed do not depend on what the weights say. Values are normal with the
 spread that keeps activations sane. Sizes: `e4b`, `e2b`, and `overhead`, which has E4B's layers but small widths, so
-that the time of a token is the time of its operations' overhead.
+that the time of a token is the time of its operations' overhead. It is a text model alone unless `--towers` adds the
+published ones of images and audio, without which mistral.rs loads no Gemma 3n.
 
     python tests/full_size/write_random_checkpoint.py --size e2b --tokenizer FOLDER -o FOLDER
 """
@@ -18,9 +19,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from g3n_mlx.config.audio import audio_manifest
 from g3n_mlx.config.fields import read_json
-from g3n_mlx.config.manifest import PLE_TABLE, TEXT, TOKEN_TABLE, dead_manifest, text_manifest
+from g3n_mlx.config.manifest import PLE_TABLE, TEXT, TOKEN_TABLE, dead_manifest, embedder_manifest, text_manifest
+from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.config.text import TextConfig
+from g3n_mlx.config.vision import vision_manifest
 from g3n_mlx.convert.quantize import Output, TensorJob
 from g3n_mlx.convert.write import appearing_folder, check_space, copy_sidecars, write_json, write_shards
 from g3n_mlx.matformer.plan import find_slice, plan_slice, slice_config
@@ -37,25 +41,71 @@ OVERHEAD = {
     "vocab_size": 2048,
     "vocab_size_per_layer_input": 2048,
 }
+# Of the published config.json, as the keys below.
+VISION: dict[str, Any] = {
+    "architecture": "mobilenetv5_300m_enc",
+    "do_pooling": False,
+    "hidden_size": 2048,
+    "model_args": None,
+    "model_type": "gemma3n_vision",
+    "rms_norm_eps": 1e-6,
+    "vocab_offset": 262_144,
+    "vocab_size": 128,
+}
+AUDIO: dict[str, Any] = {
+    "conf_attention_chunk_size": 12,
+    "conf_attention_context_left": 13,
+    "conf_attention_context_right": 0,
+    "conf_attention_logit_cap": 50.0,
+    "conf_conv_kernel_size": 5,
+    "conf_num_attention_heads": 8,
+    "conf_num_hidden_layers": 12,
+    "conf_reduction_factor": 4,
+    "conf_residual_weight": 0.5,
+    "gradient_clipping": 1e10,
+    "hidden_size": 1536,
+    "input_feat_size": 128,
+    "model_type": "gemma3n_audio",
+    "rms_norm_eps": 1e-6,
+    "sscp_conv_channel_size": [128, 32],
+    "sscp_conv_group_norm_eps": 1e-3,
+    "sscp_conv_kernel_size": [[3, 3], [3, 3]],
+    "sscp_conv_stride_size": [[2, 2], [2, 2]],
+    "vocab_offset": 262_272,
+    "vocab_size": 128,
+}
+TOWERS = {
+    "audio_config": AUDIO | {"torch_dtype": "bfloat16"},
+    "audio_soft_tokens_per_image": 188,
+    "audio_token_id": 262_273,
+    "boa_token_id": 256_000,
+    "boi_token_id": 255_999,
+    "eoa_token_id": 262_272,
+    "eoi_token_id": 262_144,
+    "image_token_id": 262_145,
+    "vision_config": VISION | {"torch_dtype": "bfloat16"},
+    "vision_soft_tokens_per_image": 256,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("e4b", "e2b", "overhead"), required=True)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder to copy tokenizer and template from")
+    parser.add_argument("--towers", action="store_true", help="with the vision and the audio tower, for e4b and e2b")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args(argv)
-    raw_text = text_config(flags.size)
-    config = TextConfig.from_dict(raw_text)
+    raw = published_config(text_config(flags.size)) | (TOWERS if flags.towers else {})
+    shapes = all_shapes(ModelConfig.from_dict(raw))
     block = np.random.default_rng(flags.seed).standard_normal(BLOCK_ELEMENTS, np.float32)
     blocks: dict[tuple[float, float], np.ndarray] = {}
-    jobs = [job(name, shape, block, blocks) for name, shape in (text_manifest(config) | dead_manifest(config)).items()]
+    jobs = [job(name, shape, block, blocks) for name, shape in shapes.items()]
     with appearing_folder(flags.output, wait_for_others=False) as partial_folder:
         check_space(flags.output, jobs)
         write_shards(partial_folder, jobs, progress=True, max_shard_bytes=MAX_SHARD_BYTES)
         copy_sidecars(flags.tokenizer, partial_folder, whole=True)
-        write_json(partial_folder / "config.json", published_config(raw_text))
+        write_json(partial_folder / "config.json", raw)
     print(f"wrote {flags.output}: {sum(prod(job.outputs[0].shape) for job in jobs):,} parameters", file=sys.stderr)
     return 0
 
@@ -68,6 +118,15 @@ def text_config(size: str) -> dict[str, Any]:
     if size == "overhead":
         raw |= OVERHEAD
     return raw | {"intermediate_size": [raw["intermediate_size"]] * raw["num_hidden_layers"]}
+
+
+def all_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    shapes = text_manifest(config.text) | dead_manifest(config.text)
+    if config.vision is not None and config.audio is not None:
+        width = config.text.hidden_size
+        shapes |= vision_manifest(config.vision) | embedder_manifest("embed_vision", config.vision, width)
+        shapes |= audio_manifest(config.audio) | embedder_manifest("embed_audio", config.audio, width)
+    return shapes
 
 
 def published_config(raw_text: dict[str, Any]) -> dict[str, Any]:
@@ -103,7 +162,7 @@ def spread_of(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
         return 0.0, shape[1] ** -0.5
     if name.startswith(f"{TEXT}layers.") and name.endswith("_coefs.weight"):
         return 0.0, 0.1
-    return 0.0, shape[1] ** -0.5
+    return 0.0, prod(shape[1:]) ** -0.5
 
 
 def rows(block: np.ndarray, place: int, row_shape: tuple[int, ...], start: int, stop: int) -> tuple[np.ndarray, ...]:
