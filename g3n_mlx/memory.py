@@ -18,8 +18,20 @@ def peak_process_bytes() -> int:
         return 0
     import resource  # not on Windows
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return _in_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def peak_children_bytes() -> int:
+    """The same of the largest child process that has ended and been waited for."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return _in_bytes(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+
+
+def _in_bytes(maxrss: int) -> int:
+    return maxrss if sys.platform == "darwin" else maxrss * 1024
 
 
 def return_freed_memory() -> None:

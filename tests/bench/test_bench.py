@@ -29,20 +29,53 @@ def test_figures(backend, tiny_folder, capsys):
     )
     assert code == 0, err
     figures = json.loads(out)["engines"]["g3n_mlx"]
-    for name in ("load_s", "time_to_first_token_s", "prompt_tps", "generation_tps"):
-        spread = figures[name]
+    names = ("load_s", "start_to_first_token_s", "time_to_first_token_s", "prompt_tps")
+    for spread in (*(figures[name] for name in names), *(entry["tps"] for entry in figures["decode"])):
         assert 0 < spread["min"] <= spread["median"] <= spread["max"]
     # Each prefill rate is its own run's tokens over its own time.
     assert figures["prompt_tps"]["max"] == pytest.approx(20 / figures["time_to_first_token_s"]["min"])
-    assert figures["weight_bandwidth"] == pytest.approx(
-        figures["generation_tps"]["median"] * figures["weight_bytes_per_token"]
-    )
+    (decode,) = figures["decode"]
+    assert decode["depth"] == 20
+    assert decode["bandwidth"] == pytest.approx(decode["tps"]["median"] * decode["bytes_per_token"])
+    assert figures["start_to_first_token_s"]["min"] > figures["load_s"]["min"]
+    assert figures["together"] == []
     assert f"g3n_mlx, {backend}, " in figures["engine"]
     assert "float32" in figures["engine"]
     assert figures["peak_memory_bytes"] is None or 20e6 < figures["peak_memory_bytes"] < 2e9
     assert figures["read_bandwidth"] > 1e8
     if backend == "mlx":
         assert 0 < figures["graph_kernels"] <= figures["graph_operations"]
+
+
+def test_depths_sequences_and_a_plot(backend, tiny_folder, tmp_path, capsys):
+    """A figure for each depth and count, in rising order; what decode reads grows by the keys and values."""
+    flags = ("--backend", backend, "--device", "cpu", *FLOAT32, "--depth", "40,0", "--sequences", "3,1", *SMALL[:-1], 1)
+    plot = tmp_path / "plot.svg"
+    code, out, err = bench(capsys, "--model", tiny_folder, *flags, "--plot", plot, "--json")
+    assert code == 0, err
+    figures = json.loads(out)["engines"]["g3n_mlx"]
+    assert [entry["depth"] for entry in figures["decode"]] == [0, 40]
+    text = ModelConfig.from_file(tiny_folder).text
+    seen = sum(16 if kind == "sliding_attention" else 40 for kind in text.layer_types)
+    assert text.sliding_window == 16
+    kv_bytes = 2 * 4 * text.num_key_value_heads * text.head_dim * seen  # keys and values, float32
+    read = [entry["bytes_per_token"] for entry in figures["decode"]]
+    assert read == [figures["weight_bytes_per_token"], figures["weight_bytes_per_token"] + kv_bytes]
+    assert [entry["sequences"] for entry in figures["together"]] == [1, 3]
+    assert all(entry["tps"]["min"] > 0 for entry in figures["together"])
+    drawn = plot.read_text()
+    assert drawn.startswith("<?xml")
+    assert "</svg>" in drawn
+
+
+def test_the_table_in_markdown(tiny_folder, capsys):
+    code, out, err = bench(capsys, "--model", tiny_folder, "--depth", "0,20", "--markdown", *SMALL[:-1], 1)
+    assert code == 0, err
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()]
+    assert rows[0] == ["", "g3n_mlx"]
+    assert {len(row) for row in rows} == {2}
+    assert [row[0] for row in rows[2:5]] == ["prefill of 20 tokens, tok/s", "decode at 0, tok/s", "decode at 20, tok/s"]
+    assert all(float(row[1]) >= 0 for row in rows[2:])
 
 
 def test_weight_bytes_are_those_of_the_text_model(tiny_folder, capsys):
@@ -68,12 +101,15 @@ def test_weight_bytes_are_those_of_the_text_model(tiny_folder, capsys):
 def test_a_peer_takes_turns(tiny_folder, capsys):
     if importlib.util.find_spec("mlx_lm") is None:
         pytest.skip("mlx-lm is not installed")
-    code, out, err = bench(capsys, "--model", tiny_folder, "--backend", "mlx", "--against", "mlx-lm", *SMALL)
+    code, out, err = bench(
+        capsys, "--model", tiny_folder, "--backend", "mlx", "--against", "mlx-lm", *SMALL, "--sequences", 2
+    )
     assert code == 0, err
     order = [line.split(", ")[1].split()[0] for line in err.splitlines() if line.startswith("run ")]
     assert order == ["g3n_mlx", "mlx-lm"] * 2
     assert "g3n_mlx against mlx-lm, medians" in out
     assert out.count("graph operations") == 2
+    assert out.count("not measured") == 1  # mlx-lm's several sequences
 
 
 @pytest.mark.slow
@@ -81,15 +117,16 @@ def test_transformers_as_the_peer(tiny_folder, capsys):
     if importlib.util.find_spec("transformers") is None:
         pytest.skip("transformers is not installed")
     flags = ("--model", tiny_folder, "--backend", "torch", "--against", "transformers", "--json")
-    code, out, err = bench(capsys, *flags, *SMALL)
+    code, out, err = bench(capsys, *flags, *SMALL, "--depth", "0,20", "--sequences", "1,2")
     assert code == 0, err
     summary = json.loads(out)
     ours, theirs = summary["engines"]["g3n_mlx"], summary["engines"]["transformers"]
     # The same model stored the same way: both count the same weights.
     assert ours["weight_bytes_per_token"] == theirs["weight_bytes_per_token"]
-    assert summary["ratios"]["generation_tps"] == pytest.approx(
-        ours["generation_tps"]["median"] / theirs["generation_tps"]["median"]
-    )
+    for index, depth in enumerate(("0", "20")):
+        rates = [figures["decode"][index]["tps"]["median"] for figures in (ours, theirs)]
+        assert summary["ratios"]["generation_tps"][depth] == pytest.approx(rates[0] / rates[1])
+    assert [entry["sequences"] for entry in theirs["together"]] == [1, 2]
 
 
 def test_a_revision_of_the_hub_that_is_quantized_first(tiny_folder, tmp_path, monkeypatch, capsys):
@@ -125,6 +162,9 @@ def test_a_revision_of_the_hub_that_is_quantized_first(tiny_folder, tmp_path, mo
         (("--matformer", "E9B"), "E9B"),
         (("--device", "mps"), "mps"),
         (("--prompt-tokens", 40000), "32768"),
+        (("--depth", "0,40000"), "32768"),
+        (("--plot", "plot.jpg"), "expected a name that ends in .png or .svg"),
+        (("--plot", "no-such-folder/plot.svg"), "no folder"),
     ],
 )
 def test_failures_are_one_line(flags, message, tiny_folder, capsys):
@@ -144,7 +184,9 @@ def test_an_absent_peer_is_said_before_anything_runs(tiny_folder, capsys, monkey
     assert (code, out, err) == (1, "", "g3n-bench: mlx-lm is not installed: pip install mlx-lm\n")
 
 
-@pytest.mark.parametrize("flags", [("--num-trials", "0"), ("--prompt-tokens", "x"), ("--against", "llama.cpp")])
+@pytest.mark.parametrize(
+    "flags", [("--num-trials", "0"), ("--prompt-tokens", "x"), ("--against", "ollama"), ("--depth", "1,x")]
+)
 def test_bad_flags_are_usage_errors(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(list(flags))

@@ -1,0 +1,37 @@
+"""One run of one engine, in a process of its own, so that peak memory belongs to that run alone.
+
+`bench` starts it for every run: `python -m g3n_mlx.bench.worker`, the request as JSON on stdin, the figures as JSON on
+stdout.
+"""
+
+import contextlib
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from g3n_mlx.bench.engines import engine
+from g3n_mlx.bench.measure import Request
+from g3n_mlx.failures import is_expected, one_line
+
+
+def main() -> int:
+    """Reads a request from stdin, prints a Run; a failure is one line on stderr and exit 1."""
+    fields: dict[str, Any] = json.load(sys.stdin)
+    for name in ("prompt_ids", "depths", "sequences"):
+        fields[name] = tuple(fields[name])
+    request = Request(**fields)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # the peers print
+            run = engine(request.engine).measure(request)
+    except Exception as error:
+        if not is_expected(error):
+            raise
+        print(one_line(error), file=sys.stderr)
+        return 1
+    print(json.dumps(asdict(run)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
