@@ -26,6 +26,7 @@ CORE = [
     "bench.__main__",
     "bench.measure",
     "bench.worker",
+    "bench.engines.llama_cpp",
     "chat.__main__",
 ]
 

@@ -163,6 +163,8 @@ def test_a_revision_of_the_hub_that_is_quantized_first(tiny_folder, tmp_path, mo
         (("--device", "mps"), "mps"),
         (("--prompt-tokens", 40000), "32768"),
         (("--depth", "0,40000"), "32768"),
+        (("--peer-binary", "llama-bench", "--against", "transformers"), "--peer-binary needs --against llama.cpp"),
+        (("--against", "llama.cpp"), "--against llama.cpp needs --peer-model"),
         (("--plot", "plot.jpg"), "expected a name that ends in .png or .svg"),
         (("--plot", "no-such-folder/plot.svg"), "no folder"),
     ],

@@ -10,6 +10,7 @@ MODULES = {
     OURS: "ours",
     "mlx-lm": "mlx_lm",
     "transformers": "transformers",
+    "llama.cpp": "llama_cpp",
 }
 PEERS = [name for name in MODULES if name != OURS]
 
