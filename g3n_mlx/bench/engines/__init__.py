@@ -11,6 +11,7 @@ MODULES = {
     "mlx-lm": "mlx_lm",
     "transformers": "transformers",
     "llama.cpp": "llama_cpp",
+    "mistralrs": "mistral_rs",
 }
 PEERS = [name for name in MODULES if name != OURS]
 
