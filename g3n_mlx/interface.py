@@ -68,7 +68,7 @@ class Model(Protocol):
     def embed_audio(self, frames: np.ndarray, mask: np.ndarray) -> SoftTokens:
         """The soft tokens of a clip: log-mel frames [T, mel] float32, of which the mask [T] says which are real.
 
-        Always the config's count; what the clip leaves over is the embedding of the vocabulary's last id.
+        Always the config's count; what the clip leaves over is the embedding of the audio range's last id.
         """
         ...
 

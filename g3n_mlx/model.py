@@ -11,7 +11,7 @@ from typing import Any, Self, Unpack
 import numpy as np
 
 from g3n_mlx.checkpoint.folder import Checkpoint
-from g3n_mlx.config.model import ModelConfig
+from g3n_mlx.config.model import ModelConfig, token_ids
 from g3n_mlx.engine.answer import Answer, chunks_of
 from g3n_mlx.engine.cache import Cache
 from g3n_mlx.engine.conversation import Conversation
@@ -68,11 +68,10 @@ class Gemma3n:
         self.device = device
         self.dtype = dtype  # of the activations
         self.slice_name = slice_name
-        self.sampling_defaults = SamplingParams.published_defaults(generation_config)
-        eos = generation_config.get("eos_token_id")
-        if eos is None:  # where neither file says it, what ends a turn of the chat template
-            eos = self.config.eos_token_ids or [tokenizer.id_of("<eos>"), tokenizer.id_of("<end_of_turn>")]
-        self.eos_token_ids = frozenset(eos if isinstance(eos, Sequence) else [eos])
+        self.sampling_defaults, eos = _published(generation_config, checkpoint)
+        # Where neither file says it, what ends a turn of the chat template.
+        named = eos or self.config.eos_token_ids or [tokenizer.id_of("<eos>"), tokenizer.id_of("<end_of_turn>")]
+        self.eos_token_ids = frozenset(named)
         self.runner = runner  # of the network, in the thread that it lives in
         opener = MediaOpener(checkpoint.folder, checkpoint.config)
         self.preparer = Preparer(tokenizer, opener, self.config.text.max_position_embeddings)
@@ -396,6 +395,22 @@ class Gemma3n:
             self._conversation = conversation
             raise
         self._conversation = conversation
+
+
+def _published(generation_config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """What generation_config.json says: options of sampling, and the ids that end an answer.
+
+    Raises ValueError naming the key whose value can't be used.
+    """
+    where = str(checkpoint.folder / "generation_config.json")
+    eos = generation_config.get("eos_token_id")
+    ids = () if eos is None else token_ids(eos, "eos_token_id", checkpoint.config.text.vocab_size, where)
+    defaults = SamplingParams.published_defaults(generation_config)
+    try:
+        SamplingParams(**defaults)
+    except ValueError as error:
+        raise BadValue(f"{where}: {error}") from None
+    return defaults, ids
 
 
 def _sampling(options: AnswerOptions) -> Any:

@@ -53,7 +53,7 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(int(i) for i in ids))
         try:
             bias = {int(i): float(b) for i, b in (self.logit_bias or {}).items()}
-        except (AttributeError, TypeError, ValueError):
+        except (AttributeError, TypeError, ValueError, OverflowError):
             raise BadValue(f"logit_bias is {self.logit_bias!r}, expected a dict of numbers by token id") from None
         object.__setattr__(self, "logit_bias", MappingProxyType(bias))
         if self.top_k == -1:  # vLLM's spelling of "all"
@@ -61,7 +61,7 @@ class SamplingParams:
         for name in ("ignore_eos", "logprobs"):
             _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         for name in ("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty"):
-            _require(isinstance(getattr(self, name), Real), name, getattr(self, name), "a number")
+            _require(_is_real(getattr(self, name)), name, getattr(self, name), "a number")
         _require(self.temperature >= 0 and np.isfinite(self.temperature), "temperature", self.temperature, "at least 0")
         _require(_is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "an integer of at least 0 (0: all)")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
@@ -139,6 +139,17 @@ def check_option_names(given: Iterable[str], known: Iterable[str]) -> None:
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
         raise BadValue(f"{name} is {value!r}, expected {expected}")
+
+
+def _is_real(value: object) -> bool:
+    """Whether a value is a number that a float holds; integers of hundreds of digits are not."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
 
 
 def _is_int(value: object) -> bool:

@@ -66,7 +66,7 @@ def random_config(draw: np.random.Generator) -> dict[str, Any]:
         "audio_soft_tokens_per_image": int(draw.integers(12, 30)),
         "image_token_id": text_ids + int(draw.integers(image_ids)),
         "audio_token_id": text_ids + image_ids + int(draw.integers(audio_ids)),
-        "eos_token_id": [1, 106],
+        "eos_token_id": 1,
     }
 
 

@@ -17,6 +17,7 @@ import pytest
 from g3n_mlx import load
 from g3n_mlx.checkpoint import hub
 from g3n_mlx.convert import convert
+from g3n_mlx.failures import Error
 from g3n_mlx.installation import install_command
 from g3n_mlx.loading import chosen_backend
 
@@ -179,6 +180,22 @@ def test_a_folder_without_a_generation_config(open_model, tiny_folder, tmp_path)
     model = open_model(folder)
     assert model.sampling_defaults == {}
     assert model.eos_token_ids == {1, 106}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eos_token_id": "x"}, "eos_token_id is 'x', expected token ids from 0 to 1151"),
+        ({"eos_token_id": [1, 10**9]}, r"eos_token_id is \[1, 1000000000\], expected token ids"),
+        ({"temperature": "warm"}, "temperature is 'warm', expected a number"),
+        ({"top_p": 10**400}, "top_p is 1000"),
+    ],
+)
+def test_a_generation_config_with_a_wrong_value(open_model, tiny_folder, tmp_path, changes, message):
+    folder = shutil.copytree(tiny_folder, tmp_path / "x")
+    (folder / "generation_config.json").write_text(json.dumps(changes))
+    with pytest.raises(Error, match=f"generation_config.json: {message}"):
+        open_model(folder)
 
 
 def test_a_generation_config_without_an_end(open_model, tiny_folder, tmp_path):

@@ -1,5 +1,7 @@
 """Sampling options, and the laws of the numpy draw that both backends are compared with."""
 
+from contextlib import suppress
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -7,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from reference_draw import candidates, draw, penalize
 
-from g3n_mlx.sampling import SamplingParams, Uniforms
+from g3n_mlx.failures import Error
+from g3n_mlx.sampling import SamplingOptions, SamplingParams, Uniforms
 
 NEUTRAL = SamplingParams()
 
@@ -22,6 +25,12 @@ NEUTRAL = SamplingParams()
         ({"temperature": float("inf")}, "temperature is inf"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": "warm"}, "temperature is 'warm'"),
+        ({"temperature": 10**400}, "temperature is 1000"),
+        ({"temperature": True}, "temperature is True, expected a number"),
+        ({"frequency_penalty": 10**400}, "frequency_penalty is 1000"),
+        ({"repetition_penalty": 10**400}, "repetition_penalty is 1000"),
+        ({"logit_bias": {3: 10**400}}, "logit_bias is"),
+        ({"logit_bias": {float("inf"): 1}}, "logit_bias is"),
         ({"top_k": -2}, "top_k is -2"),
         ({"top_k": 2.5}, "top_k is 2.5"),
         ({"top_k": True}, "top_k is True"),
@@ -48,6 +57,13 @@ NEUTRAL = SamplingParams()
 def test_values_out_of_range_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         SamplingParams(**options)
+
+
+@pytest.mark.parametrize("name", SamplingOptions.__annotations__)
+def test_whatever_an_option_is_given_is_taken_or_an_error(name):
+    for value in (None, [], {}, True, "x", 0, -1, 10**9, 10**400, np.nan, np.inf, [[]], [10**400], {"x": []}, object()):
+        with suppress(Error):
+            SamplingParams(**{name: value})
 
 
 def test_spellings_that_mean_the_same():

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from g3n_mlx.chat import attachments
 from g3n_mlx.chat.terminal import Interruption
 from g3n_mlx.commands import printable, say
+from g3n_mlx.config.fields import parse_json
 from g3n_mlx.failures import BadValue, FileProblem, check_folder_of, is_expected, one_line, size_in_words
 
 if TYPE_CHECKING:
@@ -329,7 +330,7 @@ def _path(name: str, command: str) -> Path:
 def _conversation(path: Path) -> list[dict[str, Any]] | None:
     """The messages of a saved conversation; None when the file is something else."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(path.read_text(encoding="utf-8"))
     except ValueError:
         return None
     messages = document.get("messages") if isinstance(document, dict) else None

@@ -12,6 +12,7 @@ from typing import Any
 
 from g3n_mlx.checkpoint.quantization import Quantization
 from g3n_mlx.checkpoint.shards import StoredTensor
+from g3n_mlx.config.fields import is_integer, shown
 from g3n_mlx.config.manifest import TEXT
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.failures import BadValue
@@ -94,23 +95,28 @@ def declared_quantization(raw_config: dict[str, Any], where: str) -> Declared | 
     if not isinstance(raw, dict) or "bits" not in raw or "group_size" not in raw or "quant_method" in raw:
         method = raw.get("quant_method") if isinstance(raw, dict) else raw
         raise BadValue(
-            f"{where}: quantized by {method!r}; only MLX's affine quantization is read: "
+            f"{where}: quantized by {shown(method)}; only MLX's affine quantization is read: "
             "start from the unquantized checkpoint"
         )
-    modules = {
-        canonical_name(path): None if value is False else _declared_module(value, f"{where}, quantization of {path}")
-        for path, value in raw.items()
-        if "." in path and value is not True
-    }
+    modules: dict[str, Quantization | None] = {}
+    for path, value in raw.items():
+        if "." in path and value is not True:
+            here = f"{where}, quantization of {shown(path)}"
+            modules[canonical_name(path)] = None if value is False else _declared_module(value, here)
     return Declared(_declared_module(raw, f"{where}, quantization"), modules)
 
 
 def _declared_module(raw: Any, where: str) -> Quantization:
     if not isinstance(raw, dict) or "bits" not in raw or "group_size" not in raw:
-        raise BadValue(f"{where}: is {raw!r}, expected false or an object with bits and group_size")
+        raise BadValue(f"{where}: is {shown(raw)}, expected false or an object with bits and group_size")
     if raw.get("mode", "affine") != "affine":
-        raise BadValue(f"{where}: mode is {raw['mode']!r}, only 'affine' is read")
+        raise BadValue(f"{where}: mode is {shown(raw['mode'])}, only 'affine' is read")
     # mlx-lm's mixed recipes write null for what they leave to mx.quantize.
     bits = _MLX_DEFAULT.bits if raw["bits"] is None else raw["bits"]
     group_size = _MLX_DEFAULT.group_size if raw["group_size"] is None else raw["group_size"]
-    return Quantization(bits, group_size)
+    if not (is_integer(bits) and is_integer(group_size)):
+        raise BadValue(f"{where}: bits and group_size are {shown(bits)} and {shown(group_size)}, expected integers")
+    try:
+        return Quantization(bits, group_size)
+    except ValueError as error:
+        raise BadValue(f"{where}: {error}") from None

@@ -5,7 +5,6 @@ or converted. Maps are for tables of which a run touches a few rows.
 Format: safetensors, README.md ("Format").
 """
 
-import json
 import mmap
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from g3n_mlx.config.fields import parse_json, shown
 from g3n_mlx.failures import BadValue, MissingFile
 
 INDEX = "model.safetensors.index.json"
@@ -153,9 +153,11 @@ def _shard_paths(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError):
-            raise BadValue(f"{index} is not a safetensors index: expected an object with a weight_map") from None
+            names = []
+        if not names or not all(isinstance(name, str) for name in names):
+            raise BadValue(f"{index} is not a safetensors index: expected an object with a weight_map of file names")
         if any(Path(name).name != name for name in names):
             raise BadValue(f"{index} names files outside its folder")
         missing = [name for name in names if not (folder / name).is_file()]
@@ -195,7 +197,7 @@ def _read_header(shard: Shard) -> Iterator[tuple[str, StoredTensor]]:
     raw = bytearray(header_bytes)
     shard.read_into(8, memoryview(raw))
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        header = parse_json(raw.decode("utf-8"), _without_duplicates)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise BadValue(f"{path} has a damaged header ({error}): {advice}") from None
     if not isinstance(header, dict):
@@ -222,10 +224,10 @@ def _stored_tensor(shard: Shard, start: int, name: str, entry: Any) -> StoredTen
         and _are_counts(entry.get("shape"))
         and _are_counts(entry.get("data_offsets"), 2)
     ):
-        raise BadValue(f"{shard.path}: the header's entry for {name} is damaged: {entry!r}")
+        raise BadValue(f"{shard.path}: the header's entry for {name} is damaged: {shown(entry)}")
     dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     if dtype not in DTYPES:
-        raise BadValue(f"{shard.path}: {name} has dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
+        raise BadValue(f"{shard.path}: {name} has dtype {shown(dtype)}, expected one of {', '.join(DTYPES)}")
     stored = StoredTensor(shard, start + first, dtype, shape)
     if stored.num_bytes != last - first:
         raise BadValue(f"{shard.path}: {name} has shape {shape} and dtype {dtype}, but {last - first} bytes")

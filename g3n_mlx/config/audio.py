@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from g3n_mlx.config.fields import Fields
+from g3n_mlx.config.fields import MAX_LAYERS, Fields, is_integer, shown
 from g3n_mlx.failures import BadValue
 
 # Of every norm but the light convolution's two; the reference has no key for it.
@@ -19,6 +19,8 @@ SSCP_CONVS = 2
 SSCP_FREQUENCY_PADDING = 1
 FFN_EXPANSION = 4
 MAX_TIMESCALE = 10_000.0
+# Positions that a chunk of queries or its surroundings may span, and sizes of kernels: 30 seconds are 750 positions.
+_MAX_WINDOW = 4096
 
 Pair = tuple[int, int]  # time, frequency
 
@@ -29,7 +31,7 @@ class AudioConfig:
 
     hidden_size: int
     vocab_size: int
-    vocab_offset: int  # first id of the audio range, which has no upper end
+    vocab_offset: int  # first id of the audio range
     rms_norm_eps: float  # of the embedder and of the light convolution
     soft_tokens: int  # a clip's, whatever its length
     input_feat_size: int  # mel bands of a frame
@@ -106,7 +108,7 @@ class AudioConfig:
         return (ahead >= 0) & (ahead < self.relative_span)
 
     @staticmethod
-    def from_dict(raw: dict[str, Any], soft_tokens: int, where: str) -> "AudioConfig":
+    def from_dict(raw: Any, soft_tokens: int, where: str) -> "AudioConfig":
         """Reads `audio_config`; raises ValueError naming the key that is missing or does not fit."""
         fields = Fields(raw, where)
         old_eps = "sscp_conv_eps" in raw and "sscp_conv_group_norm_eps" not in raw
@@ -114,21 +116,23 @@ class AudioConfig:
             hidden_size=fields.integer("hidden_size", at_least=2),
             vocab_size=fields.integer("vocab_size", at_least=1),
             vocab_offset=fields.integer("vocab_offset"),
-            rms_norm_eps=fields.number("rms_norm_eps"),
+            rms_norm_eps=fields.positive("rms_norm_eps", at_most=1),
             soft_tokens=soft_tokens,
             input_feat_size=fields.integer("input_feat_size", at_least=1),
-            gradient_clipping=_positive(fields, "gradient_clipping", where),
-            conf_attention_chunk_size=fields.integer("conf_attention_chunk_size", at_least=1),
-            conf_attention_context_left=fields.integer("conf_attention_context_left"),
-            conf_attention_context_right=fields.integer("conf_attention_context_right"),
-            conf_attention_logit_cap=_positive(fields, "conf_attention_logit_cap", where),
+            gradient_clipping=fields.positive("gradient_clipping"),
+            conf_attention_chunk_size=fields.integer("conf_attention_chunk_size", at_least=1, at_most=_MAX_WINDOW),
+            conf_attention_context_left=fields.integer("conf_attention_context_left", at_most=_MAX_WINDOW),
+            conf_attention_context_right=fields.integer("conf_attention_context_right", at_most=_MAX_WINDOW),
+            conf_attention_logit_cap=fields.positive("conf_attention_logit_cap"),
             conf_num_attention_heads=fields.integer("conf_num_attention_heads", at_least=1),
-            conf_num_hidden_layers=fields.integer("conf_num_hidden_layers", at_least=1),
+            conf_num_hidden_layers=fields.integer("conf_num_hidden_layers", at_least=1, at_most=MAX_LAYERS),
             conf_conv_kernel_size=fields.integer("conf_conv_kernel_size", at_least=1),
-            conf_reduction_factor=fields.integer("conf_reduction_factor", at_least=1),
-            conf_residual_weight=fields.number("conf_residual_weight"),
+            conf_reduction_factor=fields.integer("conf_reduction_factor", at_least=1, at_most=_MAX_WINDOW),
+            conf_residual_weight=fields.positive("conf_residual_weight"),
             sscp_conv_channel_size=_pair(fields.get("sscp_conv_channel_size"), "sscp_conv_channel_size", where),
-            sscp_conv_group_norm_eps=fields.number("sscp_conv_eps" if old_eps else "sscp_conv_group_norm_eps"),
+            sscp_conv_group_norm_eps=fields.positive(
+                "sscp_conv_eps" if old_eps else "sscp_conv_group_norm_eps", at_most=1
+            ),
             sscp_conv_kernel_size=_pairs(fields, "sscp_conv_kernel_size", where),
             sscp_conv_stride_size=_pairs(fields, "sscp_conv_stride_size", where),
         )
@@ -182,28 +186,21 @@ def _conformer_block(config: AudioConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _positive(fields: Fields, key: str, where: str) -> float:
-    value = fields.number(key)
-    if not value > 0:
-        raise BadValue(f"{where}: {key} is {value:g}, expected a number above 0")
-    return value
-
-
 def _pair(value: Any, key: str, where: str) -> Pair:
     if not isinstance(value, list | tuple) or len(value) != SSCP_CONVS or any(not _is_size(item) for item in value):
-        raise BadValue(f"{where}: {key} has {value!r}, expected {SSCP_CONVS} integers of at least 1")
+        raise BadValue(f"{where}: {key} has {shown(value)}, expected {SSCP_CONVS} integers from 1 to {_MAX_WINDOW}")
     return value[0], value[1]
 
 
 def _pairs(fields: Fields, key: str, where: str) -> tuple[Pair, Pair]:
     value = fields.get(key)
     if not isinstance(value, list | tuple) or len(value) != SSCP_CONVS:
-        raise BadValue(f"{where}: {key} is {value!r}, expected one [time, frequency] for each of {SSCP_CONVS}")
+        raise BadValue(f"{where}: {key} is {shown(value)}, expected one [time, frequency] for each of {SSCP_CONVS}")
     return _pair(value[0], key, where), _pair(value[1], key, where)
 
 
 def _is_size(item: Any) -> bool:
-    return isinstance(item, int) and not isinstance(item, bool) and item >= 1
+    return is_integer(item, 1, _MAX_WINDOW)
 
 
 def _check(config: AudioConfig, where: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from g3n_mlx.config.audio import AudioConfig
-from g3n_mlx.config.fields import Fields, read_json
+from g3n_mlx.config.fields import Fields, is_integer, is_number, read_json, shown
 from g3n_mlx.config.text import FULL, SLIDING, TextConfig
 from g3n_mlx.config.vision import VisionConfig
 from g3n_mlx.failures import BadValue
@@ -43,9 +43,10 @@ class ModelConfig:
     def embedder_of(self, token_id: int) -> str | None:
         """The embedder of an id of the image or audio range, `embed_vision` or `embed_audio`; None for text.
 
-        Source: transformers, modeling_gemma3n.py, `Gemma3nModel.forward`: the audio range has no upper end.
+        Ids behind the audio range, of a vocabulary that a trainer has enlarged, are text; the reference fails there.
+        Source: transformers, modeling_gemma3n.py, `Gemma3nModel.forward`.
         """
-        if self.audio is not None and token_id >= self.audio.vocab_offset:
+        if self.audio is not None and 0 <= token_id - self.audio.vocab_offset < self.audio.vocab_size:
             return "embed_audio"
         if self.vision is not None and 0 <= token_id - self.vision.vocab_offset < self.vision.vocab_size:
             return "embed_vision"
@@ -62,20 +63,37 @@ class ModelConfig:
         raw = _nested(raw, where)
         kind = raw.get("model_type")
         if kind not in ("gemma3n", "gemma3n_text"):
-            raise BadValue(f"{where}: model_type is {kind!r}, expected 'gemma3n' or 'gemma3n_text'")
+            raise BadValue(f"{where}: model_type is {shown(kind)}, expected 'gemma3n' or 'gemma3n_text'")
+        text = TextConfig.from_dict(raw["text_config"], where)
         vision, audio = raw.get("vision_config"), raw.get("audio_config")
-        text = raw["text_config"]
-        eos = next((e for e in (raw.get("eos_token_id"), text.get("eos_token_id")) if e is not None), [])
+        for name, modality in (("vision", vision), ("audio", audio)):
+            if modality is not None and not isinstance(modality, dict):
+                raise BadValue(f"{where}: {name}_config is {shown(modality)}, expected an object or null")
+        eos = next((e for e in (raw.get("eos_token_id"), raw["text_config"].get("eos_token_id")) if e is not None), [])
 
         def soft(kind: str) -> int:
-            return Fields(raw, where).integer(f"{kind}_soft_tokens_per_image", at_least=1)
+            key = f"{kind}_soft_tokens_per_image"
+            return Fields(raw, where).integer(key, at_least=1, at_most=text.max_position_embeddings)
 
-        return ModelConfig(
-            text=TextConfig.from_dict(text, where),
+        config = ModelConfig(
+            text=text,
             vision=VisionConfig.from_dict(vision, soft("vision"), f"{where}, vision_config") if vision else None,
             audio=AudioConfig.from_dict(audio, soft("audio"), f"{where}, audio_config") if audio else None,
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
+            eos_token_ids=token_ids(eos, "eos_token_id", text.vocab_size, where),
         )
+        for name, modality in (("vision", config.vision), ("audio", config.audio)):
+            if modality is not None:
+                first = Fields(raw[f"{name}_config"], f"{where}, {name}_config")
+                first.integer("vocab_offset", at_least=1, at_most=text.vocab_size - 1)
+        return config
+
+
+def token_ids(value: Any, key: str, vocab_size: int, where: str) -> tuple[int, ...]:
+    """An id or a list of ids; raises ValueError when one of them is no token of the vocabulary."""
+    ids = value if isinstance(value, list) else [value]
+    if not all(is_integer(token_id, 0, vocab_size - 1) for token_id in ids):
+        raise BadValue(f"{where}: {key} is {shown(value)}, expected token ids from 0 to {vocab_size - 1}")
+    return tuple(ids)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -93,7 +111,9 @@ def _file(path: Path) -> Path:
 
 
 def _nested(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    if isinstance(raw.get("text_config"), dict):
+    if "text_config" in raw and not isinstance(raw["text_config"], dict):
+        raise BadValue(f"{where}: text_config is {shown(raw['text_config'])}, expected an object")
+    if "text_config" in raw:
         nested = {**raw, "text_config": dict(raw["text_config"])}
     else:
         outer = {key: raw[key] for key in _OUTER_KEYS if key in raw}
@@ -112,8 +132,10 @@ def _nested(raw: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _rope_base(parameters: Any, kind: str, where: str) -> Any:
     entry = parameters.get(kind) if isinstance(parameters, dict) else None
-    if not isinstance(entry, dict) or entry.get("rope_type", "default") != "default" or "rope_theta" not in entry:
-        raise BadValue(
-            f"{where}: rope_parameters[{kind!r}] is {entry!r}, expected rope_type 'default' and a rope_theta"
-        )
-    return entry["rope_theta"]
+    if isinstance(entry, dict) and entry.get("rope_type", "default") == "default":
+        base = entry.get("rope_theta")
+        if is_number(base) and base > 0:
+            return base
+    raise BadValue(
+        f"{where}: rope_parameters[{kind!r}] is {shown(entry)}, expected rope_type 'default' and a rope_theta above 0"
+    )

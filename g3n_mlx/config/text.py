@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from g3n_mlx.config.fields import Fields
+from g3n_mlx.config.fields import MAX_LAYERS, Fields, shown
 from g3n_mlx.failures import BadValue
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"
+# AltUp's inputs, each with a matrix of its own at both ends; Gemma 3n has 4.
+_MAX_STREAMS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +80,12 @@ class TextConfig:
         return NormalDist().inv_cdf(sparsity) if sparsity > 0 else None
 
     @staticmethod
-    def from_dict(raw: dict[str, Any], where: str = "config.json") -> "TextConfig":
+    def from_dict(raw: Any, where: str = "config.json") -> "TextConfig":
         """Takes the `text_config` of a published config.json; raises ValueError naming the key that does not fit."""
         values = Fields(raw, where)
-        layers = values.integer("num_hidden_layers", at_least=1)
+        layers = values.integer("num_hidden_layers", at_least=1, at_most=MAX_LAYERS)
         _require_supported(raw, where)
+        no_softcap = values.get("final_logit_softcapping") is None
         config = TextConfig(
             vocab_size=values.integer("vocab_size", at_least=1),
             vocab_size_per_layer_input=values.integer("vocab_size_per_layer_input", at_least=1),
@@ -95,24 +98,21 @@ class TextConfig:
             head_dim=values.integer("head_dim", at_least=2),
             intermediate_size=values.per_layer("intermediate_size", layers, int),
             activation_sparsity_pattern=values.per_layer("activation_sparsity_pattern", layers, float),
-            layer_types=values.per_layer("layer_types", layers, str),
+            # MatFormer Lab leaves the list of the larger model; the reference reads its beginning too.
+            layer_types=values.per_layer("layer_types", layers, str, longer=True),
             sliding_window=values.integer("sliding_window", at_least=1),
             max_position_embeddings=values.integer("max_position_embeddings", at_least=1),
-            rope_theta=values.number("rope_theta"),
-            rope_local_base_freq=values.number("rope_local_base_freq"),
-            rms_norm_eps=float(values.get("rms_norm_eps")),
-            final_logit_softcapping=_optional_float(values.get("final_logit_softcapping")),
+            rope_theta=values.positive("rope_theta"),
+            rope_local_base_freq=values.positive("rope_local_base_freq"),
+            rms_norm_eps=values.positive("rms_norm_eps", at_most=1),
+            final_logit_softcapping=None if no_softcap else values.positive("final_logit_softcapping"),
             laurel_rank=values.integer("laurel_rank", at_least=1),
-            altup_num_inputs=values.integer("altup_num_inputs", at_least=1),
+            altup_num_inputs=values.integer("altup_num_inputs", at_least=1, at_most=_MAX_STREAMS),
             altup_active_idx=values.integer("altup_active_idx"),
-            altup_correct_scale=bool(values.get("altup_correct_scale")),
+            altup_correct_scale=values.boolean("altup_correct_scale"),
         )
         _check_text(config, where)
         return config
-
-
-def _optional_float(value: Any) -> float | None:
-    return None if value is None else float(value)
 
 
 def _require_supported(raw: dict[str, Any], where: str) -> None:
@@ -120,13 +120,13 @@ def _require_supported(raw: dict[str, Any], where: str) -> None:
     expected = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "rope_scaling": None}
     for key, value in expected.items():
         if key in raw and raw[key] != value:
-            raise BadValue(f"{where}: {key} is {raw[key]!r}, only {value!r} is supported")
+            raise BadValue(f"{where}: {key} is {shown(raw[key])}, only {value!r} is supported")
 
 
 def _check_text(config: TextConfig, where: str) -> None:
     unknown = set(config.layer_types) - {SLIDING, FULL}
     if unknown:
-        raise BadValue(f"{where}: layer_types has {sorted(unknown)}, expected {SLIDING!r} or {FULL!r}")
+        raise BadValue(f"{where}: layer_types has {shown(sorted(unknown))}, expected {SLIDING!r} or {FULL!r}")
     if config.num_kv_shared_layers >= config.num_hidden_layers:
         raise BadValue(
             f"{where}: num_kv_shared_layers is {config.num_kv_shared_layers}, "
@@ -136,6 +136,13 @@ def _check_text(config: TextConfig, where: str) -> None:
     orphans = set(config.layer_types) - owned
     if orphans:
         raise BadValue(f"{where}: layers of type {sorted(orphans)} share keys and values that no layer owns")
+    if config.sliding_window > config.max_position_embeddings:
+        raise BadValue(
+            f"{where}: sliding_window is {config.sliding_window}, "
+            f"expected at most max_position_embeddings ({config.max_position_embeddings})"
+        )
+    if config.head_dim % 2:
+        raise BadValue(f"{where}: head_dim is {config.head_dim}, expected an even number: RoPE turns pairs")
     if config.num_attention_heads % config.num_key_value_heads:
         raise BadValue(
             f"{where}: num_attention_heads ({config.num_attention_heads}) is not a multiple of "

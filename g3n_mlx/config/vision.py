@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from g3n_mlx.config.fields import Fields
+from g3n_mlx.config.fields import Fields, shown
 from g3n_mlx.failures import BadValue
 
 Shape = tuple[int, ...]
@@ -20,6 +20,8 @@ Shape = tuple[int, ...]
 ARCHITECTURE = "mobilenetv5_300m_enc"
 # With the stem the image shrinks 32 times; timm lets further stages dilate their kernels instead.
 _MAX_STAGES = 4
+# Times that a block may widen its channels; the published ones do at most 6 times.
+_MAX_EXPANSION = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +145,11 @@ class VisionConfig:
         )
 
     @staticmethod
-    def from_dict(raw: dict[str, Any], soft_tokens: int, where: str) -> "VisionConfig":
+    def from_dict(raw: Any, soft_tokens: int, where: str) -> "VisionConfig":
         """Takes `vision_config`; raises ValueError naming the key that is missing or does not fit."""
         fields = Fields(raw, where)
         if raw.get("architecture", ARCHITECTURE) != ARCHITECTURE:
-            raise BadValue(f"{where}: architecture is {raw['architecture']!r}, only {ARCHITECTURE!r} is supported")
+            raise BadValue(f"{where}: architecture is {shown(raw['architecture'])}, only {ARCHITECTURE!r} is supported")
         network = _network(raw.get("model_args"), where)
         where = f"{where}, model_args"
         stem_size = _rounded(Fields(network, where).integer("stem_size", at_least=1))
@@ -162,7 +164,7 @@ class VisionConfig:
             hidden_size=fields.integer("hidden_size", at_least=1),
             vocab_size=fields.integer("vocab_size", at_least=1),
             vocab_offset=fields.integer("vocab_offset"),
-            rms_norm_eps=fields.number("rms_norm_eps"),
+            rms_norm_eps=fields.positive("rms_norm_eps", at_most=1),
             soft_tokens=soft_tokens,
             stem_size=stem_size,
             stages=stages,
@@ -251,22 +253,22 @@ def _network(model_args: Any, where: str) -> dict[str, Any]:
     if model_args is None:
         return _PUBLISHED
     if not isinstance(model_args, dict):
-        raise BadValue(f"{where}: model_args is {model_args!r}, expected an object or null")
+        raise BadValue(f"{where}: model_args is {shown(model_args)}, expected an object or null")
     unknown = sorted(set(model_args) - set(_PUBLISHED))
     if unknown:
-        raise BadValue(f"{where}: model_args has {unknown}, only {sorted(_PUBLISHED)} are supported")
+        raise BadValue(f"{where}: model_args has {shown(unknown)}, only {sorted(_PUBLISHED)} are supported")
     return _PUBLISHED | model_args
 
 
 def _stages(block_args: Any, channels: int, where: str) -> tuple[tuple[BlockConfig, ...], ...]:
     """The table of stages; channels are those that enter the first."""
     if not isinstance(block_args, list) or not 1 <= len(block_args) <= _MAX_STAGES:
-        raise BadValue(f"{where}: block_args is {block_args!r:.200}, expected a list of 1 to {_MAX_STAGES} stages")
+        raise BadValue(f"{where}: block_args is {shown(block_args)}, expected a list of 1 to {_MAX_STAGES} stages")
     stages: list[tuple[BlockConfig, ...]] = []
     for stage_idx, stage in enumerate(block_args):
         here = f"{where}, block_args[{stage_idx}]"
         if not isinstance(stage, list) or not stage or not all(isinstance(block, dict) for block in stage):
-            raise BadValue(f"{here} is {stage!r}, expected a list of blocks, which are objects")
+            raise BadValue(f"{here} is {shown(stage)}, expected a list of blocks, which are objects")
         blocks: list[BlockConfig] = []
         for block_idx, raw in enumerate(stage):
             blocks.append(_block(raw, f"{here}[{block_idx}]", channels, 1 if blocks else 2))
@@ -280,7 +282,7 @@ def _block(raw: dict[str, Any], where: str, in_channels: int, stride: int) -> Bl
     fields = Fields(raw, where)
     kind = fields.get("block_type")
     if not isinstance(kind, str) or kind not in _KEYS:
-        raise BadValue(f"{where}: block_type is {kind!r}, only 'er', 'uir' and 'mqa' are supported")
+        raise BadValue(f"{where}: block_type is {shown(kind)}, only 'er', 'uir' and 'mqa' are supported")
     _refuse_others(raw, kind, where)
     if kind == "mqa" and stride == 2:
         raise BadValue(f"{where}: block_type is 'mqa', expected 'er' or 'uir', which can halve the image")
@@ -296,10 +298,7 @@ def _block(raw: dict[str, Any], where: str, in_channels: int, stride: int) -> Bl
     }
     if kind == "mqa":
         return MobileAttentionConfig(in_channels=in_channels, out_channels=out_channels, has_skip=has_skip, **sizes)
-    ratio = fields.number("exp_ratio")
-    if not 0 < ratio < math.inf:
-        raise BadValue(f"{where}: exp_ratio is {ratio!r}, expected a number above 0")
-    expanded = _rounded(in_channels * ratio)
+    expanded = _rounded(in_channels * fields.positive("exp_ratio", at_most=_MAX_EXPANSION))
     if kind == "er":
         return EdgeResidualConfig(in_channels, expanded, out_channels, **sizes, stride=stride, has_skip=has_skip)
     if stride > 1 and not any(sizes.values()):
@@ -314,19 +313,19 @@ def _refuse_others(raw: dict[str, Any], kind: str, where: str) -> None:
     allowed = _DEFAULTS | {"group_size": _DEFAULT_GROUP_SIZES[kind]}
     for key in sorted(set(raw) - {"block_type", *_KEYS[kind]}):
         if key not in allowed:
-            raise BadValue(f"{where}: the key {key!r} is not supported for {kind!r} blocks")
+            raise BadValue(f"{where}: the key {shown(key)} is not supported for {kind!r} blocks")
         if raw[key] not in (None, allowed[key]):
-            raise BadValue(f"{where}: {key} is {raw[key]!r}, only {allowed[key]!r} is supported")
+            raise BadValue(f"{where}: {key} is {shown(raw[key])}, only {allowed[key]!r} is supported")
 
 
 def _msfa_stages(indices: Any, num_stages: int, where: str) -> tuple[int, ...]:
     """The stages that are fused, in order; 0 is the stem."""
     if not isinstance(indices, list) or not indices or not all(type(index) is int for index in indices):
-        raise BadValue(f"{where}: msfa_indices is {indices!r}, expected a list of integers")
+        raise BadValue(f"{where}: msfa_indices is {shown(indices)}, expected a list of integers")
     count = num_stages + 1
     if not all(-count <= index < count for index in indices):
-        raise BadValue(f"{where}: msfa_indices is {indices!r}, but there are {count} resolutions")
+        raise BadValue(f"{where}: msfa_indices is {shown(indices)}, but there are {count} resolutions")
     taken = {index % count for index in indices}
     if len(taken) < len(indices):
-        raise BadValue(f"{where}: msfa_indices is {indices!r}, which names a resolution twice")
+        raise BadValue(f"{where}: msfa_indices is {shown(indices)}, which names a resolution twice")
     return tuple(sorted(taken))

@@ -6,7 +6,6 @@ which Gemma's probabilities are worth nothing. A model and the reference are ask
 turn, so a vocabulary of 262,400 tokens needs no more memory than a small one.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from g3n_mlx.config.fields import parse_json
 from g3n_mlx.failures import BadValue
 from g3n_mlx.media.policy import MediaPolicy
 from g3n_mlx.prompt.prompt import Prompt
@@ -75,7 +75,7 @@ def read_examples(path: Path, limit: int | None = None) -> list[Example]:
 
 def _parsed(line: str, folder: Path, where: str) -> Example:
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
     except ValueError as error:
         raise BadValue(f"{where}: is not JSON: {error}") from None
     if not isinstance(entry, dict):

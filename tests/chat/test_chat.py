@@ -159,6 +159,7 @@ def test_save_and_load(session, echo, tmp_path, capsys):
     ("content", "expected"),
     [
         ("not JSON", "is no saved conversation"),
+        ("[" * 100_000, "is no saved conversation"),
         ("[]", "is no saved conversation"),
         ('{"messages": []}', "is no saved conversation"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "ends with a question"),

@@ -88,11 +88,11 @@ def test_a_missing_eps_is_named_as_it_is_now():
     [
         ({"hidden_size": 1530}, r"hidden_size \(1530\) is not a multiple of conf_num_attention_heads \(8\)"),
         ({"hidden_size": 1535, "conf_num_attention_heads": 5}, "hidden_size is 1535, expected an even number"),
-        ({"conf_attention_chunk_size": 0}, "conf_attention_chunk_size is 0, expected an integer of at least 1"),
+        ({"conf_attention_chunk_size": 0}, "conf_attention_chunk_size is 0, expected an integer from 1 to 4096"),
         ({"conf_attention_context_left": -1}, "conf_attention_context_left is -1"),
         ({"conf_attention_context_right": 1.5}, "conf_attention_context_right is 1.5"),
         ({"conf_attention_logit_cap": 0}, "conf_attention_logit_cap is 0, expected a number above 0"),
-        ({"gradient_clipping": -1.0}, "gradient_clipping is -1, expected a number above 0"),
+        ({"gradient_clipping": -1.0}, "gradient_clipping is -1.0, expected a number above 0"),
         ({"conf_reduction_factor": 0}, "conf_reduction_factor is 0"),
         ({"conf_conv_kernel_size": None}, "conf_conv_kernel_size is None"),
         ({"sscp_conv_channel_size": [128]}, r"sscp_conv_channel_size has \[128\], expected 2 integers"),

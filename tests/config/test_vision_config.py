@@ -142,7 +142,7 @@ BAD = {
     "attention that strides": ({"block_args": [[er(16, 3, 2), mqa(16, 2, 8, stride=2)]]}, "stride is 2, expected 1"),
     "attention in front": ({"block_args": [[mqa(16, 2, 8)]]}, "block_type is 'mqa', expected 'er' or 'uir'"),
     "nothing to stride": ({"block_args": [[uir(16, 0, 0, stride=2)]]}, "has no depthwise kernel that could stride"),
-    "no expansion": ({"block_args": [[er(16, 3, 2, ratio=0)]]}, "exp_ratio is 0.0, expected a number above 0"),
+    "no expansion": ({"block_args": [[er(16, 3, 2, ratio=0)]]}, "exp_ratio is 0, expected a number above 0"),
     "a skip in words": ({"block_args": [[er(16, 3, 2, noskip="no")]]}, "noskip is 'no', only False is supported"),
     "no skip": ({"block_args": [[er(16, 3, 2), er(16, 3, noskip=True)]]}, "noskip is True, only False is supported"),
     "an expansion of other channels": ({"block_args": [[er(16, 3, 2, force_in_chs=8)]]}, "force_in_chs is 8, only 0"),

@@ -347,6 +347,7 @@ PICTURE = [{"role": "user", "content": [{"type": "image", "image": "../none.png"
     ("line", "message"),
     [
         ("{", "line 2: is not JSON"),
+        ("[" * 100_000, "line 2: is not JSON"),
         ("[]", "line 2: is a list"),
         (json.dumps({**GOOD, "answer": 4}), "line 2: 'answer' is 4, expected a str"),
         (json.dumps({**GOOD, "answer": " "}), "line 2: the answer is empty"),

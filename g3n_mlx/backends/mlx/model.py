@@ -116,7 +116,7 @@ class Gemma3nModel(nn.Module):
     def embed_audio(self, frames: np.ndarray, mask: np.ndarray) -> mx.array:
         """A clip's log-mel frames [T, mel], of which the mask says which are real, as soft tokens [n, D].
 
-        Padded positions and what the clip leaves over of the n are the embedding of the vocabulary's last id.
+        Padded positions and what the clip leaves over of the n are the embedding of the audio range's last id.
         """
         config = self.config.audio
         assert config is not None
@@ -125,7 +125,7 @@ class Gemma3nModel(nn.Module):
         mel = mx.array(frames).astype(self.weights.dtype)[None]
         encodings, valid = self.audio_tower(mel, mx.array(mask)[None])
         embedder = self.embedder("embed_audio")
-        filler = embedder(np.array([self.config.text.vocab_size - 1]))  # [1, D]
+        filler = embedder(np.array([config.vocab_offset + config.vocab_size - 1]))  # [1, D]
         rows = mx.where(valid[0, :, None], embedder.soft(encodings[0]), filler)
         rest = config.soft_tokens - rows.shape[0]
         return evaluated(mx.concatenate([rows, mx.broadcast_to(filler, (rest, filler.shape[1]))]))

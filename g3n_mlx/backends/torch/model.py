@@ -111,7 +111,7 @@ class Gemma3nModel(nn.Module):
     def embed_audio(self, frames: np.ndarray, mask: np.ndarray) -> Tensor:
         """A clip's log-mel frames [T, mel], of which the mask says which are real, as soft tokens [n, D].
 
-        Padded positions and what the clip leaves over of the n are the embedding of the vocabulary's last id.
+        Padded positions and what the clip leaves over of the n are the embedding of the audio range's last id.
         """
         config = self.config.audio
         assert config is not None
@@ -120,7 +120,7 @@ class Gemma3nModel(nn.Module):
         mel = torch.from_numpy(frames).to(self.device, self.weights.dtype)[None]
         encodings, valid = self.audio_tower(mel, torch.from_numpy(mask).to(self.device)[None])
         embedder = self.embedder("embed_audio")
-        filler = embedder(np.array([self.config.text.vocab_size - 1]))  # [1, D]
+        filler = embedder(np.array([config.vocab_offset + config.vocab_size - 1]))  # [1, D]
         rows = torch.where(valid[0, :, None], embedder.soft(encodings[0]), filler)
         return torch.cat([rows, filler.expand(config.soft_tokens - rows.shape[0], -1)])
 
