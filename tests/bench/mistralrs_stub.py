@@ -3,6 +3,7 @@
 The last chunk has the text of tokens that were no whole letters, so there may be fewer chunks than tokens.
 """
 
+import os
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -44,6 +45,7 @@ class Chunk:
 
 class Runner:
     def __init__(self, which: Any, *, in_situ_quant: str | None, prefix_cache_n: int, jinja_explicit: str) -> None:
+        os.write(1, b"INFO mistralrs_core: loading\n")  # as its logs go, past Python
         assert Path(which.model_id).is_dir()
         assert (in_situ_quant, prefix_cache_n) == (None, 0)
         assert "messages" in Path(jinja_explicit).read_text()
