@@ -86,9 +86,9 @@ def _measure(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(summary, indent=2))
     else:
-        print(report.markdown(summary) if arguments.markdown else report.table(summary))
+        print(report.markdown([summary]) if arguments.markdown else report.table(summary))
     if arguments.plot is not None:
-        report.plot(arguments.plot, summary)
+        report.plot(arguments.plot, [summary])
     return 0
 
 

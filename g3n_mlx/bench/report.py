@@ -1,15 +1,22 @@
 """What the runs add up to: medians and ratios, as data, as a table and as a plot.
 
-A summary is what `--json` prints; the tables and the plot need nothing else, so they can be made of kept ones as well.
+A summary is what `--json` prints; the tables and the plot need nothing else. So one table and one plot can be made of
+those of several peers, the one with the most figures first:
+
+    python -m g3n_mlx.bench.report llama.cpp.json mistralrs.json --plot performance.svg
 """
 
+import argparse
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from g3n_mlx.bench.engines import OURS
 from g3n_mlx.bench.measure import Request, Run
+from g3n_mlx.commands import run_command
+from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.config.text import SLIDING
 from g3n_mlx.failures import size_in_words
@@ -132,7 +139,8 @@ def _block(summary: dict[str, Any], figures: dict[str, Any]) -> Iterator[tuple[s
     for entry in figures["decode"]:
         yield f"decode at {entry['depth']}", _words(entry["tps"], "tok/s") + _share(entry, figures["read_bandwidth"])
     for entry in figures["together"] or []:
-        yield f"{entry['sequences']} sequences together", _words(entry["tps"], "tok/s")
+        name = "1 sequence" if entry["sequences"] == 1 else f"{entry['sequences']} sequences together"
+        yield name, _words(entry["tps"], "tok/s")
     if figures["together"] is None:
         yield "sequences together", "not measured"
     yield "peak memory", _size(figures["peak_memory_bytes"])
@@ -161,15 +169,21 @@ def _size(count: float | None) -> str:
     return "not known" if count is None else size_in_words(count)
 
 
-def markdown(summary: dict[str, Any]) -> str:
-    """A table with a column for each engine, and our ratio to each peer behind its own."""
-    ours, *peers = summary["engines"]
-    header = ["", ours, *(word for peer in peers for word in (peer, "ratio"))]
+def markdown(summaries: Sequence[dict[str, Any]]) -> str:
+    """A table with a column for each engine of each summary, and our ratio to each peer behind its own."""
+    tables = [dict(_rows(summary)) for summary in summaries]
+    header = [""]
+    for summary in summaries:
+        ours, *peers = summary["engines"]
+        header += [ours, *(word for peer in peers for word in (peer, "ratio"))]
     rows = [header, ["---", *["---:"] * (len(header) - 1)]]
-    for name, cells in _rows(summary):
-        row = [name, _cell(cells[0])]
-        for cell in cells[1:]:
-            row += [_cell(cell), f"{cells[0] / cell:.2f}" if cells[0] and cell else "-"]
+    for name in dict.fromkeys(name for table in tables for name in table):
+        row = [name]
+        for summary, figures in zip(summaries, tables, strict=True):
+            ours, *theirs = figures.get(name, [None] * len(summary["engines"]))
+            row.append(_cell(ours))
+            for cell in theirs:
+                row += [_cell(cell), f"{ours / cell:.2f}" if ours and cell else "-"]
         rows.append(row)
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -190,7 +204,7 @@ def _rows(summary: dict[str, Any]) -> Iterator[tuple[str, list[float | None]]]:
         yield f"decode at {depth}, tok/s", [None if entry is None else entry["tps"]["median"] for entry in at_depth]
     for count in _all(engines, "together", "sequences"):
         together = [_at(figures, "together", "sequences", count) for figures in engines]
-        name = f"{count} sequence{'s' if count > 1 else ''} together, tok/s"
+        name = f"{count} sequences together, tok/s" if count > 1 else "1 sequence, tok/s"
         yield name, [None if entry is None else entry["tps"]["median"] for entry in together]
     yield "load, s", medians("load_s")
     yield "start to first token, s", medians("start_to_first_token_s")
@@ -216,18 +230,22 @@ def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def plot(path: Path, summary: dict[str, Any]) -> None:
+def plot(path: Path, summaries: Sequence[dict[str, Any]]) -> None:
     """Decode over depth, with what the bandwidth allows our bytes; and of sequences together, where measured."""
     from matplotlib.figure import Figure
 
-    engines: dict[str, dict[str, Any]] = summary["engines"]
+    engines: dict[str, dict[str, Any]] = {}
+    for summary in summaries:
+        for name, figures in summary["engines"].items():
+            engines.setdefault(name, figures)  # ours is the first summary's
     several = bool(_all(list(engines.values()), "together", "sequences"))
     figure = Figure(figsize=(10 if several else 6, 4), layout="constrained")
     panels = figure.subplots(1, 2) if several else [figure.subplots()]
-    for name, figures in engines.items():
-        panels[0].plot(*_points(figures["decode"], "depth"), "o-", label=name)
+    for index, (name, figures) in enumerate(engines.items()):
+        look = f"C{index}o-"  # an engine's colour is the same in both panels
+        panels[0].plot(*_points(figures["decode"], "depth"), look, label=name)
         if several and figures["together"]:
-            panels[1].plot(*_points(figures["together"], "sequences"), "o-", label=name)
+            panels[1].plot(*_points(figures["together"], "sequences"), look, label=name)
     ours = engines[OURS]
     if ours["read_bandwidth"] and ours["weight_bytes_per_token"]:
         limits = [ours["read_bandwidth"] / entry["bytes_per_token"] for entry in ours["decode"]]
@@ -247,3 +265,26 @@ def plot(path: Path, summary: dict[str, Any]) -> None:
 
 def _points(entries: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
     return [entry[key] for entry in entries], [entry["tps"]["median"] for entry in entries]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table of kept summaries, and draws their plot; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description="One Markdown table, and one plot, of what `g3n bench --json` printed."
+    )
+    parser.add_argument("summaries", type=Path, nargs="+", metavar="FILE.json")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a .png or .svg")
+    arguments = parser.parse_args(argv)
+    return run_command("g3n_mlx.bench.report", lambda: _of_files(arguments.summaries, arguments.plot))
+
+
+def _of_files(paths: Sequence[Path], plot_path: Path | None) -> int:
+    summaries = [read_json(path) for path in paths]
+    print(markdown(summaries))
+    if plot_path is not None:
+        plot(plot_path, summaries)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
