@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 
-import ml_dtypes
 import numpy as np
 
+from g3n_mlx.checkpoint.finite import all_finite
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.checkpoint.quantization import Quantization, quantize, to_float32
 from g3n_mlx.checkpoint.shards import DTYPES
@@ -104,7 +104,7 @@ def _copy(
     name: str, read: Callable[[int, int], np.ndarray], dtype: np.dtype, start: int, stop: int
 ) -> tuple[np.ndarray, ...]:
     rows = _cast(read(start, stop), dtype)
-    if not _all_finite(rows):
+    if not all_finite(rows):
         raise BadValue(_not_finite(name, dtype))
     return (rows,)
 
@@ -133,10 +133,3 @@ def _cast(rows: np.ndarray, dtype: np.dtype) -> np.ndarray:
         return rows
     with np.errstate(over="ignore"):  # an overflow is found as infinity afterwards
         return to_float32(rows).astype(dtype)
-
-
-def _all_finite(rows: np.ndarray) -> bool:
-    if rows.dtype == ml_dtypes.bfloat16:
-        exponent = np.uint16(0x7F80)  # all ones is NaN or infinity
-        return not ((rows.view(np.uint16) & exponent) == exponent).any()
-    return rows.dtype.kind != "f" or bool(np.isfinite(rows).all())

@@ -20,7 +20,7 @@ class Step(Protocol):
     """One drawn token, perhaps still being computed on the device."""
 
     def __int__(self) -> int:
-        """The token id; waits for it."""
+        """The token id, or sampling.NOT_FINITE where the logits are not finite; waits for it."""
         ...
 
     def logprob(self) -> float:

@@ -46,6 +46,10 @@ class Model(Protocol):
         """A sampler for one answer; the prompt's ids count for the repetition penalty."""
         ...
 
+    def has_finite_head(self) -> bool:
+        """Whether the weights behind the last layer are finite; later on the soft cap hides an infinity there."""
+        ...
+
     def __call__(self, batch: Batch, /) -> Any:
         """Appends a Batch to the caches of its sequences; logits [R, V] of the rows that are kept, None where R is 0.
 

@@ -4,14 +4,16 @@ import importlib
 import importlib.util
 import platform
 import sys
+from functools import cache, partial
 from pathlib import Path
 
 from g3n_mlx.checkpoint import hub
+from g3n_mlx.checkpoint.finite import not_finite
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.convert import cached_conversion, plan_for
 from g3n_mlx.engine.runner import Runner, model_thread
-from g3n_mlx.failures import BadValue, MissingPackage
+from g3n_mlx.failures import BadValue, Error, FileProblem, MissingPackage
 from g3n_mlx.installation import install_command
 from g3n_mlx.interface import Model
 from g3n_mlx.matformer.view import open_sliced
@@ -62,12 +64,17 @@ def load(
     model_file = importlib.import_module(f"g3n_mlx.backends.{backend}.model")
     thread = model_thread(backend, devices.leave)
 
+    defect = cache(partial(_defect, checkpoint, devices.dtype_name(activations)))
+
     def built() -> Model:
         devices.claim(place)
-        return model_file.Gemma3nModel(checkpoint, activations, place)
+        model: Model = model_file.Gemma3nModel(checkpoint, activations, place)
+        if not model.has_finite_head():
+            raise defect()
+        return model
 
     return Gemma3n(
-        Runner(thread.call(built), thread, name),
+        Runner(thread.call(built), thread, name, defect),
         checkpoint,
         tokenizer,
         name=name,
@@ -77,6 +84,18 @@ def load(
         dtype=devices.dtype_name(activations),
         generation_config=read_json(generation) if generation.exists() else {},
     )
+
+
+def _defect(checkpoint: Checkpoint, dtype: str) -> Error:
+    """Why a model's numbers are not finite, once that has been seen; reads all weights."""
+    found = not_finite(checkpoint)
+    if found is not None:
+        return FileProblem(
+            f"{checkpoint.folder.name}: {found} holds NaN or infinity: download it again, or take a checkpoint from before "
+            "its training diverged"
+        )
+    wider = "; try the dtype float32" if dtype != "float32" else ""
+    return FileProblem(f"{checkpoint.folder.name}: every weight is finite, but the activations overflow in {dtype}{wider}")
 
 
 def chosen_backend(name: str) -> str:

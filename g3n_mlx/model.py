@@ -358,9 +358,8 @@ class Gemma3n:
         self._check_open()
         features = [piece for piece in self.preparer.opener.open(source, ANY_MEDIA) if not isinstance(piece, str)]
         numpy = self.runner.model.numpy
-        return np.concatenate(
-            [self.runner.call(lambda piece=piece: numpy(self._embedded(piece))) for piece in features]
-        )
+        encoded = [self.runner.call(lambda piece=piece: numpy(self._embedded(piece))) for piece in features]
+        return self.runner.checked(np.concatenate(encoded))
 
     def _stream(
         self, prompt: Prompt, params: SamplingParams, constraint: Constraint | None

@@ -17,6 +17,9 @@ import numpy as np
 
 from g3n_mlx.failures import BadValue
 
+# The id of a step whose logits are not finite: NaN or infinity came out of the weights.
+NOT_FINITE = -1
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:

@@ -19,13 +19,15 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from g3n_mlx.batch import Batch, Rows, Step
-from g3n_mlx.failures import BadValue
+from g3n_mlx.failures import BadValue, Error
 from g3n_mlx.interface import Model
+from g3n_mlx.sampling import NOT_FINITE
 
 T = TypeVar("T")
 
 # How long the end of the process waits for the call that is under way.
 EXIT_TIMEOUT_S = 5.0
+_NOT_FINITE = "the model's logits are not finite"
 
 
 class ModelThread:
@@ -124,11 +126,14 @@ def all_logits(model: Model, rows: Rows) -> np.ndarray:
 class Runner:
     """Carries out the wishes of tasks. Every method may be called from any thread."""
 
-    def __init__(self, model: Model, thread: ModelThread, name: str) -> None:
-        """name: of the model, for errors."""
+    def __init__(
+        self, model: Model, thread: ModelThread, name: str, defect: Callable[[], Error] = lambda: BadValue(_NOT_FINITE)
+    ) -> None:
+        """name: of the model, for errors. defect: what is wrong with it when its logits are not finite."""
         self._model: Model | None = model
         self._name = name
         self.thread = thread
+        self._defect = defect
 
     @property
     def model(self) -> Model:
@@ -151,6 +156,12 @@ class Runner:
         """Waits for something that is done in the model's thread."""
         return self.thread.call(work)
 
+    def checked(self, array: np.ndarray) -> np.ndarray:
+        """Logits or soft tokens as they are; raises ValueError, naming what is wrong, when they are not finite."""
+        if not np.isfinite(array.sum()):
+            raise self._defect()
+        return array
+
     def advance(self, tasks: Sequence[Wisher]) -> list[Any]:
         """One wish of each task, all in one call of the model; what `told` returned for each, or its Failure.
 
@@ -171,8 +182,13 @@ class Runner:
         outcomes: list[Any] = []
         for task, wish in zip(tasks, wishes, strict=True):
             steps = wish if isinstance(wish, Failure) else next(drawn)
-            outcomes.append(steps if isinstance(steps, Failure) else _attempt(partial(task.told, steps)))
+            outcomes.append(steps if isinstance(steps, Failure) else _attempt(partial(self._tell, task, steps)))
         return outcomes
+
+    def _tell(self, task: Wisher, steps: Sequence[Step]) -> Any:
+        if any(int(step) == NOT_FINITE for step in steps):
+            raise self._defect()
+        return task.told(steps)
 
 
 class Rounds(Generic[T]):

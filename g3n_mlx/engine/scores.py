@@ -50,8 +50,8 @@ class PromptReader:
         self._runner.call(lambda: run(self._runner.model, [self._rows(start, stop)]))
 
     def logits(self, start: int, stop: int) -> np.ndarray:
-        """Reads the tokens [start, stop); float32 [stop - start, V]."""
-        return self._runner.call(lambda: all_logits(self._runner.model, self._rows(start, stop)))
+        """Reads the tokens [start, stop); float32 [stop - start, V]. Raises ValueError when they are not finite."""
+        return self._runner.checked(self._runner.call(lambda: all_logits(self._runner.model, self._rows(start, stop))))
 
     def scores(self, top: int) -> Iterator[list[TokenScore]]:
         """The scores of all tokens, part by part."""

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reference_draw import candidates, draw, masked, penalize
 
-from g3n_mlx.sampling import SamplingParams, Uniforms
+from g3n_mlx.sampling import NOT_FINITE, SamplingParams, Uniforms
 
 MARGIN = 1e-5
 
@@ -204,3 +204,28 @@ def test_a_rejected_draft_does_not_change_an_answer(framework):
         drafted.forget(3)
         found.append(int(drafted.draw(framework.array(logits), i)))
     assert found == expected
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0},
+        {"seed": 1},
+        {"seed": 1, "top_k": 3, "top_p": 0.5},
+        {"seed": 1, "repetition_penalty": 1.5, "logit_bias": {4: -np.inf}},
+    ],
+)
+def test_logits_that_are_not_finite_are_told(framework, value, options):
+    """Wherever the number stands, of a candidate or not; the token itself stays one that a step can begin with."""
+    for vocab_size in (7, 3000):
+        mask = np.zeros(vocab_size, dtype=bool)
+        mask[[1, 5]] = True
+        for place in (0, 5, vocab_size - 1, slice(None)):
+            logits = logits_of(vocab_size, "smooth", 3)
+            sampler = sampler_of(framework, SamplingParams(**options), [1], vocab_size)
+            assert int(sampler.draw(framework.array(logits), 0, mask)) in (1, 5)
+            logits[place] = value
+            for step in (sampler.draw(framework.array(logits), 1), sampler.draw(framework.array(logits), 2, mask)):
+                assert int(step) == NOT_FINITE
+                assert 0 <= int(step.token.item()) < vocab_size

@@ -80,6 +80,11 @@ class Gemma3nModel(nn.Module):
         """A sampler for one answer."""
         return Sampler(params, prompt_ids, self.config.text.vocab_size, self.device)
 
+    def has_finite_head(self) -> bool:
+        """Whether the final norm's and the head's weights are finite, seen in one product of theirs."""
+        ones = mx.ones((1, self.config.text.hidden_size), dtype=self.weights.dtype)
+        return bool(mx.isfinite(self.language_model.embed_tokens(self.language_model.norm(ones))).all().item())
+
     def __call__(self, batch: Batch) -> mx.array | None:
         """Appends a batch to its sequences' caches; logits [R, V] of the rows that are kept, None where R is 0."""
         if self.decode_steps.takes(batch):

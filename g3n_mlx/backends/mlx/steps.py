@@ -80,7 +80,7 @@ class DecodeSteps:
         tokens = [step.token for step in steps]
         begun = self.started(tokens[0] if len(tokens) == 1 else mx.concatenate(tokens), positions)
         self.begun = begun._replace(steps=list(steps))
-        mx.async_eval(*tokens, begun.projected, *begun.halfway)
+        mx.async_eval(*tokens, *(step.told for step in steps), begun.projected, *begun.halfway)
 
     def started(self, tokens: mx.array, positions: np.ndarray) -> Begun:
         """The step as far as it needs neither its tokens on the host nor the caches."""

@@ -81,6 +81,12 @@ class Gemma3nModel(nn.Module):
         return Sampler(params, prompt_ids, self.config.text.vocab_size, self.device)
 
     @torch.no_grad()
+    def has_finite_head(self) -> bool:
+        """Whether the final norm's and the head's weights are finite, seen in one product of theirs."""
+        ones = torch.ones(1, self.config.text.hidden_size, dtype=self.weights.dtype, device=self.device)
+        return bool(self.language_model.embed_tokens(self.language_model.norm(ones)).isfinite().all())
+
+    @torch.no_grad()
     def forward(self, batch: Batch) -> Tensor | None:
         """Appends a batch to its sequences' caches; logits [R, V] of the rows that are kept, None where R is 0."""
         if self.decode_steps.takes(batch):

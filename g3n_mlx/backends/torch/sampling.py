@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from g3n_mlx.sampling import SamplingParams, Uniforms
+from g3n_mlx.sampling import NOT_FINITE, SamplingParams, Uniforms
 
 # Columns of the table whose row maxima decide which rows can hold one of the k best.
 COLUMNS = 64
@@ -17,13 +17,15 @@ class Step:
     """One drawn token on the device."""
 
     def __init__(self, token: Tensor, logits: Tensor) -> None:
-        self.token = token  # [1] int64
+        self.token = token  # [1] int64, that the next step may begin with
         self.logits = logits  # [V] float32, before penalties
+        # What the host is told, in the copy that it waits for anyway. One sum shows any number that is not finite.
+        self.told = torch.where(logits.sum().isfinite(), token, NOT_FINITE)
         self._token_id: int | None = None
 
     def __int__(self) -> int:
         if self._token_id is None:  # waited for and copied once, however often it is asked
-            self._token_id = int(self.token.item())
+            self._token_id = int(self.told.item())
         return self._token_id
 
     def logprob(self) -> float:
