@@ -10,6 +10,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from g3n_mlx.matformer.table import Slice
+
 DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "U32": np.uint32}
 _SPELLED = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
@@ -71,6 +73,16 @@ def write_folder(folder: Path, config: dict[str, Any], tensors: Mapping[str, np.
 
 def read_config(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
+
+
+def same(found: np.ndarray, expected: np.ndarray) -> bool:
+    """Whether two arrays are equal bit for bit."""
+    return found.shape == expected.shape and found.dtype == expected.dtype and found.tobytes() == expected.tobytes()
+
+
+def slice_of(widths: list[int], skipped: list[int]) -> Slice:
+    """A slice as a table of the user's own would have it."""
+    return Slice("test", "test", len(widths), None, None, tuple(widths), tuple(skipped))
 
 
 def copy_sidecars(source: Path, folder: Path) -> None:

@@ -7,9 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import checkpoint_files
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+
+from g3n_mlx.checkpoint.folder import Checkpoint
+from g3n_mlx.convert import convert
 
 # Threads wait for each other longer than the tiny products take, many times longer on a busy machine. Set before torch
 # is imported, and for the commands that tests start.
@@ -42,6 +46,24 @@ def repository() -> Path:
 def tiny_folder() -> Path:
     """The tiny reference checkpoint in Google's layout, bf16, of random weights. Read only."""
     return REPOSITORY / "tests" / "tiny-gemma3n"
+
+
+@pytest.fixture(scope="session")
+def published(tiny_folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Config and tensors of the tiny checkpoint, read without the package. Not to be changed."""
+    return checkpoint_files.read_config(tiny_folder), checkpoint_files.read_folder(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder: Path) -> Checkpoint:
+    """The tiny checkpoint as the package opens it."""
+    return Checkpoint.open(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def quantized_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint in 4 bits. Read only."""
+    return convert(tiny_folder, tmp_path_factory.mktemp("q") / "4bit", q_bits=4, progress=False)
 
 
 @pytest.fixture(scope="session")

@@ -15,35 +15,10 @@ import pytest
 
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.checkpoint.quantization import Quantization, dequantize, quantize, to_float32
-from g3n_mlx.convert import convert
 from g3n_mlx.matformer.plan import plan_slice
-from g3n_mlx.matformer.table import Slice
 from g3n_mlx.matformer.view import open_sliced
 
 PLE = "language_model.embed_tokens_per_layer"
-
-
-@pytest.fixture(scope="module")
-def published(tiny_folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    return files.read_config(tiny_folder), files.read_folder(tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_folder: Path) -> Checkpoint:
-    return Checkpoint.open(tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def quantized_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return convert(tiny_folder, tmp_path_factory.mktemp("q") / "4bit", q_bits=4, progress=False)
-
-
-def slice_of(widths: list[int], skipped: list[int]) -> Slice:
-    return Slice("test", "test", len(widths), None, None, tuple(widths), tuple(skipped))
-
-
-def same(found: np.ndarray, expected: np.ndarray) -> bool:
-    return found.shape == expected.shape and found.dtype == expected.dtype and found.tobytes() == expected.tobytes()
 
 
 def test_published_layout(tiny: Checkpoint, published: tuple[dict[str, Any], dict[str, np.ndarray]]) -> None:
@@ -56,7 +31,7 @@ def test_published_layout(tiny: Checkpoint, published: tuple[dict[str, Any], dic
     }
     for name in tiny.names:
         array = tiny.read(name)
-        assert same(array, tensors[f"model.{name}"])
+        assert files.same(array, tensors[f"model.{name}"])
         assert tiny.info(name).shape == array.shape
         assert tiny.info(name).dtype == "BF16"
         assert name in tiny
@@ -97,7 +72,7 @@ def test_other_layouts_read_the_same(
     for name in expected:
         stem_bias = layout is files.old_vision and name.endswith("conv_stem.conv.bias")
         wanted = np.zeros_like(tiny.read(name)) if stem_bias else tiny.read(name)
-        assert same(checkpoint.read(name), wanted), name
+        assert files.same(checkpoint.read(name), wanted), name
         assert checkpoint.info(name).shape == wanted.shape
     checkpoint.close()
 
@@ -109,7 +84,7 @@ def test_old_vision_kernels_in_mlx_layout(
     checkpoint = Checkpoint.open(folder)
     for name in tiny.names:
         if not name.endswith("conv_stem.conv.bias"):
-            assert same(checkpoint.read(name), tiny.read(name)), name
+            assert files.same(checkpoint.read(name), tiny.read(name)), name
 
 
 def test_rows_of_turned_kernels(
@@ -117,14 +92,14 @@ def test_rows_of_turned_kernels(
 ) -> None:
     checkpoint = Checkpoint.open(files.write_folder(tmp_path / "x", *files.mlx_vlm(*published)))
     for name in ("vision_tower.timm_model.conv_stem.conv.weight",):
-        assert same(checkpoint.read(name, 2, 5), tiny.read(name)[2:5])
+        assert files.same(checkpoint.read(name, 2, 5), tiny.read(name)[2:5])
 
 
 @pytest.mark.parametrize("plan", [None, ([128] * 8, [1, 6])])
 def test_rows_of_a_table(
     plan: tuple[list[int], list[int]] | None, tiny_folder: Path, quantized_folder: Path, tiny: Checkpoint
 ) -> None:
-    chosen = None if plan is None else plan_slice(tiny.config.text, slice_of(*plan))
+    chosen = None if plan is None else plan_slice(tiny.config.text, files.slice_of(*plan))
     ids = np.array([0, 895, 7, 7, 300], np.int32)
     for folder in (tiny_folder, quantized_folder):
         checkpoint = open_sliced(folder, chosen)
@@ -219,7 +194,7 @@ def test_any_module_may_be_quantized(
     for path, how in paths.items():
         assert checkpoint.quantization(path) == how
         for part, expected in zip(("weight", "scales", "biases"), quantized[path], strict=True):
-            assert same(checkpoint.read(f"{path}.{part}"), expected)
+            assert files.same(checkpoint.read(f"{path}.{part}"), expected)
     assert checkpoint.quantization("language_model.embed_tokens") is None
     assert "quantization" not in checkpoint.raw_config
 

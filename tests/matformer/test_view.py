@@ -25,29 +25,6 @@ OWNERS = [3, 4]  # of the tiny checkpoint's keys and values: no slice skips them
 
 
 @pytest.fixture(scope="module")
-def published(tiny_folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    return files.read_config(tiny_folder), files.read_folder(tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_folder: Path) -> Checkpoint:
-    return Checkpoint.open(tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def quantized_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return convert(tiny_folder, tmp_path_factory.mktemp("q") / "4bit", q_bits=4, progress=False)
-
-
-def slice_of(widths: list[int], skipped: list[int]) -> Slice:
-    return Slice("test", "test", len(widths), None, None, tuple(widths), tuple(skipped))
-
-
-def same(found: np.ndarray, expected: np.ndarray) -> bool:
-    return found.shape == expected.shape and found.dtype == expected.dtype and found.tobytes() == expected.tobytes()
-
-
-@pytest.fixture(scope="module")
 def whole_weights(tiny: Checkpoint) -> dict[str, np.ndarray]:
     return {name: tiny.read(name) for name in (*tiny.names, *tiny.dead_names)}
 
@@ -57,7 +34,7 @@ def slices(draw: st.DrawFn, layers: int = 10, width: int = 256, multiple: int = 
     skipped = draw(st.sets(st.sampled_from([i for i in range(10) if i not in OWNERS]), max_size=6))
     count = layers - len(skipped)
     widths = draw(st.lists(st.integers(1, width // multiple), min_size=count, max_size=count))
-    return slice_of([multiple * units for units in widths], sorted(skipped))
+    return files.slice_of([multiple * units for units in widths], sorted(skipped))
 
 
 def cut_with_numpy(weights: dict[str, np.ndarray], plan: SlicePlan, layers: int, ple: int) -> dict[str, np.ndarray]:
@@ -105,7 +82,7 @@ def test_a_view_is_what_numpy_cuts_from_the_whole(
     assert {*view.names, *view.dead_names} == set(expected)
     for name, weight in expected.items():
         assert view.info(name).shape == weight.shape, name
-        assert same(view.read(name), np.ascontiguousarray(weight)), name
+        assert files.same(view.read(name), np.ascontiguousarray(weight)), name
     assert view.nbytes == sum(expected[name].nbytes for name in view.names)
     table = to_float32(expected[f"{PLE}.weight"])
     np.testing.assert_array_equal(view.rows(PLE).gather(np.array(ids, np.int64)), table[ids])
@@ -137,14 +114,14 @@ def test_a_view_of_a_view_is_the_slice_of_the_slice(tiny: Checkpoint, data: st.D
     kept = [layer for layer in range(len(first.kept_layers)) if layer not in skipped]
     widths = [data.draw(st.integers(1, first.intermediate_size[layer])) for layer in kept]
     once = sliced(tiny, first)
-    twice = sliced(once, plan_slice(once.config.text, slice_of(widths, sorted(skipped))))
+    twice = sliced(once, plan_slice(once.config.text, files.slice_of(widths, sorted(skipped))))
     left_out = [layer for layer in range(10) if layer not in [first.kept_layers[layer] for layer in kept]]
-    direct = sliced(tiny, plan_slice(tiny.config.text, slice_of(widths, left_out)))
+    direct = sliced(tiny, plan_slice(tiny.config.text, files.slice_of(widths, left_out)))
     assert twice.config == direct.config
     assert twice.raw_config == direct.raw_config
     assert twice.names == direct.names
     for name in direct.names:
-        assert same(twice.read(name), direct.read(name)), name
+        assert files.same(twice.read(name), direct.read(name)), name
     for view in (once, twice, direct):
         view.close()
 
@@ -152,7 +129,9 @@ def test_a_view_of_a_view_is_the_slice_of_the_slice(tiny: Checkpoint, data: st.D
 def test_views_live_side_by_side_and_end_alone(tiny_folder: Path) -> None:
     name = "language_model.layers.0.mlp.up_proj.weight"
     whole = Checkpoint.open(tiny_folder)
-    narrow, wide = (sliced(whole, plan_slice(whole.config.text, slice_of([units] * 10, []))) for units in (64, 128))
+    narrow, wide = (
+        sliced(whole, plan_slice(whole.config.text, files.slice_of([units] * 10, []))) for units in (64, 128)
+    )
     expected = whole.read(name)
     narrow.close()
     narrow.close()  # a second time changes nothing
@@ -160,12 +139,12 @@ def test_views_live_side_by_side_and_end_alone(tiny_folder: Path) -> None:
         narrow.read(name)
     with pytest.raises(ValueError, match="was closed"):
         narrow.rows(PLE)
-    assert same(wide.read(name), expected[:128])
-    assert same(whole.read(name), expected)
+    assert files.same(wide.read(name), expected[:128])
+    assert files.same(whole.read(name), expected)
     whole.close()
     with pytest.raises(ValueError, match="was closed"):
-        sliced(whole, plan_slice(whole.config.text, slice_of([64] * 10, [])))
-    assert same(wide.read(name), expected[:128])
+        sliced(whole, plan_slice(whole.config.text, files.slice_of([64] * 10, [])))
+    assert files.same(wide.read(name), expected[:128])
     shard = wide.sources[name].stored.shard
     wide.close()
     with pytest.raises(ValueError, match="closed file"):
@@ -173,11 +152,11 @@ def test_views_live_side_by_side_and_end_alone(tiny_folder: Path) -> None:
 
 
 def test_a_view_keeps_the_files_of_a_forgotten_whole(tiny_folder: Path, tiny: Checkpoint) -> None:
-    plan = plan_slice(tiny.config.text, slice_of([64] * 10, []))
+    plan = plan_slice(tiny.config.text, files.slice_of([64] * 10, []))
     view = sliced(Checkpoint.open(tiny_folder), plan)
     gc.collect()
     name = "language_model.layers.0.mlp.up_proj.weight"
-    assert same(view.read(name), tiny.read(name)[:64])
+    assert files.same(view.read(name), tiny.read(name)[:64])
     shard = view.sources[name].stored.shard
     del view
     gc.collect()
@@ -187,7 +166,7 @@ def test_a_view_keeps_the_files_of_a_forgotten_whole(tiny_folder: Path, tiny: Ch
 
 def test_sliced_goldens(tiny_folder: Path, tiny: Checkpoint, golden_json: Callable[[str], Any]) -> None:
     for case in golden_json("matformer").values():
-        chosen = slice_of(case["slice"]["intermediate_size"], case["slice"]["skipped_layers"])
+        chosen = files.slice_of(case["slice"]["intermediate_size"], case["slice"]["skipped_layers"])
         view = sliced(tiny, plan_slice(tiny.config.text, chosen))
         assert view.raw_config["text_config"] == case["text_config"]
         assert {f"model.{name}" for name in (*view.names, *view.dead_names)} == set(case["tensors"])
@@ -203,12 +182,12 @@ def test_row_ranges_of_slices(tiny_folder: Path, data: st.DataObject) -> None:
     whole = Checkpoint.open(tiny_folder)
     skipped = data.draw(st.sets(st.sampled_from([0, 1, 2, 5, 6, 7, 8, 9]), max_size=6))
     widths = data.draw(st.lists(st.integers(1, 256), min_size=10 - len(skipped), max_size=10 - len(skipped)))
-    view = sliced(whole, plan_slice(whole.config.text, slice_of(widths, sorted(skipped))))
+    view = sliced(whole, plan_slice(whole.config.text, files.slice_of(widths, sorted(skipped))))
     name = data.draw(st.sampled_from([name for name in view.names if name.startswith("language_model.")]))
     complete = view.read(name)
     start = data.draw(st.integers(0, len(complete)))
     stop = data.draw(st.integers(start, len(complete)))
-    assert same(view.read(name, start, stop), complete[start:stop])
+    assert files.same(view.read(name, start, stop), complete[start:stop])
     whole.close()
     view.close()
 
@@ -217,12 +196,12 @@ def test_slice_of_a_slice(tiny_folder: Path, tiny: Checkpoint, tmp_path: Path) -
     first = write_table(tmp_path, [256] * 5 + [192] * 4, [6])
     once = convert(tiny_folder, tmp_path / "once", matformer="test", matformer_config=first, progress=False)
     checkpoint = Checkpoint.open(once)
-    twice = open_sliced(once, plan_slice(checkpoint.config.text, slice_of([64] * 8, [7])))  # 8 of the original
-    direct = open_sliced(tiny_folder, plan_slice(tiny.config.text, slice_of([64] * 8, [6, 8])))
+    twice = open_sliced(once, plan_slice(checkpoint.config.text, files.slice_of([64] * 8, [7])))  # 8 of the original
+    direct = open_sliced(tiny_folder, plan_slice(tiny.config.text, files.slice_of([64] * 8, [6, 8])))
     assert twice.config == direct.config
     assert set(twice.names) == set(direct.names)
     for name in direct.names:
-        assert same(twice.read(name), direct.read(name)), name
+        assert files.same(twice.read(name), direct.read(name)), name
 
 
 def write_table(folder: Path, widths: list[int], skipped: list[int]) -> Path:
@@ -249,10 +228,10 @@ def test_wide_gaps_are_not_read(tmp_path: Path, published: tuple[dict[str, Any],
     folder = files.write_folder(tmp_path / "wide", config, wide)
     base = Checkpoint.open(folder).config.text
     for kept in (2000, 4900):  # gaps of 6000 and 200 bytes
-        view = open_sliced(folder, plan_slice(base, slice_of([kept] * layers, [])))
+        view = open_sliced(folder, plan_slice(base, files.slice_of([kept] * layers, [])))
         name = "language_model.layers.1.mlp.down_proj.weight"
-        assert same(view.read(name), wide[f"model.{name}"][:, :kept])
-        assert same(view.read(name, 3, 9), wide[f"model.{name}"][3:9, :kept])
+        assert files.same(view.read(name), wide[f"model.{name}"][:, :kept])
+        assert files.same(view.read(name, 3, 9), wide[f"model.{name}"][3:9, :kept])
 
 
 def test_slice_of_quantized_is_quantized_slice(tiny_folder: Path, tmp_path: Path) -> None:
@@ -268,15 +247,15 @@ def test_slice_of_quantized_is_quantized_slice(tiny_folder: Path, tmp_path: Path
         a, b = files.read_folder(found), files.read_folder(expected)
         assert set(a) == set(b)
         for name in a:
-            assert same(a[name], b[name]), name
+            assert files.same(a[name], b[name]), name
         assert files.read_config(found) == files.read_config(expected)
         in_place = open_sliced(whole, plan_slice(Checkpoint.open(whole).config.text, read_slices(table)[0]))
         assert {f"model.{name}" for name in (*in_place.names, *in_place.dead_names)} == set(a)
         for name in in_place.names:
-            assert same(in_place.read(name), a[f"model.{name}"])
+            assert files.same(in_place.read(name), a[f"model.{name}"])
 
 
 def test_slices_that_part_a_group(tiny: Checkpoint, quantized_folder: Path) -> None:
-    plan = plan_slice(tiny.config.text, slice_of([100] * 10, []))
+    plan = plan_slice(tiny.config.text, files.slice_of([100] * 10, []))
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.down_proj \(0 to 100\) are not whole groups of 64"):
         open_sliced(quantized_folder, plan)
