@@ -20,7 +20,9 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from g3n_mlx.checkpoint.shards import DTYPES, INDEX
+from g3n_mlx.checkpoint.files import INDEX, WHOLE
+from g3n_mlx.checkpoint.shards import DTYPES
+from g3n_mlx.config.adapter import SETTINGS as ADAPTER_SETTINGS
 from g3n_mlx.convert.quantize import Output, TensorJob
 from g3n_mlx.failures import FileInTheWay, FileProblem, NotPermitted, size_in_words
 from g3n_mlx.matformer.table import OWN_TABLE
@@ -147,7 +149,7 @@ def write_shards(
     """Runs all jobs into model.safetensors, or into numbered shards and their index."""
     groups = list(_split(jobs, max_shard_bytes))
     names = [
-        "model.safetensors" if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
+        WHOLE if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
         for number in range(1, len(groups) + 1)
     ]
     with ExitStack() as opened:
@@ -177,7 +179,7 @@ def copy_sidecars(source: Path, folder: Path, whole: bool) -> None:
     """Tokenizer, chat template, generation and processor settings, licence; of a whole model its slices too."""
     for pattern in (*_SIDECARS, *([OWN_TABLE] if whole else [])):
         for path in source.glob(pattern):
-            if path.is_file() and path.name not in ("config.json", INDEX) and not path.name.startswith("."):
+            if path.is_file() and path.name not in ("config.json", INDEX, ADAPTER_SETTINGS) and not path.name.startswith("."):
                 shutil.copyfile(path, folder / path.name)
 
 

@@ -91,11 +91,13 @@ def _defect(checkpoint: Checkpoint, dtype: str) -> Error:
     found = not_finite(checkpoint)
     if found is not None:
         return FileProblem(
-            f"{checkpoint.folder.name}: {found} holds NaN or infinity: download it again, or take a checkpoint from before "
-            "its training diverged"
+            f"{checkpoint.folder.name}: {found} holds NaN or infinity: download it again, or take a checkpoint from "
+            "before its training diverged"
         )
     wider = "; try the dtype float32" if dtype != "float32" else ""
-    return FileProblem(f"{checkpoint.folder.name}: every weight is finite, but the activations overflow in {dtype}{wider}")
+    return FileProblem(
+        f"{checkpoint.folder.name}: every weight is finite, but the activations overflow in {dtype}{wider}"
+    )
 
 
 def chosen_backend(name: str) -> str:

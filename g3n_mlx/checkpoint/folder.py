@@ -23,6 +23,7 @@ from g3n_mlx.checkpoint.check import (
     kernel_axes,
     tower_shapes,
 )
+from g3n_mlx.checkpoint.head import without_head
 from g3n_mlx.checkpoint.names import (
     STEM,
     canonical_tensors,
@@ -87,7 +88,7 @@ class Checkpoint:
         with ExitStack() as opened:
             for shard in shards:
                 opened.callback(shard.close)
-            tensors = canonical_tensors(on_disk, folder)
+            tensors = without_head(canonical_tensors(on_disk, folder), folder)
             config, raw_config = without_absent_modalities(config, raw_config, tensors)
             quantizations = check_manifest(tensors, config, folder)
             check_declared(declared, quantizations, where)

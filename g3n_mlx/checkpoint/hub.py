@@ -6,6 +6,7 @@ from pathlib import Path
 
 import platformdirs
 
+from g3n_mlx.config.adapter import SETTINGS, adapter_message
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.failures import BadValue, MissingFile, NoConnection, NotAFolder, NotPermitted
 
@@ -104,6 +105,8 @@ def _download(hub_id: str, revision: str | None, files: list[str]) -> Path:
             "the same command goes on where it stopped"
         ) from error
     if not (Path(folder) / "config.json").is_file():
+        if (Path(folder) / SETTINGS).is_file():
+            raise MissingFile(f"{hub_id}{version}: {adapter_message(Path(folder))}")
         raise MissingFile(f"{hub_id}{version} has no config.json; is it a model in safetensors format?")
     return Path(folder)
 

@@ -5,6 +5,7 @@ names are the module paths of our models.
 """
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,13 @@ _PREFIXES = (
     ),
     ("model.", TEXT),
 )
+# Names of wrappers that training leaves in a path: torch.compile's, FSDP's, activation checkpointing's. DDP's is
+# "module." in front.
+_WRAPPERS = re.compile(r"(?:(?<=^)|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# Of PEFT's models, merged or not.
+_PEFT = re.compile(r"^base_model\.model\.|\.(?:lora_\w+|base_layer|modules_to_save)(?:\.|$)")
+# Buffers that follow from the config, and that some programs write out.
+_DERIVED = re.compile(r"(?:^|\.)(?:\w*inv_freq|embed_scale|router_input_scale|per_layer_(?:projection|input)_scale)$")
 # The defaults of mx.quantize (mlx, ops.cpp, `quantize`, mode "affine").
 _MLX_DEFAULT = Quantization(bits=4, group_size=64)
 
@@ -46,6 +54,7 @@ class Declared:
 
 def canonical_name(name: str) -> str:
     """The module path of a tensor or module in our models."""
+    name = _WRAPPERS.sub("", name.removeprefix("module."))
     for on_disk, canonical in _PREFIXES:
         if name.startswith(on_disk):
             return canonical + name.removeprefix(on_disk)
@@ -53,10 +62,17 @@ def canonical_name(name: str) -> str:
 
 
 def canonical_tensors(on_disk: Mapping[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
-    """Tensors by their canonical names; raises ValueError when two of them have the same."""
+    """Tensors by their canonical names; raises ValueError when two of them have the same, or are an adapter's."""
     names: dict[str, str] = {}
     for name in on_disk:
+        if _PEFT.search(name):
+            raise BadValue(
+                f"{folder} holds tensors of a PEFT model ({name}): merge its LoRA adapter into the base model first, "
+                "by model.merge_and_unload() and then save_pretrained"
+            )
         canonical = canonical_name(name)
+        if _DERIVED.search(canonical):
+            continue
         if canonical in names:
             raise BadValue(f"{folder} holds both {names[canonical]} and {name}: two checkpoints in one folder?")
         names[canonical] = name

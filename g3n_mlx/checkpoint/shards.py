@@ -17,10 +17,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from g3n_mlx.checkpoint.files import weight_files
 from g3n_mlx.config.fields import parse_json, shown
-from g3n_mlx.failures import BadValue, MissingFile
-
-INDEX = "model.safetensors.index.json"
+from g3n_mlx.failures import BadValue
 
 DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -40,7 +39,6 @@ DTYPES: dict[str, np.dtype] = {
 
 # The format's own limit on the header.
 _MAX_HEADER_BYTES = 100_000_000
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class Shard:
@@ -137,7 +135,7 @@ def open_shards(folder: Path) -> tuple[list[Shard], dict[str, StoredTensor]]:
     shards: list[Shard] = []
     tensors: dict[str, StoredTensor] = {}
     with ExitStack() as opened:
-        for path in _shard_paths(folder):
+        for path in weight_files(folder):
             shard = Shard(path)
             opened.callback(shard.close)
             shards.append(shard)
@@ -147,37 +145,6 @@ def open_shards(folder: Path) -> tuple[list[Shard], dict[str, StoredTensor]]:
                 tensors[name] = stored
         opened.pop_all()
     return shards, tensors
-
-
-def _shard_paths(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
-            names = []
-        if not names or not all(isinstance(name, str) for name in names):
-            raise BadValue(f"{index} is not a safetensors index: expected an object with a weight_map of file names")
-        if any(Path(name).name != name for name in names):
-            raise BadValue(f"{index} names files outside its folder")
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise MissingFile(
-                f"{folder} lacks {len(missing)} of {len(names)} weight files named by {INDEX}: "
-                f"{', '.join(missing[:10])}; is the download complete?"
-            )
-        return [folder / name for name in names]
-    # Files that start with a dot are not weights: macOS leaves such companions on foreign disks.
-    paths = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
-    if not paths:
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
-        if pickles:
-            raise MissingFile(
-                f"{folder} holds only pickled weights ({', '.join(pickles[:3])}), which can run code when opened; "
-                "only *.safetensors files are read"
-            )
-        raise MissingFile(f"{folder} holds no *.safetensors files: is it a model folder?")
-    return paths
 
 
 def _read_header(shard: Shard) -> Iterator[tuple[str, StoredTensor]]:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from g3n_mlx.config.adapter import adapter_files, adapter_message
 from g3n_mlx.config.audio import AudioConfig
 from g3n_mlx.config.fields import Fields, is_integer, is_number, read_json, shown
 from g3n_mlx.config.text import FULL, SLIDING, TextConfig
 from g3n_mlx.config.vision import VisionConfig
-from g3n_mlx.failures import BadValue
+from g3n_mlx.failures import BadValue, MissingFile
 
 # Of a flat config, the keys that stand outside text_config in a nested one.
 _OUTER_KEYS = (
@@ -103,7 +104,19 @@ def read_config(path: Path) -> dict[str, Any]:
     or ValueError.
     """
     path = _file(path)
+    if not path.is_file() and path.parent.is_dir():
+        raise MissingFile(_without_config(path))
     return _nested(read_json(path), str(path))
+
+
+def _without_config(path: Path) -> str:
+    """What to say of a folder that has no config.json."""
+    folder = path.parent
+    if adapter_files(folder):
+        return adapter_message(folder)
+    models = sorted(found.parent.name for found in folder.glob(f"*/{path.name}"))
+    inside = f"; its folders {', '.join(models[:5])} have one: give one of them" if models else ""
+    return f"{path} does not exist{inside or f': is {folder} a model folder?'}"
 
 
 def _file(path: Path) -> Path:

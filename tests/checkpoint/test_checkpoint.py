@@ -280,8 +280,9 @@ def test_damaged_index(index: str, tmp_path: Path, published: tuple[dict[str, An
 
 def test_one_tensor_in_two_files(tmp_path: Path, published: tuple[dict[str, Any], dict[str, np.ndarray]]) -> None:
     folder = files.write_folder(tmp_path / "x", *published)
-    shutil.copy(folder / "model.safetensors", folder / "copy.safetensors")
-    with pytest.raises(ValueError, match=r"is in both copy\.safetensors and model\.safetensors"):
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    shutil.copy(folder / "weights.safetensors", folder / "copy.safetensors")
+    with pytest.raises(ValueError, match=r"is in both copy\.safetensors and weights\.safetensors"):
         Checkpoint.open(folder)
     (folder / "copy.safetensors").unlink()
     files.write_safetensors(folder / "mlx.safetensors", files.mlx_vlm(*published)[1])
@@ -297,14 +298,14 @@ def test_manifest_names_all_that_is_wrong(
     for layer in range(10):
         del wrong[f"model.language_model.layers.{layer}.input_layernorm.weight"]
         del wrong[f"model.language_model.layers.{layer}.mlp.up_proj.weight"]
-    wrong["lm_head.weight"] = wrong["model.language_model.embed_tokens.weight"]
+    wrong["lm_tail.weight"] = wrong["model.language_model.embed_tokens.weight"]
     wrong["model.language_model.norm.weight"] = wrong["model.language_model.norm.weight"][:-1]
     wrong["model.embed_vision.embedding.weight"] = np.zeros((128, 2048), np.uint32)
     with pytest.raises(ValueError, match="20 missing") as raised:
         Checkpoint.open(files.write_folder(tmp_path / "x", config, wrong))
     message = str(raised.value)
     assert message.count("input_layernorm") + message.count("up_proj") == 3
-    assert "1 unexpected: lm_head.weight" in message
+    assert "1 unexpected: lm_tail.weight" in message
     assert "2 misshapen" in message
     assert "language_model.norm.weight BF16[127], expected [128]" in message
     assert "embed_vision.embedding.weight U32[128, 2048]" in message
