@@ -7,6 +7,7 @@ warms up or is disturbed treats both alike; the ratios are those of the medians.
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -169,18 +170,34 @@ def _run(request: Request) -> Run:
     environment = dict(os.environ)
     if request.threads is not None:
         environment |= dict.fromkeys(THREAD_VARIABLES, str(request.threads))
-    child = subprocess.run(
+    started_at = time.monotonic()
+    child = subprocess.Popen(
         [sys.executable, "-m", "g3n_mlx.bench.worker"],
-        input=json.dumps(asdict(replace(request, started_at=time.monotonic()))),
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
         env=environment,
+        start_new_session=True,  # so that it can be stopped with the programs that it starts
     )
+    try:
+        figures, errors = child.communicate(json.dumps(asdict(replace(request, started_at=started_at))))
+    except BaseException:
+        _stop(child)
+        raise
     if child.returncode:
-        last_words = child.stderr.strip().rpartition("\n")[2] or f"exit code {child.returncode}"
+        last_words = errors.strip().rpartition("\n")[2] or f"exit code {child.returncode}"
         raise WorkerFailed(f"{request.engine}: {last_words}")
-    return Run(**json.loads(child.stdout))
+    return Run(**json.loads(figures))
+
+
+def _stop(child: "subprocess.Popen[str]") -> None:
+    """Ends a worker, and what it has started; Windows knows no groups of processes."""
+    if sys.platform == "win32":
+        child.kill()
+    else:
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
 
 
 if __name__ == "__main__":

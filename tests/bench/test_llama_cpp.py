@@ -1,7 +1,12 @@
 """llama.cpp as the peer, by programs that stand in for it: turns, figures, ratios, and errors before any run."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from contextlib import suppress
 
 import pytest
 from gguf_files import GEMMA3N_BYTES_PER_TOKEN, write_gemma3n
@@ -104,3 +109,48 @@ def test_a_program_that_fails_is_one_line(tiny_folder, tmp_path, capsys):
     assert (code, out) == (1, "")
     *_, last = err.splitlines()
     assert last == f"g3n-bench: llama.cpp: {binary}: error: failed to load model"
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_bench_leaves_no_program_behind(stop, tiny_folder, tmp_path):
+    started = tmp_path / "started"
+    body = f"""
+if "--help" in words:
+    print("--n-depth")
+else:
+    import os
+    open({str(started)!r} + ".new", "w").write(str(os.getpid()))
+    os.rename({str(started)!r} + ".new", {str(started)!r})
+    time.sleep(600)
+"""
+    binary = write_program(tmp_path / "llama-bench", body)
+    flags = ("--peer-binary", binary, "--peer-model", write_gemma3n(tmp_path / "m.gguf"), *SMALL)
+    command = [sys.executable, "-m", "g3n_mlx.bench", "--model", tiny_folder, "--against", "llama.cpp", *flags]
+    bench = subprocess.Popen([*map(str, command)], stderr=subprocess.DEVNULL)
+    try:
+        wait_for(started.exists)
+        pid = int(started.read_text())
+        bench.send_signal(stop)
+        assert bench.wait(30) == 128 + stop
+        wait_for(lambda: not alive(pid))
+    finally:
+        bench.kill()
+        with suppress(ProcessLookupError, FileNotFoundError):
+            os.kill(int(started.read_text()), signal.SIGKILL)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return not state.startswith("Z")  # ended, and nobody has waited for it yet
+
+
+def wait_for(condition):
+    for _ in range(300):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not come to pass within 30 s")

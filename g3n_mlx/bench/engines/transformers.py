@@ -2,15 +2,22 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from g3n_mlx.bench.engines.package import check_package
 from g3n_mlx.bench.measure import Loaded, Request, Run
 from g3n_mlx.bench.measure import measure as measure_here
+from g3n_mlx.config.model import read_config
+from g3n_mlx.failures import BadValue
 
 
 def check(request: Request) -> None:
     check_package("transformers", "transformers")
+    if "quantization" in read_config(Path(request.model)):
+        raise BadValue(
+            f"{request.model} is quantized in MLX's way, which transformers does not read: --peer-model FOLDER"
+        )
 
 
 def measure(request: Request) -> Run:
