@@ -7,16 +7,27 @@ Sources: llguidance's docs/syntax.md, json_schema.md and special_tokens.md.
 """
 
 import json
+import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 
+from g3n_mlx.engine import grammar_trial
 from g3n_mlx.failures import BadValue, MissingPackage
 from g3n_mlx.installation import install_command
 from g3n_mlx.prompt.tokenizer import Tokenizer
 
+# What makes llguidance multiply regexes, so that a short text may cost gigabytes; a long one may by its length alone.
+_COSTLY = re.compile(r"&|~|allOf|multipleOf|\$ref|patternProperties|\\u")
+_LONG = 8192  # characters
+_TRIED = 64  # grammars that are known to compile
+# A rule or terminal of a Lark grammar, as it begins; ids of tokens, of which a trial has 256 only.
+_RULE = re.compile(r"(?:^|\{)[ \t]*[!?_]*[A-Za-z][\w-]*[^\n:\"/]*:", re.MULTILINE)
+_TOKEN_IDS = re.compile(r"<\[[\^\d,\s-]*\]>")
 # At every place where JSON allows white space, at most once.
 WHITE_SPACE = r" |\n {0,40}"
 
@@ -31,6 +42,10 @@ class GrammarLimits:
 
     characters: int = 256 << 10  # of a schema as JSON, a regex or a grammar
     depth: int = 64  # of a schema: objects and lists inside each other
+    # What the compiler may descend through: the levels of a schema and of all that its references name, and rules.
+    levels: int = 8000
+    rules: int = 2000
+    compile_s: float = 10.0
     # llguidance's units; about 50,000 and 14,000 a millisecond
     initial_fuel: int = 1_000_000
     step_fuel: int = 200_000
@@ -59,6 +74,7 @@ class Grammars:
         self._parser_limits = llguidance.LLParserLimits(
             initial_lexer_fuel=self.limits.initial_fuel, step_lexer_fuel=self.limits.step_fuel, verbose_errors=False
         )
+        self._tried: OrderedDict[str, None] = OrderedDict()
         ends = sorted(eos_ids)
         vocabulary = _Vocabulary(tokenizer, width, ends)
         self._tokenizer = llguidance.LLTokenizer(vocabulary, eos_token=ends)  # pyright: ignore[reportArgumentType]
@@ -85,6 +101,9 @@ class Grammars:
         Raises GrammarError.
         """
         self._check_length("grammar", grammar)
+        rules = len(_RULE.findall(grammar))
+        if rules > self.limits.rules:
+            raise GrammarError(f"the grammar has {rules} rules, expected at most {self.limits.rules}: make it smaller")
         return self._constraint("grammar", _utf8("grammar", grammar))
 
     def inline(self, schema: Mapping[str, Any] | bool, *, lenient: bool = False) -> str:
@@ -95,6 +114,7 @@ class Grammars:
         if schema is False or not isinstance(schema, (Mapping, bool)):
             raise GrammarError(f"the schema is {schema!r:.80}, expected a JSON object or true")
         _check_depth(schema, self.limits.depth)
+        _check_levels(schema, self.limits.levels)
         options = {"x-guidance": {"whitespace_pattern": WHITE_SPACE, "lenient": lenient}}
         try:
             text = json.dumps(options if schema is True else {**_with_kept_ranges(schema), **options}, allow_nan=False)
@@ -110,6 +130,24 @@ class Grammars:
             )
 
     def _constraint(self, kind: str, grammar: str) -> "GrammarMatcher":
+        self._try(kind, grammar)
+        return grammar_trial.on_large_stack(lambda: self._compiled(kind, grammar))
+
+    def _try(self, kind: str, grammar: str) -> None:
+        """Raises GrammarError when a grammar that may cost too much does."""
+        if grammar in self._tried or (len(grammar) <= _LONG and not _COSTLY.search(grammar)):
+            return
+        limits = self.limits
+        reason = grammar_trial.refusal(
+            _TOKEN_IDS.sub("<[0]>", grammar), limits.initial_fuel, limits.step_fuel, limits.compile_s
+        )
+        if reason is not None:
+            raise GrammarError(f"the {kind} can't be used: {_reason(reason)}")
+        self._tried[grammar] = None
+        while len(self._tried) > _TRIED:
+            self._tried.popitem(last=False)
+
+    def _compiled(self, kind: str, grammar: str) -> "GrammarMatcher":
         matcher = self._llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._parser_limits)
         if matcher.is_error():
             raise GrammarError(f"the {kind} can't be used: {_reason(matcher.get_error())}")
@@ -174,6 +212,46 @@ def _check_depth(schema: Any, limit: int) -> None:
         depth += 1
         if depth > limit:
             raise GrammarError(f"the schema is more than {limit} levels deep: make it flatter, with $defs and $ref")
+
+
+def _check_levels(schema: Any, limit: int) -> None:
+    """Raises GrammarError when the compiler, which follows references, might descend further.
+
+    At most it goes through every place that a reference names, once. A reference of another kind than `#/...` is
+    counted as the whole schema.
+    """
+    named, level = set[str](), [schema]
+    while level:
+        named |= {value["$ref"] for value in level if isinstance(value, Mapping) and isinstance(value.get("$ref"), str)}
+        level = [inner for value in level for inner in _inner(value)]
+    levels = _depth(schema)
+    for reference in named:
+        levels += _depth(_at(schema, reference))
+        if levels > limit:
+            raise GrammarError(
+                f"the schema's references lead through more than {limit} levels: make it flatter, or smaller"
+            )
+
+
+def _at(schema: Any, reference: str) -> Any:
+    """What a reference names; the whole schema when it can't be told."""
+    found = schema
+    for step in unquote(reference).removeprefix("#").split("/")[1:]:
+        name = step.replace("~1", "/").replace("~0", "~")
+        if isinstance(found, Mapping) and name in found:
+            found = found[name]
+        elif _is_list(found) and name.isdecimal() and int(name) < len(found):
+            found = found[int(name)]
+        else:
+            return schema
+    return found
+
+
+def _depth(schema: Any) -> int:
+    depth, level = 1, [schema]
+    while level := [inner for value in level for inner in _inner(value)]:
+        depth += 1
+    return depth
 
 
 def _utf8(kind: str, text: str) -> str:
@@ -259,6 +337,8 @@ def _reason(error: str) -> str:
 
 
 _WORDINGS = {
+    "NoExtensionBias": "there is no text that follows it",
+    "NoExtension": "there is no text that follows it",
     "at 1(8): ": "",  # where in the grammar that it became part of the schema stands
     "failed to compile JSON schema: ": "",
     "oneOf constraints are not supported. Enable 'coerce_one_of' option to approximate oneOf with anyOf": (

@@ -67,19 +67,19 @@ def _check_formats(body: ChatRequest) -> None:
 
 async def _constraint(body: ChatRequest, offered: Tools | None, place: Place) -> Constraint | None:
     """What one response must look like, None for anything; raises ApiError 400 when that can't be enforced."""
-    grammar, engine = body.grammar, place.engine
+    grammar = body.grammar
     place.constrained_by = "tools" if offered is not None else "grammar" if grammar is not None else "response_format"
     schema = _schema(body)
     if schema is not None:  # beside tools too, so that the error names the right field
-        alone = await place.opened(lambda: engine.grammars.json_schema(schema), "response_format")
+        alone = await place.constraint(lambda grammars: grammars.json_schema(schema), "response_format")
         if offered is None:
             return alone
     if offered is not None:
-        return await place.opened(lambda: offered.constraint(engine.grammars, schema), "tools")
+        return await place.constraint(lambda grammars: offered.constraint(grammars, schema), "tools")
     if grammar is not None and grammar.type == "regex":
-        return await place.opened(lambda: engine.grammars.regex(grammar.value), "grammar")
+        return await place.constraint(lambda grammars: grammars.regex(grammar.value), "grammar")
     if grammar is not None:
-        return await place.opened(lambda: engine.grammars.lark(grammar.value), "grammar")
+        return await place.constraint(lambda grammars: grammars.lark(grammar.value), "grammar")
     return None
 
 

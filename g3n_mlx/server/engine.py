@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 
-from g3n_mlx.engine.grammar import GrammarError, Grammars
+from g3n_mlx.engine.grammar import GrammarError, GrammarMatcher, Grammars
 from g3n_mlx.engine.sequence import check_length
 from g3n_mlx.media.policy import MediaPolicy
 from g3n_mlx.model import Gemma3n
@@ -30,8 +30,8 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 # Few threads open media: decoding one image of the largest size takes a gigabyte. Text has threads of its own, so that
-# it does not wait for a slow host.
-MEDIA_THREADS, TEXT_THREADS = 4, 2
+# it does not wait for a slow host, and so have grammars, of which one may be compiled for seconds.
+MEDIA_THREADS, TEXT_THREADS, GRAMMAR_THREADS = 4, 2, 2
 TOO_LONG = "context_length_exceeded"
 RETRY_AFTER_S = 2  # the openai client waits that long and tries again, twice
 
@@ -59,6 +59,7 @@ class Engine:
         self.long_audio = asyncio.Semaphore(limits.parallel)
         self.media_threads = ThreadPoolExecutor(MEDIA_THREADS, thread_name_prefix="media")
         self.text_threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
+        self.grammar_threads = ThreadPoolExecutor(GRAMMAR_THREADS, thread_name_prefix="grammar")
 
     @property
     def grammars(self) -> Grammars:
@@ -88,6 +89,7 @@ class Engine:
         """Waits for the remaining jobs, and ends all threads."""
         self.media_threads.shutdown(cancel_futures=True)
         self.text_threads.shutdown(cancel_futures=True)
+        self.grammar_threads.shutdown(cancel_futures=True)
         self.scheduler.close()
 
 
@@ -116,12 +118,11 @@ class Place:
             raise self.too_late() from None
         self._holds_audio = True
 
-    async def opened(self, work: Callable[[], T], param: str, *, media: bool = False) -> T:
-        """The result of work that must block neither the event loop nor the model: it runs in a thread of its own.
+    async def opened(self, work: Callable[[], T], param: str, threads: ThreadPoolExecutor) -> T:
+        """The result of work that must block neither the event loop nor the model: it runs in one of the threads.
 
-        media: whether it may fetch or decode any. Its ValueError becomes an ApiError 400 about a parameter.
+        Its ValueError becomes an ApiError 400 about a parameter.
         """
-        threads = self.engine.media_threads if media else self.engine.text_threads
         try:
             async with asyncio.timeout(self.deadline - time.monotonic()):
                 return await asyncio.get_running_loop().run_in_executor(threads, work)
@@ -134,7 +135,11 @@ class Place:
 
     async def encoded(self, text: str) -> list[int]:
         """The ids of a plain text; raises ApiError 400 when there are none, or more than the context holds."""
-        return await self.opened(lambda: self.engine.model.preparer.encode(text), "prompt")
+        return await self.opened(lambda: self.engine.model.preparer.encode(text), "prompt", self.engine.text_threads)
+
+    async def constraint(self, make: Callable[[Grammars], GrammarMatcher], param: str) -> GrammarMatcher:
+        """What an answer must look like; raises ApiError 400 about a parameter when that can't be enforced."""
+        return await self.opened(lambda: make(self.engine.grammars), param, self.engine.grammar_threads)
 
     async def prepared(
         self, messages: Sequence[dict[str, Any]], param: str = "messages", *, answered: bool = True
@@ -152,7 +157,7 @@ class Place:
                 check_length(prompt, 1, model.config.text.max_position_embeddings)
             return prompt
 
-        return await self.opened(work, param, media=media)
+        return await self.opened(work, param, self.engine.media_threads if media else self.engine.text_threads)
 
     async def run(self, tasks: Sequence[Task]) -> AsyncIterator[tuple[int, Any]]:
         """The steps of several tasks as they come, each with its task's index. Raises ApiError."""

@@ -197,7 +197,7 @@ class Scheduler:
                 others = [one.conversation for one in self._rounds.tasks if one.conversation is not None]
                 conversation = model.runner.call(lambda: self._prefixes.take(task.prompt.identity, others))
                 running.answer = model.answer(conversation, task.prompt, task.params, task.constraint)
-        except Exception as error:  # noqa: BLE001 - whatever befalls one request, others go on
+        except BaseException as error:  # noqa: BLE001 - whatever befalls one request, a panic in Rust say, others go on
             self._remove(running, error)
             return
         self._account()
@@ -222,7 +222,7 @@ class Scheduler:
         assert running.scores is not None
         try:
             part = next(running.scores, None)
-        except Exception as error:  # noqa: BLE001 - whatever befalls one request, others go on
+        except BaseException as error:  # noqa: BLE001 - whatever befalls one request, a panic in Rust say, others go on
             self._remove(running, error)
             return
         if part is not None:

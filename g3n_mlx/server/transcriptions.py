@@ -108,7 +108,7 @@ class _Transcript:
         policy = replace(place.policy, max_seconds=MAX_AUDIO_S)
         params = sampling_params(model, temperature=self.form.temperature, logprobs=True, max_tokens=CLIP_TOKENS)
         await place.hold_audio()
-        clips = await place.opened(lambda: model.split_audio(Audio(data), policy), "file", media=True)
+        clips = await place.opened(lambda: model.split_audio(Audio(data), policy), "file", place.engine.media_threads)
         hint = self.form.prompt and self.form.prompt.strip()
         asked = f"{self.question}. Answer with the words alone."
         asked += f" The words may be of this kind: {hint}" if hint else ""

@@ -1,6 +1,7 @@
 """Constraints: masks let through what a grammar allows and nothing else, and a model's answers follow their schema."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -266,3 +267,86 @@ def test_limits(tokenizer: Tokenizer) -> None:
     costly = Grammars(tokenizer, WIDTH, EOS, GrammarLimits(initial_fuel=1000))
     with pytest.raises(GrammarError, match="too big"):
         costly.json_schema({"enum": [f"value {number}" for number in range(2000)]})
+
+
+def _chain(length: int, line: str, last: str) -> str:
+    """Rules r0, r1, ... of which each is `line` with the next one's number."""
+    rules = [f"r{number}: " + line.replace("NEXT", f"r{number + 1}") for number in range(length)]
+    return "\n".join(["start: r0", *rules, f"r{length}: {last}"])
+
+
+def _references(length: int, line: str) -> dict[str, Any]:
+    """$defs d0, d1, ... of which each is `line` with a reference to the next one."""
+    defs = {
+        f"d{number}": json.loads(line.replace("NEXT", json.dumps({"$ref": f"#/$defs/d{number + 1}"})))
+        for number in range(length)
+    }
+    return {"$ref": "#/$defs/d0", "$defs": {**defs, f"d{length}": {"type": "null"}}}
+
+
+@pytest.mark.parametrize("length", [1900, 3000, 16_000])
+@pytest.mark.parametrize(
+    ("line", "last"),
+    [
+        ("NEXT", '"x"'),
+        ("NEXT", 'r0 | "x"'),
+        ('"a" NEXT', '"x"'),
+        ("((((((((NEXT))))))))", '"x"'),
+        ('%json {"type": "null"} NEXT', '"x"'),
+    ],
+)
+def test_rules_that_refer_to_each_other_far_down_do_not_end_the_process(
+    grammars: Grammars, length: int, line: str, last: str
+) -> None:
+    text = _chain(length, line, last)
+    if length > grammars.limits.rules:
+        with pytest.raises(GrammarError, match=r"rules, expected at most 2000|characters, expected at most"):
+            grammars.lark(text)
+    else:
+        grammars.lark(text)
+
+
+@pytest.mark.parametrize("length", [500, 3000, 9000])
+@pytest.mark.parametrize(
+    "line", ["NEXT", '{"properties": {"a": NEXT}, "type": "object"}', '{"allOf": [NEXT, {"type": "null"}]}']
+)
+def test_references_that_lead_far_down_do_not_end_the_process(grammars: Grammars, length: int, line: str) -> None:
+    schema = _references(length, line)
+    if length == 9000 or (length == 3000 and line != "NEXT"):
+        with pytest.raises(GrammarError, match=r"more than 8000 levels|characters"):
+            grammars.json_schema(schema)
+    else:
+        grammars.json_schema(schema)
+    if length == 500:  # the same in a grammar, which is where a function's parameters stand
+        grammars.lark(f"start: %json {json.dumps(schema)}")
+    else:
+        with suppress(GrammarError):
+            grammars.lark(f"start: %json {json.dumps(schema)}")
+
+
+def test_a_cycle_of_references_alone_is_an_error(grammars: Grammars) -> None:
+    schema = _references(2000, "NEXT")
+    schema["$defs"]["d2000"] = {"$ref": "#/$defs/d0"}
+    with pytest.raises(GrammarError, match="no text"):
+        grammars.json_schema(schema)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda one: one.json_schema({"allOf": [{"type": "string", "pattern": f"a.*b.*{n}"} for n in range(60)]}),
+        lambda one: one.lark("start: R\nR: " + " & ".join(f"/(.|\\n)*{n}(.|\\n)*/" for n in range(500))),
+        lambda one: one.json_schema({"type": "integer", "multipleOf": 10_000_019}),
+        lambda one: one.lark('start: <[7-9]> %json {"type": "integer", "\\u006dultipleOf": 10000019}'),
+    ],
+)
+def test_what_would_take_gigabytes_or_minutes_is_refused(tokenizer: Tokenizer, make: Any) -> None:
+    with pytest.raises(GrammarError, match=r"it takes (too much memory|more than 2 s) to compile: make it simpler"):
+        make(Grammars(tokenizer, WIDTH, EOS, GrammarLimits(compile_s=2.0)))
+
+
+def test_a_trial_refuses_nothing_that_compiles(grammars: Grammars) -> None:
+    grammars.lark("start: <[300]> R\nR: /[a-z]+/ & /.*x.*/")
+    grammars.json_schema({"allOf": [{"type": "string", "pattern": "a.*"}, {"maxLength": 9}]})
+    with pytest.raises(GrammarError, match=r"the grammar can't be used: .*unknown name"):
+        grammars.lark("start: R\nR: X & Y")

@@ -14,6 +14,7 @@ from running import started, stopped, video, wait_until
 
 from g3n_mlx.engine.grammar import GrammarError
 from g3n_mlx.server import app
+from g3n_mlx.server.engine import GRAMMAR_THREADS
 from g3n_mlx.server.scheduler import DONE, Ended, Expired, Job, Task
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -270,6 +271,50 @@ def test_a_failure_in_one_request_harms_no_other(server, client, error):
     assert len(other.tokens) == 30
     assert ask(client).choices
     wait_until(lambda: server.figure("running") == 0)
+
+
+@pytest.mark.parametrize("place", ["answer", "score"])
+def test_a_panic_before_the_first_step_harms_no_other(server, client, monkeypatch, place):
+    scheduler, panic = server.engine.scheduler, Panic()
+
+    def broken(*_):
+        raise panic
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(scheduler._model), place, broken)
+        if place == "answer":
+            failed = run(server, "Hi")
+        else:
+            failed = Steps()
+            prompt = server.engine.model.prepare("Hi")
+            scheduler.submit(Job(Task(prompt, None, scored=1), failed, time.monotonic(), time.monotonic() + 300))
+        assert failed.ended.wait(300)
+    assert failed[-1] is panic
+    assert scheduler.alive
+    assert ask(client).choices
+
+
+def test_a_grammar_that_takes_long_to_compile_stops_nobody_else(server, client):
+    """As many as there are threads for grammars; each ends with a 400."""
+    refused, ended = [], threading.Event()
+
+    def constrained(number):
+        schema = {"type": "integer", "multipleOf": 10_000_019 + number}
+        with pytest.raises(openai.BadRequestError, match="to compile: make it simpler"):
+            ask(client, response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": schema}})
+        refused.append(number)
+        ended.set()
+
+    threads = [threading.Thread(target=constrained, args=(number,)) for number in range(GRAMMAR_THREADS)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: server.engine.places_taken == GRAMMAR_THREADS)
+    assert ask(client).choices
+    assert ask(client, messages=[{"role": "user", "content": "How are you?"}]).choices
+    assert not ended.is_set()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == GRAMMAR_THREADS
 
 
 def test_nobody_waits_for_a_thread_that_is_no_more(serve, monkeypatch):
