@@ -13,7 +13,9 @@ from pathlib import Path
 
 import tokenizers
 
+from g3n_mlx.checkpoint.hub import cache_folder
 from g3n_mlx.failures import BadValue, MissingFile
+from g3n_mlx.prompt.vocabulary import Vocabulary, keep
 
 # What the chat template and the media blocks put into a prompt: text that spells one of these stays text,
 # also in files that do not flag them as special.
@@ -31,19 +33,26 @@ CONTROL_WORDS = (
     "<end_of_audio>",
     "<audio_soft_token>",
 )
+# Bytes of a tokenizer.json that is read as fast as its tables would be; a released one has 33 million.
+_SMALL_FILE = 1 << 20
+# Letters of a text from which on the tokenizers package is loaded: merging them in Python takes a tenth of a second.
+_LONG_TEXT = 20_000
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Tokenizer:
     """A checkpoint's vocabulary: text to ids, ids to text, control tokens by name."""
 
-    def __init__(self, inner: tokenizers.Tokenizer, where: str):
-        """inner: as read from the file; where: that file, for errors."""
-        inner.no_truncation()
-        inner.no_padding()
-        inner.encode_special_tokens = True
-        self._inner, self._where = inner, where
-        self._skipped = {token_id for token_id, token in inner.get_added_tokens_decoder().items() if token.special}
+    def __init__(self, path: Path, vocabulary: Vocabulary | None = None):
+        """path: of the tokenizer.json; vocabulary: its tables, if there are any, which do for all but long texts."""
+        self._path = path
+        if vocabulary is None:
+            self._inner = self._package
+            added = self._package.get_added_tokens_decoder()
+            self._skipped = {token_id for token_id, token in added.items() if token.special}
+        else:
+            self._inner = vocabulary
+            self._skipped = vocabulary.special_ids
         self.bos_id = self.id_of("<bos>")
         for word in ("<start_of_turn>", "<end_of_turn>"):
             self.id_of(word)  # another model's tokenizer fails here, not at the first prompt
@@ -54,17 +63,32 @@ class Tokenizer:
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise MissingFile(f"{path} does not exist; a checkpoint needs its tokenizer.json beside config.json")
+        if path.stat().st_size < _SMALL_FILE:
+            return Tokenizer(path)
+        tables = cache_folder() / "tokenizers"
+        vocabulary = Vocabulary.kept(path, tables)
+        tokenizer = Tokenizer(path, vocabulary)
+        if vocabulary is None:
+            keep(tokenizer._package, path, tables)
+        return tokenizer
+
+    @cached_property
+    def _package(self) -> tokenizers.Tokenizer:
+        """The file as the tokenizers package reads it, which takes a second for a released one."""
         try:
-            inner = tokenizers.Tokenizer.from_file(str(path))
+            inner = tokenizers.Tokenizer.from_file(str(self._path))
         except Exception as error:  # the tokenizers package raises nothing more special
-            raise BadValue(f"{path} is not a usable tokenizer: {error}") from error
+            raise BadValue(f"{self._path} is not a usable tokenizer: {error}") from error
         unflagged = [
             tokenizers.AddedToken(token.content, normalized=False, special=True)
             for token in inner.get_added_tokens_decoder().values()
             if token.content in CONTROL_WORDS and not token.special
         ]
         inner.add_special_tokens(unflagged)
-        return Tokenizer(inner, str(path))
+        inner.no_truncation()
+        inner.no_padding()
+        inner.encode_special_tokens = True
+        return inner
 
     @property
     def vocab_size(self) -> int:
@@ -75,7 +99,7 @@ class Tokenizer:
         """The id of a token, by its name; raises ValueError when the vocabulary has no such token."""
         token_id = self._inner.token_to_id(word)
         if token_id is None:
-            raise BadValue(f"{self._where} has no token {word!r}; is it the tokenizer of a Gemma 3n?")
+            raise BadValue(f"{self._path} has no token {word!r}; is it the tokenizer of a Gemma 3n?")
         return token_id
 
     def bytes_of(self, token_id: int) -> bytes | None:
@@ -90,6 +114,8 @@ class Tokenizer:
     @cached_property
     def max_token_bytes(self) -> int:
         """What a token stands for in a text has no more bytes than this, in UTF-8."""
+        if isinstance(self._inner, Vocabulary):
+            return self._inner.max_token_bytes
         return max(len(token.encode()) for token in self._inner.get_vocab())
 
     def encode(self, text: str) -> list[int]:
@@ -98,8 +124,10 @@ class Tokenizer:
         Raises ValueError when the text has a lone surrogate, which UTF-8 can't express.
         """
         try:
-            return self._inner.encode(text, add_special_tokens=False).ids
-        except TypeError:
+            if isinstance(self._inner, Vocabulary) and len(text) <= _LONG_TEXT:
+                return self._inner.encode(text)
+            return self._package.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError):
             place = re.search("[\ud800-\udfff]", text)
             if place is None:
                 raise
@@ -124,7 +152,7 @@ class StreamDecoder:
     shown: an invalid run becomes one replacement character a byte. So no half character is ever given.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, skipped: set[int]):
+    def __init__(self, inner: tokenizers.Tokenizer | Vocabulary, skipped: set[int]):
         """skipped: ids of the control tokens, which have no text."""
         self._inner, self._skipped = inner, skipped
         self._bytes: list[int] = []

@@ -40,8 +40,8 @@ def released_cases(repository):
     return folder, json.loads((folder / "cases.json").read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module")
-def released(released_cases, tmp_path_factory) -> Tokenizer:
+@pytest.fixture(scope="module", params=["package", "kept tables"])
+def released(released_cases, tmp_path_factory, request) -> Tokenizer:
     """Gemma 3n's tokenizer, derived from Gemma 3's: 256000 is <start_of_audio>, ids from 262144 on are new."""
     with lzma.open(released_cases[0] / "tokenizer.json.xz") as packed:
         derived = json.load(packed)
@@ -57,7 +57,10 @@ def released(released_cases, tmp_path_factory) -> Tokenizer:
     derived["added_tokens"] = kept + [{"id": i, "content": names.get(i, f"<reserved_{i}>"), **flags} for i in new]
     folder = tmp_path_factory.mktemp("released")
     (folder / "tokenizer.json").write_text(json.dumps(derived), encoding="utf-8")
-    return Tokenizer.from_folder(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("g3n_mlx.prompt.tokenizer.cache_folder", lambda: folder)
+        first, second = Tokenizer.from_folder(folder), Tokenizer.from_folder(folder)
+    return first if request.param == "package" else second
 
 
 def test_control_ids_are_looked_up_by_name(tiny):
