@@ -86,6 +86,13 @@ def load(
     )
 
 
+def import_backend(name: str) -> None:
+    """Imports what `load` would; raises ImportError when it is absent."""
+    backend = chosen_backend(name)
+    for module in ("device", "model"):
+        importlib.import_module(f"g3n_mlx.backends.{backend}.{module}")
+
+
 def _defect(checkpoint: Checkpoint, dtype: str) -> Error:
     """Why a model's numbers are not finite, once that has been seen; reads all weights."""
     found = not_finite(checkpoint)

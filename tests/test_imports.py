@@ -98,3 +98,31 @@ def test_every_framework_import_is_in_the_backends(repository):
 
 def test_the_import_of_convert_is_the_packages_own():
     assert importlib.util.find_spec("g3n_mlx.convert") is not None
+
+
+def test_an_answer_imports_nothing_that_it_does_not_use():
+    pytest.importorskip("torch")
+    code = """
+import gc, sys
+from g3n_mlx.chat.__main__ import main
+main(["--model", "demo", "--backend", "torch", "-p", "hi", "--max-tokens", "1"])
+assert gc.isenabled()
+heavy = ["torch._dynamo", "torch._inductor", "sympy", "transformers", "huggingface_hub", "httpx", "requests",
+    "fastapi", "pydantic", "PIL", "soundfile", "soxr", "av", "prompt_toolkit", "llguidance", "jinja2"]
+print("unused:", *(name for name in heavy if name in sys.modules))
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "unused:", done.stdout
+
+
+def test_the_collector_runs_again_after_a_failed_import(monkeypatch):
+    import gc
+
+    from g3n_mlx.chat.__main__ import command_line
+    from g3n_mlx.commands import load_from
+
+    monkeypatch.setattr("g3n_mlx.loading.PACKAGES", {"mlx": "no_such_package", "torch": "no_such_package"})
+    with pytest.raises(ImportError):
+        load_from(command_line().parse_args(["--model", "demo"]))
+    assert gc.isenabled()
