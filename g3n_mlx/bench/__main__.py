@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from g3n_mlx.bench import report
 from g3n_mlx.bench.engines import OURS, PEERS, engine
@@ -170,7 +171,7 @@ def _run(request: Request) -> Run:
     environment = dict(os.environ)
     if request.threads is not None:
         environment |= dict.fromkeys(THREAD_VARIABLES, str(request.threads))
-    started_at = time.monotonic()
+    started_at, others_before = time.monotonic(), _other_cpu_s()
     child = subprocess.Popen(
         [sys.executable, "-m", "g3n_mlx.bench.worker"],
         stdin=subprocess.PIPE,
@@ -188,7 +189,14 @@ def _run(request: Request) -> Run:
     if child.returncode:
         last_words = errors.strip().rpartition("\n")[2] or f"exit code {child.returncode}"
         raise WorkerFailed(f"{request.engine}: {last_words}")
-    return Run(**json.loads(figures))
+    others = None if sys.platform == "win32" else max(_other_cpu_s() - others_before, 0.0)
+    return replace(Run(**json.loads(figures)), other_cpu_s=others)
+
+
+def _other_cpu_s() -> float:
+    """Seconds that all processors have worked so far, but for this process and its children that have ended."""
+    every, ours = psutil.cpu_times(), os.times()
+    return every.user + every.system + getattr(every, "nice", 0.0) - sum(ours[:4])
 
 
 def _stop(child: "subprocess.Popen[str]") -> None:

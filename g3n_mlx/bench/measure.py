@@ -61,6 +61,7 @@ class Run:
     graph_operations: int | None = None  # nodes in one decode step's MLX graph
     graph_kernels: int | None = None  # of them, those that are not mere views
     description: str = ""  # engine, backend, dtype, device
+    other_cpu_s: float | None = None  # of the processors, used by others during the run; None: the system does not tell
 
 
 # Prompts of one length, how many tokens to decode after each, and what to call when each of them has its next token.

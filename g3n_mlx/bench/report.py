@@ -72,6 +72,7 @@ def _figures(request: Request, runs: list[Run], config: ModelConfig) -> dict[str
         "peak_device_bytes": _largest([run.peak_device_bytes for run in runs]),
         "weight_bytes_per_token": weights,
         "read_bandwidth": _largest([run.read_bandwidth for run in runs]),
+        "other_cpu_s": _largest([run.other_cpu_s for run in runs]),
         "graph_operations": runs[0].graph_operations,
         "graph_kernels": runs[0].graph_kernels,
     }
@@ -149,6 +150,8 @@ def _block(summary: dict[str, Any], figures: dict[str, Any]) -> Iterator[tuple[s
     yield "weights read per token", _size(figures["weight_bytes_per_token"])
     if figures["read_bandwidth"] is not None:
         yield "a plain reduction reads", f"{_size(figures['read_bandwidth'])}/s here"
+    if figures["other_cpu_s"] is not None:
+        yield "others worked meanwhile", f"{figures['other_cpu_s']:.1f} s of CPU at most: disturbed, if that is much"
     if figures["graph_operations"] is not None:
         count, kernels = figures["graph_operations"], figures["graph_kernels"]
         yield "one decode step", f"{count} graph operations, {kernels} of them not mere views"
@@ -216,6 +219,7 @@ def _rows(summary: dict[str, Any]) -> Iterator[tuple[str, list[float | None]]]:
         entry, limit = figures["decode"][0], figures["read_bandwidth"]
         shares.append(100 * entry["bandwidth"] / limit if entry["bandwidth"] and limit else None)
     yield f"of which decode at {engines[0]['decode'][0]['depth']} uses, %", shares
+    yield "others worked meanwhile, s of CPU", [figures["other_cpu_s"] for figures in engines]
 
 
 def _all(engines: Sequence[dict[str, Any]], kind: str, key: str) -> list[int]:

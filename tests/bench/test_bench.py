@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import multiprocessing
 import shutil
+import sys
+import time
 
 import pytest
 from huggingface_hub import constants
@@ -39,6 +42,7 @@ def test_figures(backend, tiny_folder, capsys):
     assert decode["bandwidth"] == pytest.approx(decode["tps"]["median"] * decode["bytes_per_token"])
     assert figures["start_to_first_token_s"]["min"] > figures["load_s"]["min"]
     assert figures["together"] == []
+    assert figures["other_cpu_s"] is None or figures["other_cpu_s"] >= 0
     assert f"g3n_mlx, {backend}, " in figures["engine"]
     assert "float32" in figures["engine"]
     assert figures["peak_memory_bytes"] is None or 20e6 < figures["peak_memory_bytes"] < 2e9
@@ -66,6 +70,26 @@ def test_depths_sequences_and_a_plot(backend, tiny_folder, tmp_path, capsys):
     drawn = plot.read_text()
     assert drawn.startswith("<?xml")
     assert "</svg>" in drawn
+
+
+def spin(seconds):
+    """Works for so many seconds of the processor, however long that takes."""
+    while time.process_time() < seconds:
+        pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not tell what child processes have taken")
+def test_work_of_others_is_seen(tiny_folder, capsys):
+    """A process works on all the while that a run takes, which is a second at least: torch is imported."""
+    other = multiprocessing.get_context("spawn").Process(target=spin, args=(600,))
+    other.start()
+    try:
+        code, out, err = bench(capsys, "--model", tiny_folder, "--backend", "torch", "--json", *SMALL[:-1], 1)
+    finally:
+        other.kill()
+        other.join()
+    assert code == 0, err
+    assert json.loads(out)["engines"]["g3n_mlx"]["other_cpu_s"] > 0.5
 
 
 def test_the_table_in_markdown(tiny_folder, capsys):
