@@ -17,7 +17,7 @@ from g3n_mlx.installation import install_command
 # Containers of audio and video that PyAV may open; playlists and other formats that name further files are left out.
 CONTAINERS = (
     "aac,ac3,aiff,amr,asf,avi,caf,eac3,flac,flv,m4v,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mp3,mpeg,mpegts,mpegvideo,"
-    "ogg,opus,wav,wv"
+    "ogg,opus,wav,wv,gif,apng"
 )
 # A RIFF length from here on is a placeholder: espeak-ng writes 0x7ffff000, FFmpeg 0xffffffff when they write to a pipe.
 _OPEN_RIFF_BYTES = 0x7FFF0000

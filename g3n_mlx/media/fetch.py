@@ -15,6 +15,7 @@ from g3n_mlx.media.policy import MediaPolicy
 if TYPE_CHECKING:
     import numpy as np
 
+_URL_SAFE = str.maketrans("-_", "+/")
 # A scheme has two letters or more: a single one is a drive of Windows.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 
@@ -51,10 +52,12 @@ def source_text(source: "str | Path | bytes | np.ndarray") -> str:
 
 
 def _decode_base64(text: str, policy: MediaPolicy) -> bytes:
-    """Strict base64 with its padding; line breaks are allowed."""
+    """Base64 of either alphabet, with or without its padding. Line breaks may stand in it; a space was a "+"."""
     policy.check_bytes(len(text) * 3 // 4 - 2, "the base64 text")
+    bare = re.sub(r"[\r\n]", "", text).translate(_URL_SAFE)
+    bare = bare.removesuffix("=").removesuffix("=")
     try:
-        return base64.b64decode(re.sub(r"[\r\n]", "", text), validate=True)
+        return base64.b64decode(bare + "=" * (-len(bare) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise BadValue(f"{short(text)} is not base64: {error}") from None
 
@@ -80,16 +83,19 @@ def _path_of_file_uri(uri: str) -> Path:
 
 
 def _read_file(path: Path, policy: MediaPolicy) -> bytes:
+    # Errors have the path as it was given: the folder that media may come from is nothing that a client should learn.
     try:
-        path = _allowed_path(path, policy)
-        if not path.exists():
+        allowed = _allowed_path(path, policy)
+        if not allowed.exists():
             raise BadValue(f"{short(path)} does not exist")
-        if not path.is_file():
+        if not allowed.is_file():
             raise BadValue(f"{short(path)} is not a regular file")
-        policy.check_bytes(path.stat().st_size, short(path))
-        return path.read_bytes()
-    except (OSError, RuntimeError) as error:  # RuntimeError: an unknown home folder, a loop of links
-        raise BadValue(f"{short(path)} can't be read: {getattr(error, 'strerror', None) or error}") from None
+        policy.check_bytes(allowed.stat().st_size, short(path))
+        return allowed.read_bytes()
+    except OSError as error:
+        raise BadValue(f"{short(path)} can't be read: {error.strerror or type(error).__name__}") from None
+    except RuntimeError:
+        raise BadValue(f"{short(path)} can't be read: there is no such home folder, or its links form a loop") from None
 
 
 def _allowed_path(path: Path, policy: MediaPolicy) -> Path:

@@ -134,7 +134,7 @@ class MediaOpener:
                 return raw, f"processor_config.json, {section}"
         if not path.is_file():
             raise BadValue(
-                f"{self._folder} has no preprocessor_config.json, which says how media are made "
+                f"the checkpoint {self._folder.name!r} has no preprocessor_config.json, which says how media are made "
                 "ready: copy it from the model that this checkpoint was made from, google/gemma-3n-E2B-it say"
             )
         return read_json(path), "preprocessor_config.json"

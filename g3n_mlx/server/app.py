@@ -51,6 +51,8 @@ async def refused(_: Request, error: Any) -> Response:
 async def invalid(request: Request, error: Any) -> Response:
     """A body that does not fit its schema: 400 with the field at fault, as OpenAI has it."""
     first = error.errors()[0]
+    if first["type"] == "unsupported_field":
+        return ApiError(400, first["msg"], param=first["ctx"]["path"][:200]).response()
     if first["type"] == "json_invalid":
         at, reason = first["loc"][-1], first["ctx"]["error"]
         return ApiError(400, f"the body is not JSON: {reason} at character {at}").response()
@@ -94,6 +96,8 @@ class Bounded:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # a GET whose body uvicorn leaves out
+            scope = {**scope, "method": "GET"}
         begun = False
 
         async def counted(message: Message) -> None:

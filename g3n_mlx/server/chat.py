@@ -54,7 +54,7 @@ async def _tasks(body: ChatRequest, offered: Tools | None, place: Place) -> list
 def _check_formats(body: ChatRequest) -> None:
     """Refuses what can't be enforced at the same time."""
     wanted = body.response_format
-    if wanted is not None and wanted.type == "json_schema" and wanted.json_schema is None:
+    if wanted is not None and wanted.type == "json_schema" and wanted.json_schema is None and wanted.schema_ is None:
         raise ApiError(400, "response_format is json_schema, but has no json_schema", param="response_format")
     others = {
         "response_format": wanted is not None and wanted.type != "text",
@@ -85,13 +85,7 @@ async def _constraint(body: ChatRequest, offered: Tools | None, place: Place) ->
 
 def _schema(body: ChatRequest) -> dict[str, Any] | bool | None:
     """The schema of a response without calls; None for any text."""
-    wanted = body.response_format
-    if wanted is None or wanted.type == "text":
-        return None
-    if wanted.type == "json_object":
-        return {"type": "object"}
-    assert wanted.json_schema is not None
-    return wanted.json_schema.schema_
+    return None if body.response_format is None else body.response_format.wanted
 
 
 class _ChatShape:

@@ -42,7 +42,7 @@ class Gate:
             self._keyed = CORSMiddleware(
                 self._enter,
                 allow_origins=policy.cors_origins,
-                allow_methods=["GET", "POST"],
+                allow_methods=["GET", "HEAD", "POST"],
                 allow_headers=["*"],
             )
 

@@ -2,7 +2,8 @@
 
 `developer` is `system`. Gemma has one system text, before the first user turn; a later system message becomes part of
 the user's turn where it stands. Turns of one role that follow each other become one, tool calls and results become the
-text that tools/ describes.
+text that tools/ describes. A conversation that begins with the assistant, as chat programs greet, gets an empty turn of
+the user before it.
 """
 
 from collections.abc import Sequence
@@ -33,10 +34,14 @@ def template_messages(messages: Sequence[Message], tools_text: str | None) -> Tu
         elif role == "tool":
             name = names.get(message.tool_call_id or "", "")
             role, content = "user", result_parts(name, content)
+        if role == "assistant" and all(turn["role"] == "system" for turn in turns):
+            turns.append({"role": "user", "content": []})
         if turns and turns[-1]["role"] == role:
             turns[-1]["content"] = joined(turns[-1]["content"], content)
         else:
             turns.append({"role": role, "content": content})
+    if all(turn["role"] != "user" or not turn["content"] for turn in turns):
+        raise ApiError(400, "there is no message of a user to answer", param="messages")
     return turns
 
 
@@ -46,6 +51,8 @@ def parts(message: Message) -> list[dict[str, Any]]:
         content = [text_part(message.content)]
     else:
         content = [text_part(part) if isinstance(part, str) else part_fields(part) for part in message.content or []]
+    if not content and message.refusal:
+        content = [text_part(message.refusal)]
     if message.tool_calls:
         calls = [(call.function.name, call.function.arguments) for call in message.tool_calls]
         content = joined(content, [text_part(calls_text(calls))])
@@ -55,9 +62,15 @@ def parts(message: Message) -> list[dict[str, Any]]:
 def part_fields(part: Part) -> dict[str, Any]:
     """A part as `Gemma3n.prepare` takes it: only known fields of untrusted input are passed on."""
     fields: dict[str, Any] = {"type": part.type}
-    if part.type == "text":
-        fields["text"] = part.text
-    elif part.type == "input_audio":
+    others = {name for name in ("text", *MEDIA_COSTS, "refusal") if getattr(part, name)} - {part.type}
+    if others:
+        found = ", ".join(sorted(others))
+        raise ApiError(
+            400, f"a part of the type {part.type!r:.80} also has {found}: send a part each", param="messages"
+        )
+    if part.type in ("text", "refusal"):
+        return text_part(getattr(part, part.type) or "")
+    if part.type == "input_audio":
         fields["input_audio"] = None if part.input_audio is None else {"data": part.input_audio.data}
     elif part.type in MEDIA_COSTS:
         value = getattr(part, part.type)

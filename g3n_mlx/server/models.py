@@ -43,6 +43,7 @@ class ModelTable:
 
 
 @router.get("/v1/models")
+@router.get("/v1/models/", include_in_schema=False)
 async def list_models(request: Request) -> ModelList:
     """The ids that requests may name."""
     table: ModelTable = request.app.state.models

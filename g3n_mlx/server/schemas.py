@@ -1,15 +1,28 @@
 """The wire types: OpenAI's requests and responses as this server reads and writes them, and vLLM's tokenize.
 
 Names and ranges are OpenAI's, with the sampling fields that other local servers add (top_k, min_p,
-repetition_penalty, grammar). Fields that are not listed are ignored.
+repetition_penalty, grammar). Other fields that would change an answer are refused (`Wire.REFUSED`), at every depth of
+the body; whatever else is not listed is ignored, with a line in the log.
 Source: OpenAI's API reference (chat, completions, audio, models); mistral.rs for `grammar` and the speeds in usage.
 """
 
+import json
 import logging
 import time
-from typing import Annotated, Any, Generic, Literal, Self, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, computed_field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    computed_field,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 8
 MAX_MESSAGES = 4096
@@ -25,10 +38,11 @@ MAX_BIASES = 4096
 MAX_STOPS = 16
 
 Penalty = Annotated[FiniteFloat, Field(ge=-2, le=2)]
-Tokens = Annotated[int, Field(ge=1, le=2**31)]
+# -1 is no limit to LM Studio and llama.cpp.
+Tokens = Annotated[int, Field(ge=1, le=2**31)] | Annotated[Literal[-1], AfterValidator(lambda _: None)]
 TokenId = Annotated[int, Field(ge=0, le=2**31)]
 Bias = Annotated[FiniteFloat, Field(ge=-100, le=100)]
-StopString = Annotated[str, Field(min_length=1, max_length=256)]
+StopString = Annotated[str, Field(max_length=256)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 C = TypeVar("C")
@@ -41,21 +55,48 @@ def divisible(temperature: float) -> float:
     return 0.0 if temperature < 1e-3 else temperature
 
 
+_GIVE_SCHEMA = "give response_format with a json_schema, or grammar"
+_SENT_ELSEWHERE = "send it as a part of the message's content: image_url, input_audio, audio_url or video_url"
+_NOT_DRAWN_SO = "leave it out, or give temperature, top_p, top_k, min_p or a penalty"
+_OUR_TEMPLATE = "prompts follow the checkpoint's own template"
+
+
 class Wire(BaseModel):
-    """A request's object: fields that are not listed are ignored."""
+    """A request's object. Fields that are not listed are ignored, unless they would change the answer."""
 
     model_config = ConfigDict(extra="allow")
+    # What other servers know and this one does not: what to do instead.
+    REFUSED: ClassVar[Mapping[str, str]] = {}
+    # Their values that ask for nothing, besides null, false, 0 and whatever is empty.
+    NEUTRAL: ClassVar[Mapping[str, Any]] = {}
+
+    def unknown(self, path: str = "") -> Iterator[str]:
+        """The paths of the ignored fields, here and further in; raises PydanticCustomError at a refused one."""
+        for name, value in (self.model_extra or {}).items():
+            place = f"{path}{ascii(name)[1:-1]:.60}"
+            if name in self.REFUSED and value and value != self.NEUTRAL.get(name):
+                context = {"path": place, "advice": self.REFUSED[name]}
+                raise PydanticCustomError("unsupported_field", "{path} is not supported: {advice}", context)
+            yield place
+        for name, field in type(self).model_fields.items():
+            value, place = getattr(self, name), f"{path}{field.alias or name}"
+            if isinstance(value, Wire):
+                yield from value.unknown(f"{place}.")
+            elif isinstance(value, list) and value and not isinstance(value[0], int):
+                for index, inner in enumerate(value):
+                    if isinstance(inner, Wire):
+                        yield from inner.unknown(f"{place}[{index}].")
 
 
 class RequestBody(Wire):
     """A request's body; one line of the log names the fields that this server ignores."""
 
-    model: str = "default"
+    model: Annotated[str, BeforeValidator(lambda name: "default" if name is None else name)] = "default"
 
     @model_validator(mode="after")
     def _report_unknown(self) -> Self:
-        if self.model_extra:
-            log.info("ignored fields: %s", ", ".join(f"{name!a:.60}" for name in list(self.model_extra)[:20]))
+        if unknown := list(self.unknown()):
+            log.info("ignored fields: %s", ", ".join(map(repr, unknown[:20])))
         return self
 
 
@@ -79,19 +120,62 @@ class SamplingFields(BaseModel):
     logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=MAX_BIASES)] | None = None
     seed: Seed | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = None
 
     def sampling(self, choice: int) -> dict[str, Any]:
         """Keywords of `Gemma3n.sampling_params` for one choice: each choice of a request has its own seed."""
         options = {name: getattr(self, name) for name in SamplingFields.model_fields}
         if self.seed is not None:
             options["seed"] = (self.seed + choice) % 2**64
-        if isinstance(self.stop, str):
-            options["stop"] = [self.stop]
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        options["stop"] = [text for text in given if text] or None  # an empty one asks for nothing
         return options
 
 
 class GenerationRequest(RequestBody, SamplingFields):
     """What chat and completions have in common."""
+
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(
+            (
+                *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "format"),
+                *("json_schema", "response_schema", "schema", "regex", "ebnf", "structural_tag", "choices"),
+            ),
+            _GIVE_SCHEMA,
+        ),
+        **dict.fromkeys(("images", "videos", "audios", "image_data", "multi_modal_data"), _SENT_ELSEWHERE),
+        **dict.fromkeys(("functions", "function_call"), "use tools and tool_choice"),
+        **dict.fromkeys(("modalities", "audio"), "answers are text"),
+        **dict.fromkeys(
+            (
+                *("typical_p", "tfs_z", "top_a", "top_n_sigma", "mirostat", "mirostat_mode", "dynatemp_range"),
+                *("dry_multiplier", "xtc_probability", "use_beam_search", "length_penalty", "allowed_token_ids"),
+                *("bad_words", "min_tokens", "logits_processors", "smoothing_factor", "epsilon_cutoff", "eta_cutoff"),
+                *("no_repeat_ngram_size", "encoder_repetition_penalty", "penalty_alpha", "guidance_scale"),
+            ),
+            _NOT_DRAWN_SO,
+        ),
+        **dict.fromkeys(("repeat_penalty", "repeat_last_n"), "use repetition_penalty, of the whole text"),
+        **dict.fromkeys(("n_predict", "num_predict", "max_new_tokens", "max_length"), "use max_tokens"),
+        **dict.fromkeys(("stop_sequences", "stop_strings"), "use stop"),
+        "options": "give temperature, top_p, seed and so on beside messages",
+        "system": "send a message of the role system",
+        "instructions": "send a message of the role system",
+        "documents": "put their texts into a message",
+        "continue_final_message": "an answer is always a new turn",
+        **dict.fromkeys(
+            ("chat_template", "template", "raw", "context", "prompt_embeds", "mm_processor_kwargs"), _OUR_TEMPLATE
+        ),
+        **dict.fromkeys(("truncate_prompt_tokens", "prompt_truncate_len"), "shorten the prompt"),
+        **dict.fromkeys(("lora", "adapters", "lora_request", "adapter_id"), "there are no adapters"),
+        "web_search_options": "there is no search",
+        "ignore_eos": "an answer ends where the model ends it",
+    }
+    NEUTRAL: ClassVar[Mapping[str, Any]] = {
+        **dict.fromkeys(("typical_p", "tfs_z", "length_penalty", "repeat_penalty", "encoder_repetition_penalty"), 1),
+        **dict.fromkeys(("top_n_sigma", "truncate_prompt_tokens", "n_predict", "num_predict"), -1),
+        **{"modalities": ["text"], "function_call": "none", "guidance_scale": 1},
+    }
 
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
@@ -108,8 +192,20 @@ class GenerationRequest(RequestBody, SamplingFields):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
+# What Qwen's and other servers' parts take.
+_PARTS_OF_MEDIA: Mapping[str, str] = dict.fromkeys(
+    (
+        *("fps", "nframes", "num_frames", "max_frames", "min_pixels", "max_pixels", "resized_height", "resized_width"),
+        *("video_start", "video_end", "start_time", "end_time", "start_offset", "end_offset"),
+    ),
+    "a video is shown as a frame per second, an image at the model's size",
+)
+
+
 class MediaUrl(Wire):
     """Where an image, audio or a video is: a data: URI, http(s), or a path below --media-root."""
+
+    REFUSED: ClassVar[Mapping[str, str]] = _PARTS_OF_MEDIA
 
     url: str
 
@@ -124,8 +220,14 @@ class InputAudio(Wire):
 class Part(Wire):
     """A part of a message's content."""
 
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        **_PARTS_OF_MEDIA,
+        **dict.fromkeys(("image", "images", "audio", "video", "file", "source", "input_image"), _SENT_ELSEWHERE),
+    }
+
     type: str
     text: str | None = None
+    refusal: str | None = None
     image_url: str | MediaUrl | None = None
     audio_url: str | MediaUrl | None = None
     video_url: str | MediaUrl | None = None
@@ -136,7 +238,10 @@ class FunctionCall(Wire):
     """The call that an assistant's message made."""
 
     name: str
-    arguments: str = "{}"
+    # Ollama's and some clients' are the object itself.
+    arguments: Annotated[
+        str, BeforeValidator(lambda given: json.dumps(given) if isinstance(given, dict) else given)
+    ] = "{}"
 
 
 class ToolCall(Wire):
@@ -150,14 +255,23 @@ class ToolCall(Wire):
 class Message(Wire):
     """One message of a conversation."""
 
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("images", "videos", "audios", "audio", "image", "video", "files"), _SENT_ELSEWHERE),
+        **dict.fromkeys(("prefix", "partial"), "an answer is always a new turn"),
+        "function_call": "send tool_calls",
+    }
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[str | Part], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_call_id: str | None = None
+    refusal: str | None = None  # an assistant's, in place of content
 
 
 class FunctionDefinition(Wire):
     """A function that the model may call."""
+
+    REFUSED: ClassVar[Mapping[str, str]] = dict.fromkeys(("input_schema", "schema", "arguments"), "use parameters")
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: str | None = None
@@ -196,8 +310,20 @@ class JsonSchema(Wire):
 class ResponseFormat(Wire):
     """What the response must be: text, any JSON object, or JSON of a schema."""
 
+    REFUSED: ClassVar[Mapping[str, str]] = dict.fromkeys(("regex", "pattern", "grammar", "value"), "use grammar")
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema_: Annotated[dict[str, Any] | bool | None, Field(alias="schema")] = None  # llama.cpp's place for it
+
+    @property
+    def wanted(self) -> dict[str, Any] | bool | None:
+        """The schema of the response; None for any text."""
+        if self.type == "text":
+            return None
+        if self.json_schema is not None:
+            return self.json_schema.schema_
+        return {"type": "object"} if self.schema_ is None else self.schema_
 
 
 class GrammarField(Wire):
@@ -209,6 +335,11 @@ class GrammarField(Wire):
 
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
+
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        **GenerationRequest.REFUSED,
+        **dict.fromkeys(("echo", "suffix", "best_of"), "/v1/completions has it"),
+    }
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_tokens: Tokens | None = None
@@ -234,13 +365,18 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions: text in, text out, without the chat template."""
 
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        **GenerationRequest.REFUSED,
+        **dict.fromkeys(("response_format", "grammar", "tools", "messages"), "/v1/chat/completions has it"),
+    }
+
     prompt: (
         str
         | TokenIds
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
-    max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = 16  # OpenAI's default; 0 only scores, with echo
+    max_tokens: Tokens | Literal[0] | None = 16  # OpenAI's default; 0 only scores, with echo
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     best_of: int | None = None
@@ -255,6 +391,11 @@ class CompletionRequest(GenerationRequest):
 
 class TokenizeRequest(RequestBody):
     """POST /v1/tokenize: a text, or messages as the model would read them."""
+
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        "continue_final_message": "an answer is always a new turn",
+        **dict.fromkeys(("chat_template", "tools", "documents"), _OUR_TEMPLATE),
+    }
 
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None

@@ -6,9 +6,9 @@ Source of the questions' wording: "Audio understanding" of Gemma's documentation
 """
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Form, Request, UploadFile
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -38,6 +38,13 @@ router = APIRouter()
 
 class AudioForm(RequestBody):
     """What transcriptions and translations have in common."""
+
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        "to_language": "/v1/audio/translations translates into English",
+        "task": "the path says whether to transcribe or to translate",
+        **dict.fromkeys(("include[]", "timestamp_granularities"), "see verbose_json"),
+    }
+    NEUTRAL: ClassVar[Mapping[str, Any]] = {"task": "transcribe", "timestamp_granularities": "segment"}
 
     file: UploadFile
     prompt: str | None = None

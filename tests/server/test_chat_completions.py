@@ -177,12 +177,14 @@ def test_stop_strings_and_limits(client, model):
 
 def test_unknown_fields_are_ignored_with_one_log_line(client, caplog):
     caplog.set_level("INFO", logger="g3n_mlx.server")
-    answer = ask(client, user="me", extra_body={"mirostat": 2, "guided": {"a": 1}})
+    content = [{"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}]
+    messages = [{"role": "user", "content": content, "na\nme": "Anna"}]
+    answer = ask(client, messages=messages, user="me", extra_body={"mirostat": 0, "guided": {"a": 1}})
     assert answer.choices[0].message.content
     lines = [record.getMessage() for record in caplog.records if "ignored fields" in record.getMessage()]
-    assert len(lines) == 1
-    assert "mirostat" in lines[0]
-    assert "guided" in lines[0]
+    assert lines == [
+        "ignored fields: 'user', 'mirostat', 'guided', 'messages[0].na\\\\nme', 'messages[0].content[0].cache_control'"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,7 @@ def test_unknown_fields_are_ignored_with_one_log_line(client, caplog):
         ({"messages": [{"role": "assistant", "content": "a"}]}, "messages"),
         ({"logit_bias": {"99999999": 1}}, "logit_bias"),
         ({"top_logprobs": 3}, "top_logprobs"),
-        ({"stop": [""]}, "stop[0]"),
+        ({"stop": ["a" * 300]}, "stop[0]"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 3}}}}, "response_format"),
         ({"extra_body": {"grammar": {"type": "regex", "value": "("}}}, "grammar"),

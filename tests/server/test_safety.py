@@ -52,7 +52,7 @@ def test_pages_of_other_origins(server, serve):
         assert allowed.status_code == 200
         assert allowed.headers["access-control-allow-origin"] == "https://friend.example"
         assert allowed.headers["access-control-allow-headers"] == "authorization"
-        assert allowed.headers["access-control-allow-methods"] == "GET, POST"
+        assert allowed.headers["access-control-allow-methods"] == "GET, HEAD, POST"
         refused = http.get("/v1/models", headers=friend)  # without the key, but with an answer that the page can read
         assert refused.status_code == 401
         assert refused.headers["access-control-allow-origin"] == "https://friend.example"
