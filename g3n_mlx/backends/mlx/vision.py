@@ -33,6 +33,12 @@ def gelu(x: mx.array) -> mx.array:
     return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))))
 
 
+def normed(norm: RMSNorm, x: mx.array, act: bool = False) -> mx.array:
+    """The norm of a map, then GELU if `act`; [B, h, w, C], kept."""
+    x = norm(x)
+    return gelu(x) if act else x
+
+
 def enlarged(x: mx.array, height: int, width: int) -> mx.array:
     """Nearest neighbours, [B, h, w, C] -> [B, height, width, C]."""
     if x.shape[1:3] == (height, width):
@@ -95,16 +101,16 @@ class Conv2d(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """A convolution and its norm."""
+    """A convolution and its norm, then GELU if `act`."""
 
-    def __init__(self, conv: Pointwise | Conv2d, weights: Weights) -> None:
+    def __init__(self, conv: Pointwise | Conv2d, weights: Weights, act: bool = False) -> None:
         super().__init__()
-        self.conv = conv
+        self.conv, self.act = conv, act
         self.bn = RMSNorm(weights.at("bn"), EPS)
 
     def __call__(self, x: mx.array) -> mx.array:
         """[B, h, w, I] -> [B, h', w', O]."""
-        return self.bn(self.conv(x))
+        return normed(self.bn, self.conv(x), self.act)
 
 
 class LayerScale(nn.Module):
@@ -133,7 +139,8 @@ class EdgeResidual(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """[B, h, w, I] -> [B, h', w', O]."""
-        out = self.bn2(self.conv_pwl(gelu(self.bn1(self.conv_exp(x)))))
+        out = normed(self.bn1, self.conv_exp(x), act=True)
+        out = normed(self.bn2, self.conv_pwl(out))
         return out + x if self.has_skip else out
 
 
@@ -145,8 +152,8 @@ class UniversalInvertedResidual(nn.Module):
         self.has_skip = config.has_skip
         start, mid, end = config.strides
         self.dw_start = depthwise(weights.at("dw_start"), config.dw_kernel_size_start, start)
-        self.pw_exp = ConvNorm(Pointwise(weights.at("pw_exp.conv")), weights.at("pw_exp"))
-        self.dw_mid = depthwise(weights.at("dw_mid"), config.dw_kernel_size_mid, mid)
+        self.pw_exp = ConvNorm(Pointwise(weights.at("pw_exp.conv")), weights.at("pw_exp"), act=True)
+        self.dw_mid = depthwise(weights.at("dw_mid"), config.dw_kernel_size_mid, mid, act=True)
         self.pw_proj = ConvNorm(Pointwise(weights.at("pw_proj.conv")), weights.at("pw_proj"))
         self.dw_end = depthwise(weights.at("dw_end"), config.dw_kernel_size_end, end)
         self.layer_scale = LayerScale(weights.at("layer_scale")) if config.has_layer_scale else None
@@ -154,17 +161,17 @@ class UniversalInvertedResidual(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """[B, h, w, I] -> [B, h', w', O]."""
         out = x if self.dw_start is None else self.dw_start(x)
-        out = gelu(self.pw_exp(out))
-        out = out if self.dw_mid is None else gelu(self.dw_mid(out))
+        out = self.pw_exp(out)
+        out = out if self.dw_mid is None else self.dw_mid(out)
         out = self.pw_proj(out)
         out = out if self.dw_end is None else self.dw_end(out)
         out = out if self.layer_scale is None else self.layer_scale(out)
         return out + x if self.has_skip else out
 
 
-def depthwise(weights: Weights, kernel_size: int, stride: int) -> ConvNorm | None:
-    """A depthwise convolution and its norm; None where the kernel has size 0."""
-    return ConvNorm(Conv2d(weights.at("conv"), stride), weights) if kernel_size else None
+def depthwise(weights: Weights, kernel_size: int, stride: int, act: bool = False) -> ConvNorm | None:
+    """A depthwise convolution and its norm, then GELU if `act`; None where the kernel has size 0."""
+    return ConvNorm(Conv2d(weights.at("conv"), stride), weights, act) if kernel_size else None
 
 
 class Projection(nn.Module):
@@ -180,7 +187,7 @@ class Projection(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """[B, h, w, I] -> [B, h', w', O]."""
-        return self.proj(self.norm(self.down_conv(x)) if self.stride > 1 else x)
+        return self.proj(normed(self.norm, self.down_conv(x)) if self.stride > 1 else x)
 
 
 class MultiQueryAttention(nn.Module):
@@ -257,7 +264,7 @@ class MobileNetV5Encoder(nn.Module):
     def __init__(self, config: VisionConfig, weights: Weights) -> None:
         super().__init__()
         self.msfa_stages = config.msfa_stages
-        self.conv_stem = ConvNorm(Conv2d(weights.at("conv_stem.conv"), 2, bias=True), weights.at("conv_stem"))
+        self.conv_stem = ConvNorm(Conv2d(weights.at("conv_stem.conv"), 2, bias=True), weights.at("conv_stem"), act=True)
         self.blocks = [
             [
                 block(block_config, weights.at(f"blocks.{stage_idx}.{block_idx}"))
@@ -269,7 +276,7 @@ class MobileNetV5Encoder(nn.Module):
 
     def stages(self, x: mx.array) -> Iterator[mx.array]:
         """What the stem and every stage make of pixels [B, h, w, 3]."""
-        x = gelu(self.conv_stem(x))
+        x = self.conv_stem(x)
         yield x
         for stage in self.blocks:
             for module in stage:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from g3n_mlx.backends.torch.kernels.towers import attention, pointwise, rms_norm_
 from g3n_mlx.backends.torch.text import RMSNorm
 from g3n_mlx.backends.torch.weights import Weights
 from g3n_mlx.config.vision import (
@@ -31,6 +32,12 @@ EPS = 1e-6
 def gelu(x: Tensor) -> Tensor:
     """The tanh form of GELU."""
     return F.gelu(x, approximate="tanh")
+
+
+def normed(norm: RMSNorm, x: Tensor, act: bool = False) -> Tensor:
+    """The norm of a map that nobody else holds, then GELU if `act`; [B, h, w, C], kept."""
+    assert norm.weight is not None
+    return rms_norm_(x, norm.weight, norm.eps, gelu if act else None)
 
 
 def enlarged(x: Tensor, height: int, width: int) -> Tensor:
@@ -60,7 +67,7 @@ class Pointwise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, h, w, I] -> [B, h, w, O]."""
-        return F.linear(x, self.weight)
+        return pointwise(x, self.weight)
 
 
 class Conv2d(nn.Module):
@@ -78,23 +85,26 @@ class Conv2d(nn.Module):
         height, width = x.shape[1:3]
         top, bottom = same_padding(height, self.weight.shape[2], self.stride)
         left, right = same_padding(width, self.weight.shape[3], self.stride)
-        x = F.pad(x, (0, 0, left, right, top, bottom)).permute(0, 3, 1, 2)  # [B, I, h, w]
+        padding = (top, left)
+        if padding != (bottom, right):  # a convolution itself can only pad both sides alike
+            x, padding = F.pad(x, (0, 0, left, right, top, bottom)), 0
+        x = x.permute(0, 3, 1, 2)  # [B, I, h, w]
         groups = x.shape[1] // self.weight.shape[1]
-        x = F.conv2d(x, self.weight, self.bias, self.stride, groups=groups)
+        x = F.conv2d(x, self.weight, self.bias, self.stride, padding, groups=groups)
         return x.permute(0, 2, 3, 1)
 
 
 class ConvNorm(nn.Module):
-    """A convolution and its norm."""
+    """A convolution and its norm, then GELU if `act`."""
 
-    def __init__(self, conv: Pointwise | Conv2d, weights: Weights) -> None:
+    def __init__(self, conv: Pointwise | Conv2d, weights: Weights, act: bool = False) -> None:
         super().__init__()
-        self.conv = conv
+        self.conv, self.act = conv, act
         self.bn = RMSNorm(weights.at("bn"), EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, h, w, I] -> [B, h', w', O]."""
-        return self.bn(self.conv(x))
+        return normed(self.bn, self.conv(x), self.act)
 
 
 class LayerScale(nn.Module):
@@ -123,7 +133,8 @@ class EdgeResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, h, w, I] -> [B, h', w', O]."""
-        out = self.bn2(self.conv_pwl(gelu(self.bn1(self.conv_exp(x)))))
+        out = normed(self.bn1, self.conv_exp(x), act=True)
+        out = normed(self.bn2, self.conv_pwl(out))
         return out + x if self.has_skip else out
 
 
@@ -135,8 +146,8 @@ class UniversalInvertedResidual(nn.Module):
         self.has_skip = config.has_skip
         start, mid, end = config.strides
         self.dw_start = depthwise(weights.at("dw_start"), config.dw_kernel_size_start, start)
-        self.pw_exp = ConvNorm(Pointwise(weights.at("pw_exp.conv")), weights.at("pw_exp"))
-        self.dw_mid = depthwise(weights.at("dw_mid"), config.dw_kernel_size_mid, mid)
+        self.pw_exp = ConvNorm(Pointwise(weights.at("pw_exp.conv")), weights.at("pw_exp"), act=True)
+        self.dw_mid = depthwise(weights.at("dw_mid"), config.dw_kernel_size_mid, mid, act=True)
         self.pw_proj = ConvNorm(Pointwise(weights.at("pw_proj.conv")), weights.at("pw_proj"))
         self.dw_end = depthwise(weights.at("dw_end"), config.dw_kernel_size_end, end)
         self.layer_scale = LayerScale(weights.at("layer_scale")) if config.has_layer_scale else None
@@ -144,17 +155,17 @@ class UniversalInvertedResidual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, h, w, I] -> [B, h', w', O]."""
         out = x if self.dw_start is None else self.dw_start(x)
-        out = gelu(self.pw_exp(out))
-        out = out if self.dw_mid is None else gelu(self.dw_mid(out))
+        out = self.pw_exp(out)
+        out = out if self.dw_mid is None else self.dw_mid(out)
         out = self.pw_proj(out)
         out = out if self.dw_end is None else self.dw_end(out)
         out = out if self.layer_scale is None else self.layer_scale(out)
         return out + x if self.has_skip else out
 
 
-def depthwise(weights: Weights, kernel_size: int, stride: int) -> ConvNorm | None:
-    """A depthwise convolution and its norm; None where the kernel has size 0."""
-    return ConvNorm(Conv2d(weights.at("conv"), stride), weights) if kernel_size else None
+def depthwise(weights: Weights, kernel_size: int, stride: int, act: bool = False) -> ConvNorm | None:
+    """A depthwise convolution and its norm, then GELU if `act`; None where the kernel has size 0."""
+    return ConvNorm(Conv2d(weights.at("conv"), stride), weights, act) if kernel_size else None
 
 
 class Projection(nn.Module):
@@ -170,7 +181,7 @@ class Projection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, h, w, I] -> [B, h', w', O]."""
-        return self.proj(self.norm(self.down_conv(x)) if self.stride > 1 else x)
+        return self.proj(normed(self.norm, self.down_conv(x)) if self.stride > 1 else x)
 
 
 class MultiQueryAttention(nn.Module):
@@ -191,7 +202,7 @@ class MultiQueryAttention(nn.Module):
         q = self.query(x).reshape(batch, 1, -1, self.key_dim)  # [B, 1, h * w * N, H]
         k = self.key(x).reshape(batch, 1, -1, self.key_dim)  # [B, 1, S, H]
         v = self.value(x).reshape(batch, 1, -1, self.value_dim)
-        out = F.scaled_dot_product_attention(q, k, v, scale=self.key_dim**-0.5)
+        out = attention(q, k, v, self.key_dim**-0.5)
         return self.output(out.reshape(batch, height, width, -1))
 
 
@@ -247,7 +258,7 @@ class MobileNetV5Encoder(nn.Module):
     def __init__(self, config: VisionConfig, weights: Weights) -> None:
         super().__init__()
         self.msfa_stages = config.msfa_stages
-        self.conv_stem = ConvNorm(Conv2d(weights.at("conv_stem.conv"), 2, bias=True), weights.at("conv_stem"))
+        self.conv_stem = ConvNorm(Conv2d(weights.at("conv_stem.conv"), 2, bias=True), weights.at("conv_stem"), act=True)
         self.blocks: list[list[Block]] = nn.ModuleList(  # pyright: ignore[reportAttributeAccessIssue]
             nn.ModuleList(
                 block(block_config, weights.at(f"blocks.{stage_idx}.{block_idx}"))
@@ -259,7 +270,7 @@ class MobileNetV5Encoder(nn.Module):
 
     def stages(self, x: Tensor) -> Iterator[Tensor]:
         """What the stem and every stage make of pixels [B, h, w, 3]."""
-        x = gelu(self.conv_stem(x))
+        x = self.conv_stem(x)
         yield x
         for stage in self.blocks:
             for module in stage:
