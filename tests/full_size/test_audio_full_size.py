@@ -26,8 +26,6 @@ FRAMES = 2997  # of 30 seconds
 SOUND = 2900  # the rest is padding
 TOLERANCE = 1e-4
 PUBLISHED: dict[str, Any] = {
-    "vocab_size": 128,
-    "vocab_offset": 262_272,
     "hidden_size": 1536,
     "input_feat_size": 128,
     "conf_attention_chunk_size": 12,
