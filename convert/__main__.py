@@ -10,7 +10,7 @@ from pathlib import Path
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.checkpoint.hub import resolve
 from g3n_mlx.checkpoint.quantization import BITS, GROUP_SIZES
-from g3n_mlx.commands import add_model_flag, command_parser, run_command
+from g3n_mlx.commands import add_model_flag, command_parser, log_to_stderr, run_command, say, tell
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import read_config
 from g3n_mlx.config.text import TextConfig
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
             parser.error(f"--{name.replace('_', '-')} is for a conversion with -q")
     if flags.list_slices and flags.matformer:
         parser.error("--list-slices lists all slices: leave out --matformer")
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    log_to_stderr(logging.WARNING)
     logging.getLogger("g3n_mlx").setLevel(logging.INFO)
     work = _list_slices if flags.list_slices else _convert
     return run_command(prog, lambda: work(flags), stopped="stopped; nothing was written")
@@ -54,7 +54,7 @@ def _convert(flags: argparse.Namespace) -> int:
     if flags.fits is not None:
         fitting = largest_fitting(_sized(flags), flags.fits)
         matformer = fitting.slice.name
-        print(f"largest slice that fits: {_in_words(fitting)}", file=sys.stderr)
+        say(f"largest slice that fits: {_in_words(fitting)}")
     output = convert(
         flags.hf_path,
         flags.output,
@@ -67,15 +67,15 @@ def _convert(flags: argparse.Namespace) -> int:
         revision=flags.revision,
     )
     size = sum(path.stat().st_size for path in output.iterdir())
-    print(f"wrote {output}: {size_in_words(size)}", file=sys.stderr)
+    say(f"wrote {output}: {size_in_words(size)}")
     return 0
 
 
 def _list_slices(flags: argparse.Namespace) -> int:
     sized = _sized(flags)
-    print(table(sized))
+    tell(table(sized))
     if flags.fits is not None:
-        print(f"\nlargest slice that fits: {_in_words(largest_fitting(sized, flags.fits))}")
+        tell(f"\nlargest slice that fits: {_in_words(largest_fitting(sized, flags.fits))}")
     return 0
 
 
@@ -103,7 +103,7 @@ def _sized(flags: argparse.Namespace) -> list[SizedSlice]:
             )
     quantize = flags.quantize or flags.q_bits is not None or flags.list_slices
     if flags.fits is not None and not quantize and not stored:
-        print("sizes are those of the unquantized model; -q makes it smaller", file=sys.stderr)
+        say("sizes are those of the unquantized model; -q makes it smaller")
     return size_slices(
         raw_text,
         slices,

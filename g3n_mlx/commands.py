@@ -1,14 +1,20 @@
-"""What the commands share: model flags, --version, Ctrl-C, SIGTERM and closed pipes, failures as one line."""
+"""What the commands share: model flags, --version, signals and closed streams, failures as one line.
+
+Whatever they show of a file, a name or an error goes through `printable`: it may come from anywhere, and a terminal
+obeys what is written to it.
+"""
 
 import argparse
 import gc
+import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from g3n_mlx.failures import is_expected, one_line
 from g3n_mlx.installation import DISTRIBUTION, version
@@ -18,7 +24,8 @@ if TYPE_CHECKING:
 
     from g3n_mlx.model import Gemma3n
 
-INTERRUPTED, PIPE_CLOSED, TERMINATED = 130, 141, 143  # exit codes of a shell: 128 + SIGINT, SIGPIPE, SIGTERM
+# Exit codes of a shell: 128 + SIGHUP, SIGINT, SIGPIPE, SIGTERM.
+HUNG_UP, INTERRUPTED, PIPE_CLOSED, TERMINATED = 129, 130, 141, 143
 
 # Every flag that says which model is loaded, how and where. Completion takes FILE and FOLDER by their word.
 MODEL_FLAGS: dict[str, dict[str, Any]] = {
@@ -44,9 +51,16 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors, which repeat what was typed, are printable."""
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        super().exit(status, message and printable(message))
+
+
 def command_parser(prog: str, description: str, **options: Any) -> argparse.ArgumentParser:
     """The parser of a command, with --version. prog: how the command was called."""
-    parser = argparse.ArgumentParser(prog=prog, description=description, **options)
+    parser = _Parser(prog=prog, description=description, **options)
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     return parser
 
@@ -123,46 +137,76 @@ def positive_float(text: str) -> float:
 
 
 class Terminated(SystemExit):
-    """SIGTERM as an exception, so that what is half written is removed as after Ctrl-C."""
+    """SIGTERM or SIGHUP as an exception, so that what is half written is removed as after Ctrl-C."""
 
 
 def run_command(name: str, work: Callable[[], int], stopped: str = "") -> int:
     """Does a command's work; returns its exit code. What a user can cause is one line on stderr, `name: ...`.
 
-    stopped: what is said after Ctrl-C or SIGTERM.
+    stopped: what is said after Ctrl-C, SIGTERM or SIGHUP.
     """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _on_sigterm) if in_main_thread else None
-    try:
-        code = work()
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        # The reader has gone. What is still buffered has nowhere to go, and Python would complain about it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return PIPE_CLOSED
-    except Exception as error:
-        if not is_expected(error):
-            raise
-        say(f"{name}: {one_line(error)}")
+    _open_closed_streams()
+    if sys.stdout is None:
+        say(f"{name}: stdout is closed, so there is nowhere to write to")
         return 1
-    except (KeyboardInterrupt, Terminated) as error:
-        if stopped:
-            say(stopped)
-        return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+    with _signals_as_exceptions():
+        try:
+            code = work()
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:
+            _drop_output()
+            return PIPE_CLOSED
+        except Exception as error:
+            if not is_expected(error):
+                raise
+            say(f"{name}: {one_line(error)}")
+            _drop_output()
+            return 1
+        except (KeyboardInterrupt, Terminated) as error:
+            if stopped:
+                say(stopped)
+            return int(str(error)) if isinstance(error, Terminated) else INTERRUPTED
+
+
+def _open_closed_streams() -> None:
+    """Gives stdin and stderr, where the caller has closed them, an end: a file opened later could get their number."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115 (as long as the process lives)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def _drop_output() -> None:
+    """Forgets what is buffered for stdout when it can't be written: Python would complain about it at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def _signals_as_exceptions() -> Generator[None]:
+    """SIGTERM and SIGHUP raise Terminated; a SIGHUP that is ignored, as under nohup, stays ignored."""
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, _on_signal)
+    try:
+        yield
     finally:
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _on_sigterm(_number: int, _frame: "FrameType | None") -> None:
-    raise Terminated(TERMINATED)
+def _on_signal(number: int, _frame: "FrameType | None") -> None:
+    raise Terminated(128 + number)
 
 
 def printable(text: str) -> str:
-    """Text as stdout may show it: a model's words must not move a terminal's cursor or send it commands."""
-    if not sys.stdout.isatty():
-        return text
+    """Text as a terminal may be shown it: no file's name and no model's words move its cursor or send it commands."""
     return "".join(f"\\x{ord(letter):02x}" if is_control(letter) else letter for letter in text)
 
 
@@ -173,4 +217,22 @@ def is_control(letter: str) -> bool:
 
 def say(line: str) -> None:
     """Writes a line to stderr, where everything goes that is not an answer."""
-    sys.stderr.write(line + "\n")
+    with suppress(OSError):  # the terminal has gone, or the disk is full: nobody reads it
+        sys.stderr.write(printable(line) + "\n")
+
+
+def tell(text: str, end: str = "\n") -> None:
+    """Writes to stdout: an answer, a table. Into a file or a pipe it goes as it is."""
+    sys.stdout.write((printable(text) if sys.stdout.isatty() else text) + end)
+
+
+def log_to_stderr(level: int | str, form: str = "%(message)s") -> None:
+    """Shows what the package logs, from a level on."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable(form))
+    logging.basicConfig(level=level, handlers=[handler])
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))

@@ -22,7 +22,7 @@ from g3n_mlx.bench import report
 from g3n_mlx.bench.engines import OURS, PEERS, engine
 from g3n_mlx.bench.measure import SHORT_PROMPT, Request, Run
 from g3n_mlx.checkpoint.hub import resolve
-from g3n_mlx.commands import add_model_flags, command_parser, count, model_of, positive, run_command, say
+from g3n_mlx.commands import add_model_flags, command_parser, count, model_of, positive, run_command, say, tell
 from g3n_mlx.config.model import ModelConfig, read_config
 from g3n_mlx.convert import cached_conversion, plan_for
 from g3n_mlx.failures import BadValue, MissingPackage, WorkerFailed, check_folder_of
@@ -30,6 +30,7 @@ from g3n_mlx.installation import install_command
 
 NAME = "g3n-bench"
 PROMPT_SEED = 0
+MAX_SEQUENCES = 1024
 PLOTS = (".png", ".svg")
 # What the engines' pools of threads ask: PyTorch and our kernels, mistral.rs. llama.cpp has a flag.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")
@@ -86,9 +87,9 @@ def _measure(arguments: argparse.Namespace) -> int:
         cached_conversion(folder, q_bits=arguments.q_bits, plan=plan)
     summary = report.summary(requests, _run_all(requests, arguments.num_trials), config)
     if arguments.json:
-        print(json.dumps(summary, indent=2))
+        tell(json.dumps(summary, indent=2))
     else:
-        print(report.markdown([summary]) if arguments.markdown else report.table(summary))
+        tell(report.markdown([summary]) if arguments.markdown else report.table(summary))
     if arguments.plot is not None:
         report.plot(arguments.plot, [summary])
     return 0
@@ -122,6 +123,9 @@ def _requests(arguments: argparse.Namespace, folder: Path, config: ModelConfig) 
         raise BadValue(
             f"{longest} tokens and {arguments.generation_tokens} to generate are more than the context of {context}"
         )
+    most = max(arguments.sequences, default=0)
+    if most > MAX_SEQUENCES:
+        raise BadValue(f"--sequences has {most}, expected at most {MAX_SEQUENCES}")
     # Text ids alone: those of the media ranges take another path, which not every peer has.
     borders = [sub.vocab_offset for sub in (config.vision, config.audio) if sub]
     limit = min([config.text.vocab_size, config.text.vocab_size_per_layer_input, *borders])

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from g3n_mlx.chat import attachments
 from g3n_mlx.chat.session import SETTINGS, Session
 from g3n_mlx.chat.terminal import message_lines, typed_messages
-from g3n_mlx.commands import INTERRUPTED, add_model_flags, command_parser, load_from, run_command, say
+from g3n_mlx.commands import INTERRUPTED, add_model_flags, command_parser, load_from, log_to_stderr, run_command, say
 from g3n_mlx.failures import BadValue
 
 NAME = "g3n-chat"
@@ -21,7 +21,7 @@ NAME = "g3n-chat"
 def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
     """Parses the flags, loads the model, chats; returns the exit code."""
     arguments = command_line(prog).parse_args(argv)
-    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(message)s")
+    log_to_stderr(logging.INFO if arguments.verbose else logging.WARNING)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A model's words must not fail on a terminal's letters; in a pipe they are UTF-8 everywhere.
         sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")

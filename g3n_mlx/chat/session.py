@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from g3n_mlx.chat import attachments
 from g3n_mlx.chat.terminal import Interruption
-from g3n_mlx.commands import printable, say
+from g3n_mlx.commands import say, tell
 from g3n_mlx.config.fields import parse_json
 from g3n_mlx.failures import BadValue, FileProblem, check_folder_of, is_expected, one_line, size_in_words
 
@@ -168,7 +168,7 @@ class Session:
                 for chunk in chunks:
                     interruption.answering = True
                     parts.append(chunk.text)
-                    sys.stdout.write(printable(chunk.text))
+                    tell(chunk.text, end="")
                     sys.stdout.flush()
                     finish_reason, usage = chunk.finish_reason, chunk.usage
                     if interruption.noted:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from g3n_mlx.commands import command_parser, run_command
+from g3n_mlx.commands import command_parser, run_command, tell
 from g3n_mlx.failures import one_line, size_in_words
 
 NAME = "g3n doctor"
@@ -31,7 +31,7 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
 def _run(as_json: bool) -> int:
     report = examine()
     text = json.dumps(report, indent=2, ensure_ascii=False) if as_json else "\n".join(_lines(report))
-    sys.stdout.write(text + "\n")
+    tell(text)
     return 0 if report["works"] else 1
 
 

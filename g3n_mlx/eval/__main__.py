@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from g3n_mlx.commands import add_model_flags, command_parser, run_command, say
+from g3n_mlx.commands import add_model_flags, command_parser, log_to_stderr, printable, run_command, say, tell
 from g3n_mlx.eval import table
 from g3n_mlx.failures import BadValue, IsAFolder, MissingFile, MissingPackage, NotPermitted, check_folder_of, one_line
 from g3n_mlx.installation import install_command
@@ -56,7 +56,7 @@ class Variant:
 def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
     """Parses the flags, runs every variant, prints the table; returns the exit code."""
     arguments = command_line(prog).parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log_to_stderr(logging.WARNING)
     return run_command(prog, lambda: _run(arguments))
 
 
@@ -105,7 +105,7 @@ def _run(arguments: argparse.Namespace) -> int:
     summary = _on_text(arguments, variants) if arguments.text else _on_examples(arguments, variants)
     columns = table.names(summary["variants"])
     lines = (table.markdown if arguments.markdown else table.aligned)(summary, columns)
-    print(table.title(summary), "", *lines, sep="\n")
+    tell("\n".join([table.title(summary), "", *lines]))
     if arguments.json:
         arguments.json.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if arguments.plot:
@@ -294,7 +294,7 @@ def _on_text(arguments: argparse.Namespace, variants: list[Variant]) -> dict[str
 
 def _words(variant: Variant) -> str:
     """As the progress bar calls it."""
-    return " ".join(str(value) for value in asdict(variant).values() if value is not None)
+    return printable(" ".join(str(value) for value in asdict(variant).values() if value is not None))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from g3n_mlx.commands import (
     command_parser,
     count,
     load_from,
+    log_to_stderr,
     positive,
     positive_float,
     run_command,
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
     """Parses the flags, loads the model, serves until interrupted; returns the exit code."""
     parser = command_line(prog)
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=arguments.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    log_to_stderr(arguments.log_level.upper(), "%(levelname)s %(name)s: %(message)s")
     if arguments.media_root is not None and not arguments.media_root.is_dir():
         parser.error(f"--media-root {str(arguments.media_root)!r} is no folder")
     return run_command(prog, lambda: _serve(arguments))

@@ -272,11 +272,15 @@ def test_lines_from_a_pipe(monkeypatch):
     assert list(console.message_lines()) == ["one", "two\nthree", "", "four\n"]
 
 
-def test_control_letters_do_not_reach_a_terminal(monkeypatch):
+def test_control_letters_do_not_reach_a_terminal(monkeypatch, capsys):
     text = "a\x1b[2J\x07\x9b\x7f\r\n\tü 👩\u200d👧"
-    assert commands.printable(text) == text
+    shown = "a\\x1b[2J\\x07\\x9b\\x7f\\x0d\n\tü 👩\u200d👧"
+    assert commands.printable(text) == shown
+    commands.tell(text, end="")
+    assert capsys.readouterr().out == text  # as it is in a pipe
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    assert commands.printable(text) == "a\\x1b[2J\\x07\\x9b\\x7f\\x0d\n\tü 👩\u200d👧"
+    commands.tell(text)
+    assert capsys.readouterr().out == shown + "\n"
 
 
 def program(*arguments: str, home: Path, text: str | None = None) -> subprocess.CompletedProcess:
