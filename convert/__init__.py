@@ -72,6 +72,10 @@ def convert(
     checkpoint = open_sliced(folder, plan)
     if not (folder / "tokenizer.json").is_file():
         logger.warning("%s has no tokenizer.json: put one into %s, or nobody can chat with it", folder, output)
+    from g3n_mlx.prompt.own_template import chat_template_note  # takes as long to import as all of the converter
+
+    if (note := chat_template_note(folder, checkpoint.config.media_kinds)) is not None:
+        logger.warning("%s", note)
     try:
         check_free_name(output)
         place = appearing_folder(output, wait_for_others=False)

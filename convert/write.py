@@ -179,11 +179,8 @@ def copy_sidecars(source: Path, folder: Path, whole: bool) -> None:
     """Tokenizer, chat template, generation and processor settings, licence; of a whole model its slices too."""
     for pattern in (*_SIDECARS, *([OWN_TABLE] if whole else [])):
         for path in source.glob(pattern):
-            if (
-                path.is_file()
-                and path.name not in ("config.json", INDEX, ADAPTER_SETTINGS)
-                and not path.name.startswith(".")
-            ):
+            left = path.name in ("config.json", INDEX, ADAPTER_SETTINGS) or path.name.startswith(".")
+            if path.is_file() and not left:
                 shutil.copyfile(path, folder / path.name)
 
 

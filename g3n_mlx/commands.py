@@ -39,6 +39,7 @@ MODEL_FLAGS: dict[str, dict[str, Any]] = {
     "--q-bits": {"type": int, "metavar": "N", "help": "quantize at first load, into the cache: 2 to 6, or 8"},
     "--backend": {"choices": ["auto", "mlx", "torch"], "default": "auto"},
     "--device": {"metavar": "NAME", "help": "cpu, cuda, cuda:1, ...; default: the backend's best"},
+    "--chat-template": {"choices": ["gemma", "own"], "default": "gemma", "help": "whose makes the prompts"},
     "--dtype": {"choices": ["bfloat16", "float32"], "help": "of activations; default: the device's best"},
 }
 
@@ -109,6 +110,7 @@ def load_from(arguments: argparse.Namespace, tell: "Callable[[str], None] | None
         dtype=arguments.dtype,
         device=arguments.device,
         revision=arguments.revision,
+        chat_template=arguments.chat_template,
     )
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import logging
 import platform
 import sys
 from functools import cache, partial
@@ -18,8 +19,12 @@ from g3n_mlx.installation import install_command
 from g3n_mlx.interface import Model
 from g3n_mlx.matformer.view import open_sliced
 from g3n_mlx.model import Gemma3n
+from g3n_mlx.prompt.own_template import OwnTemplate, chat_template_note
 from g3n_mlx.prompt.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
+CHAT_TEMPLATES = ("gemma", "own")
 PACKAGES = {"mlx": "mlx.core", "torch": "torch"}
 
 
@@ -33,6 +38,7 @@ def load(
     dtype: str | None = None,
     device: str | None = None,
     revision: str | None = None,
+    chat_template: str = "gemma",
 ) -> Gemma3n:
     """Loads a Gemma 3n checkpoint of any layout from a folder or the Hugging Face hub.
 
@@ -40,11 +46,15 @@ def load(
     matformer: a slice by name or short form ("e2.49b-block"), from the published table or `matformer_config`, a CSV.
     q_bits: quantizes an unquantized checkpoint once into the user's cache folder and opens that from then on.
     dtype: of the activations, "bfloat16" or "float32". device: "cpu", "cuda", "cuda:N"; None is the backend's best.
+    chat_template: "gemma" makes prompts by Gemma 3n's template, "own" by the checkpoint's; a warning says where they
+    differ.
     Raises ImportError without a backend, FileNotFoundError, ValueError and the hub's errors, each in one sentence.
     """
     for what, value in (("backend", backend), ("matformer", matformer), ("dtype", dtype), ("device", device)):
         if value is not None and not isinstance(value, str):
             raise BadValue(f"{what} is {value!r}, expected a string")
+    if chat_template not in CHAT_TEMPLATES:
+        raise BadValue(f"chat_template is {chat_template!r}, expected one of {', '.join(CHAT_TEMPLATES)}")
     backend = chosen_backend(backend)
     devices = importlib.import_module(f"g3n_mlx.backends.{backend}.device")
     place = devices.device_of(device)
@@ -60,6 +70,9 @@ def load(
         checkpoint = Checkpoint.open(folder)
     activations = devices.dtype_of(dtype, place, bool(checkpoint.quantizations))
     tokenizer = Tokenizer.from_folder(folder)
+    own_template = _own_template(checkpoint) if chat_template == "own" else None
+    if chat_template == "gemma" and (note := chat_template_note(folder, checkpoint.config.media_kinds)) is not None:
+        logger.warning("%s", note)
     generation = folder / "generation_config.json"
     model_file = importlib.import_module(f"g3n_mlx.backends.{backend}.model")
     thread = model_thread(backend, devices.leave)
@@ -83,6 +96,7 @@ def load(
         device=devices.name(place),
         dtype=devices.dtype_name(activations),
         generation_config=read_json(generation) if generation.exists() else {},
+        own_template=own_template,
     )
 
 
@@ -91,6 +105,13 @@ def import_backend(name: str) -> None:
     backend = chosen_backend(name)
     for module in ("device", "model"):
         importlib.import_module(f"g3n_mlx.backends.{backend}.{module}")
+
+
+def _own_template(checkpoint: Checkpoint) -> OwnTemplate:
+    own = OwnTemplate.from_folder(checkpoint.folder)
+    if own is None:
+        raise BadValue(f"{checkpoint.folder} has no chat template of its own: load it without chat_template='own'")
+    return own
 
 
 def _defect(checkpoint: Checkpoint, dtype: str) -> Error:

@@ -29,6 +29,7 @@ from g3n_mlx.media.image import Image
 from g3n_mlx.media.opener import MediaOpener
 from g3n_mlx.media.policy import MediaPolicy
 from g3n_mlx.memory import peak_process_bytes, return_freed_memory
+from g3n_mlx.prompt.own_template import OwnTemplate
 from g3n_mlx.prompt.preparer import ANY_MEDIA, Preparer
 from g3n_mlx.prompt.prompt import Prompt, of_token_ids
 from g3n_mlx.prompt.tokenizer import Tokenizer
@@ -60,6 +61,7 @@ class Gemma3n:
         device: str,
         dtype: str,
         generation_config: Mapping[str, Any],
+        own_template: OwnTemplate | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.tokenizer = tokenizer
@@ -74,7 +76,7 @@ class Gemma3n:
         self.eos_token_ids = frozenset(named)
         self.runner = runner  # of the network, in the thread that it lives in
         opener = MediaOpener(checkpoint.folder, checkpoint.config)
-        self.preparer = Preparer(tokenizer, opener, self.config.text.max_position_embeddings)
+        self.preparer = Preparer(tokenizer, opener, self.config.text.max_position_embeddings, own_template)
         self._embedded = EmbeddedMedia(runner)
         self._conversation: Conversation | None = None
         self._conversation_lock = threading.Lock()

@@ -57,6 +57,7 @@ def test_all_flags_reach_load(monkeypatch, tmp_path):
         "--backend": "torch",
         "--device": "cpu",
         "--dtype": "float32",
+        "--chat-template": "own",
     }
     assert flags.keys() == MODEL_FLAGS.keys()
     load_from(command_line("chat")().parse_args([word for pair in flags.items() for word in pair]))
@@ -69,6 +70,7 @@ def test_all_flags_reach_load(monkeypatch, tmp_path):
         "backend": "torch",
         "device": "cpu",
         "dtype": "float32",
+        "chat_template": "own",
     }
 
 

@@ -41,6 +41,12 @@ class ModelConfig:
     audio: AudioConfig | None
     eos_token_ids: tuple[int, ...]  # empty when the file names none
 
+    @property
+    def media_kinds(self) -> tuple[str, ...]:
+        """The media that there are towers for: "image", "audio"."""
+        towers = {"image": self.vision, "audio": self.audio}
+        return tuple(kind for kind, tower in towers.items() if tower is not None)
+
     def embedder_of(self, token_id: int) -> str | None:
         """The embedder of an id of the image or audio range, `embed_vision` or `embed_audio`; None for text.
 

@@ -214,6 +214,7 @@ def _load(variant: Variant, arguments: argparse.Namespace) -> "Gemma3n":
         dtype=variant.dtype,
         device=arguments.device,
         revision=variant.revision,
+        chat_template=arguments.chat_template,
     )
 
 

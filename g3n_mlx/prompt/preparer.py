@@ -7,6 +7,7 @@ from g3n_mlx.failures import BadValue
 from g3n_mlx.media.opener import MediaOpener
 from g3n_mlx.media.part import Media
 from g3n_mlx.media.policy import MediaPolicy
+from g3n_mlx.prompt.own_template import OwnTemplate
 from g3n_mlx.prompt.prompt import Features, Prompt, PromptTooLong, encode
 from g3n_mlx.prompt.template import Border, Control, render
 from g3n_mlx.prompt.tokenizer import Tokenizer
@@ -17,8 +18,16 @@ ANY_MEDIA = MediaPolicy()
 class Preparer:
     """Makes the prompts of one checkpoint. Safe for several threads at once, also while the model runs."""
 
-    def __init__(self, tokenizer: Tokenizer, opener: MediaOpener, context_tokens: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        opener: MediaOpener,
+        context_tokens: int,
+        own_template: OwnTemplate | None = None,
+    ) -> None:
+        """own_template: the checkpoint's, to be used in the place of Gemma 3n's."""
         self.tokenizer, self.opener, self.context_tokens = tokenizer, opener, context_tokens
+        self.own_template = own_template
 
     def prepare(self, messages: str | Sequence[Mapping[str, Any]], policy: MediaPolicy = ANY_MEDIA) -> Prompt:
         """The prompt that asks for an answer to `messages`; a string is one user message.
@@ -28,7 +37,10 @@ class Preparer:
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        rendered = render(messages)
+        if self.own_template is None:
+            rendered = render(messages)
+        else:
+            rendered = self.own_template.render(messages, self.tokenizer.control_words)
         self._check_texts([piece for piece in rendered if isinstance(piece, str)])
         pieces: list[Control | Border | Features | str] = []
         for piece in rendered:

@@ -53,7 +53,7 @@ def render(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = 
     or a media part. A border follows the system text and every `<start_of_turn>model` header.
     Raises ValueError naming the message or part that can't be rendered.
     """
-    _check_messages(messages)
+    check_messages(messages)
     system, turns, skipped = "", messages, 0
     if messages[0]["role"] == "system":
         system, turns, skipped = _system_text(messages[0]["content"]) + "\n\n", messages[1:], 1
@@ -86,7 +86,7 @@ def _content(content: Any, where: str) -> list[Piece]:
     if isinstance(content, str):
         return [content.strip()]
     pieces: list[Piece] = []
-    for index, part in enumerate(_parts(content, where)):
+    for index, part in enumerate(parts_of(content, where)):
         place = f"{where}.content[{index}]"
         if not isinstance(part, str) and part["type"] in MEDIA_KINDS:
             pieces.append(Media(MEDIA_KINDS[part["type"]], part, place))
@@ -99,11 +99,11 @@ def _system_text(content: Any) -> str:
     if isinstance(content, str):
         return content
     return "".join(
-        _text(part, f"messages[0].content[{index}]") for index, part in enumerate(_parts(content, "messages[0]"))
+        _text(part, f"messages[0].content[{index}]") for index, part in enumerate(parts_of(content, "messages[0]"))
     )
 
 
-def _parts(content: Any, where: str) -> list[Any]:
+def parts_of(content: Any, where: str) -> list[Any]:
     """The parts of a content list, each a string or a mapping with a type; bare media objects get theirs."""
     if not isinstance(content, Sequence) or isinstance(content, bytes):
         raise BadValue(f"{where}.content is of type {type(content).__name__}, expected a string or a list of parts")
@@ -140,7 +140,8 @@ def _text(part: Any, where: str) -> str:
     return part["text"]
 
 
-def _check_messages(messages: Any) -> None:
+def check_messages(messages: Any) -> None:
+    """Raises ValueError unless it is a list of messages of known roles, with contents."""
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
         raise BadValue(f"messages is a {type(messages).__name__}, expected a list of dicts")
     if not messages:

@@ -112,6 +112,11 @@ class Tokenizer:
         return self._inner.decode([token_id], skip_special_tokens=False).encode()
 
     @cached_property
+    def control_words(self) -> tuple[str, ...]:
+        """The names of the control tokens."""
+        return tuple(token for i in sorted(self._skipped) if (token := self._inner.id_to_token(i)) is not None)
+
+    @cached_property
     def max_token_bytes(self) -> int:
         """What a token stands for in a text has no more bytes than this, in UTF-8."""
         if isinstance(self._inner, Vocabulary):
