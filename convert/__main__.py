@@ -4,19 +4,22 @@ import argparse
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from g3n_mlx.checkpoint.check import quantizations_of
 from g3n_mlx.checkpoint.folder import Checkpoint
-from g3n_mlx.checkpoint.hub import resolve
-from g3n_mlx.checkpoint.quantization import BITS, GROUP_SIZES
+from g3n_mlx.checkpoint.hub import resolve, tensor_headers
+from g3n_mlx.checkpoint.names import canonical_name
+from g3n_mlx.checkpoint.quantization import BITS, GROUP_SIZES, Quantization
 from g3n_mlx.commands import add_model_flag, command_parser, log_to_stderr, run_command, say, tell
 from g3n_mlx.config.fields import read_json
-from g3n_mlx.config.model import read_config
+from g3n_mlx.config.model import ModelConfig, read_config
 from g3n_mlx.config.text import TextConfig
 from g3n_mlx.convert import DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS, convert
 from g3n_mlx.convert.quantize import FLOATS
-from g3n_mlx.failures import BadValue, size_in_words
+from g3n_mlx.failures import BadValue, MissingFile, size_in_words
 from g3n_mlx.matformer.plan import fits
 from g3n_mlx.matformer.sizes import SizedSlice, largest_fitting, size_slices, table
 from g3n_mlx.matformer.table import OWN_TABLE, PUBLISHED, read_slices
@@ -52,7 +55,7 @@ def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
 def _convert(flags: argparse.Namespace) -> int:
     matformer = flags.matformer
     if flags.fits is not None:
-        fitting = largest_fitting(_sized(flags), flags.fits)
+        fitting = largest_fitting(*_sized(flags), flags.fits)
         matformer = fitting.slice.name
         say(f"largest slice that fits: {_in_words(fitting)}")
     output = convert(
@@ -72,25 +75,35 @@ def _convert(flags: argparse.Namespace) -> int:
 
 
 def _list_slices(flags: argparse.Namespace) -> int:
-    sized = _sized(flags)
+    sized, quantized = _sized(flags)
     tell(table(sized))
     if flags.fits is not None:
-        tell(f"\nlargest slice that fits: {_in_words(largest_fitting(sized, flags.fits))}")
+        tell(f"\nlargest slice that fits: {_in_words(largest_fitting(sized, quantized, flags.fits))}")
     return 0
 
 
-def _sized(flags: argparse.Namespace) -> list[SizedSlice]:
-    """All slices with their sizes, of --hf-path where it is given, else of the published E4B."""
+def _quantizations(flags: argparse.Namespace, folder: Path, raw_config: dict[str, Any]) -> Mapping[str, Quantization]:
+    """How a quantized checkpoint is stored; of a hub id that was not downloaded the files' headers are asked for."""
+    try:
+        checkpoint = Checkpoint.open(folder)
+    except MissingFile:
+        if Path(flags.hf_path).expanduser().is_dir():
+            raise
+        tensors = {canonical_name(name): info for name, info in tensor_headers(flags.hf_path, flags.revision).items()}
+        return quantizations_of(tensors, ModelConfig.from_dict(raw_config))
+    checkpoint.close()
+    return checkpoint.quantizations
+
+
+def _sized(flags: argparse.Namespace) -> tuple[list[SizedSlice], bool]:
+    """All slices with their sizes, of --hf-path or else of the published E4B, and whether that is quantized."""
     raw_text, own_table, stored = read_json(PUBLISHED.with_name("gemma3n-e4b.json")), None, {}
     if flags.hf_path is not None:
         folder = resolve(flags.hf_path, flags.revision, weights=False)
         raw_config = read_config(folder)
         raw_text = raw_config["text_config"]
         if "quantization" in raw_config or "quantization_config" in raw_config:  # which modules, the shards know
-            folder = resolve(flags.hf_path, flags.revision)
-            checkpoint = Checkpoint.open(folder)
-            checkpoint.close()
-            raw_text, stored = checkpoint.raw_config["text_config"], checkpoint.quantizations
+            stored = _quantizations(flags, folder, raw_config)
         own_table = folder / OWN_TABLE if (folder / OWN_TABLE).is_file() else None
     slices = read_slices(flags.matformer_config or own_table)
     if not (flags.matformer_config or own_table):
@@ -104,7 +117,7 @@ def _sized(flags: argparse.Namespace) -> list[SizedSlice]:
     quantize = flags.quantize or flags.q_bits is not None or flags.list_slices
     if flags.fits is not None and not quantize and not stored:
         say("sizes are those of the unquantized model; -q makes it smaller")
-    return size_slices(
+    sized = size_slices(
         raw_text,
         slices,
         (flags.q_bits or _DEFAULT_BITS) if quantize else None,
@@ -113,6 +126,7 @@ def _sized(flags: argparse.Namespace) -> list[SizedSlice]:
         FLOATS[flags.dtype or "bfloat16"],
         stored,
     )
+    return sized, bool(stored)
 
 
 def _in_words(entry: SizedSlice) -> str:

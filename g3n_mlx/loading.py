@@ -61,7 +61,7 @@ def load(
     if matformer is None and matformer_config is not None:
         raise BadValue("matformer_config was given without matformer: name the slice to take from it")
     folder = hub.resolve(path_or_id, revision)
-    name = folder.resolve().name if Path(path_or_id).expanduser().is_dir() else str(path_or_id)
+    name = folder.resolve().name if Path(path_or_id).expanduser().is_dir() else str(path_or_id).rstrip("/")
     plan = None if matformer is None else plan_for(folder, matformer, matformer_config)
     if q_bits is None:
         checkpoint = open_sliced(folder, plan)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from g3n_mlx.checkpoint.names import STEM, TOWERS, Declared, lacks_stem_bias, tower_names
 from g3n_mlx.checkpoint.quantization import BITS, GROUP_SIZES, PARTS, Quantization
-from g3n_mlx.checkpoint.shards import StoredTensor
+from g3n_mlx.checkpoint.shards import StoredTensor, TensorInfo
 from g3n_mlx.config.audio import audio_manifest
 from g3n_mlx.config.manifest import dead_manifest, embedder_manifest, text_manifest
 from g3n_mlx.config.model import ModelConfig
@@ -18,6 +18,8 @@ from g3n_mlx.config.vision import vision_manifest
 from g3n_mlx.failures import BadValue
 
 logger = logging.getLogger(__name__)
+
+Described = StoredTensor | TensorInfo
 
 _FLOATS = ("BF16", "F16", "F32")
 # Tensors of a kind that an error shows.
@@ -72,7 +74,12 @@ def check_manifest(tensors: Mapping[str, StoredTensor], config: ModelConfig, fol
     return found.quantizations
 
 
-def _compare(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> _Comparison:
+def quantizations_of(tensors: Mapping[str, Described], config: ModelConfig) -> dict[str, Quantization]:
+    """How the quantized modules are stored, by the shapes of the tensors that fit the config."""
+    return _compare(tensors, config).quantizations
+
+
+def _compare(tensors: Mapping[str, Described], config: ModelConfig) -> _Comparison:
     found = _Comparison()
     dead = dead_manifest(config.text)  # may be left out
     known: set[str] = set()
@@ -123,7 +130,7 @@ def _misfit(name: str, shape: tuple[int, ...], tensors: Mapping[str, StoredTenso
 
 
 def _quantization_from_shapes(
-    shape: tuple[int, ...], packed: StoredTensor, scales: StoredTensor, biases: StoredTensor
+    shape: tuple[int, ...], packed: Described, scales: Described, biases: Described
 ) -> Quantization | None:
     """Bits and group size that fit all three shapes, or None."""
     rows, width = shape

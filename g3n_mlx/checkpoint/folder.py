@@ -8,7 +8,6 @@ Convolution kernels are always given as published: output, input, height, width.
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -33,19 +32,11 @@ from g3n_mlx.checkpoint.names import (
     without_absent_modalities,
 )
 from g3n_mlx.checkpoint.quantization import PARTS, Quantization
-from g3n_mlx.checkpoint.shards import OpenFiles, StoredTensor, open_shards
+from g3n_mlx.checkpoint.shards import OpenFiles, StoredTensor, TensorInfo, open_shards
 from g3n_mlx.checkpoint.source import RowTable, Source
 from g3n_mlx.config.manifest import PLE_TABLE, TEXT, dead_manifest, text_manifest
 from g3n_mlx.config.model import ModelConfig, read_config
 from g3n_mlx.failures import BadValue, MissingFile
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """What a read of the whole tensor returns."""
-
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors spells it: "BF16", "F32", "U32", ...
 
 
 class Checkpoint:

@@ -2,11 +2,15 @@
 
 import filecmp
 import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
 
-from g3n_mlx.config.adapter import SETTINGS, adapter_message
+from g3n_mlx.checkpoint.files import weight_files
+from g3n_mlx.checkpoint.shards import TensorInfo
+from g3n_mlx.config.adapter import SETTINGS, adapter_files, adapter_message
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.failures import BadValue, MissingFile, NoConnection, NotAFolder, NotPermitted
 
@@ -46,7 +50,7 @@ def resolve(path_or_id: str | Path, revision: str | None = None, *, weights: boo
         return folder
     if folder.exists():
         raise NotAFolder(f"{folder} is a file; give the folder that holds it and its config.json")
-    hub_id = path_or_id.as_posix() if isinstance(path_or_id, Path) else path_or_id
+    hub_id = path_or_id.as_posix() if isinstance(path_or_id, Path) else path_or_id.rstrip("/")
     if hub_id == DEMO and revision is None:
         return demo_folder()
     if not _HUB_ID.fullmatch(hub_id):
@@ -54,7 +58,31 @@ def resolve(path_or_id: str | Path, revision: str | None = None, *, weights: boo
             f"no model folder at {str(path_or_id)!r}, and it is no hub id either; give an existing folder, "
             f"or owner/name as in {SUGGESTED_MODEL}"
         )
-    return _download(hub_id, revision, _WANTED_FILES if weights else _DESCRIPTION_FILES)
+    found = _download(hub_id, revision, _WANTED_FILES if weights else _DESCRIPTION_FILES)
+    if weights:
+        _require_weights(found, hub_id)
+    return found
+
+
+def tensor_headers(hub_id: str, revision: str | None = None) -> dict[str, TensorInfo]:
+    """Dtypes and shapes of a hub id's tensors, by the names on disk, of which the files' headers alone are read.
+
+    Raises as `resolve` does.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    hub_id = hub_id.rstrip("/")
+    with _hub_errors(hub_id, revision):
+        try:
+            found = huggingface_hub.get_safetensors_metadata(hub_id, revision=revision)
+        except (errors.NotASafetensorsRepoError, errors.SafetensorsParsingError) as error:
+            raise BadValue(f"{hub_id} has no readable safetensors files: {_first_line(error)}") from error
+    return {
+        name: TensorInfo(tuple(info.shape), info.dtype)
+        for file in found.files_metadata.values()
+        for name, info in file.tensors.items()
+    }
 
 
 def models_here() -> list[tuple[Path, str]]:
@@ -80,11 +108,26 @@ def default_model() -> tuple[Path, str]:
 def _download(hub_id: str, revision: str | None, files: list[str]) -> Path:
     # Imported here: the hub client takes a third of a second to import, and a local folder does not need it.
     import huggingface_hub
+
+    version = "" if revision is None else f" at revision {revision!r}"
+    with _hub_errors(hub_id, revision):
+        folder = huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=files)
+    if not (Path(folder) / "config.json").is_file():
+        if (Path(folder) / SETTINGS).is_file():
+            raise MissingFile(f"{hub_id}{version}: {adapter_message(Path(folder))}")
+        raise MissingFile(f"{hub_id}{version} has no config.json; is it a model in safetensors format?")
+    return Path(folder)
+
+
+@contextmanager
+def _hub_errors(hub_id: str, revision: str | None) -> Generator[None]:
+    """What the hub's client raises as errors of ours, each in one sentence."""
+    import huggingface_hub
     from huggingface_hub import errors
 
     version = "" if revision is None else f" at revision {revision!r}"
     try:
-        folder = huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=files)
+        yield
     except errors.LocalEntryNotFoundError as error:
         # A refusal (gated, unknown) can reach us as the cause of "not in the cache" as well.
         if isinstance(error.__cause__, errors.HfHubHTTPError):
@@ -94,6 +137,8 @@ def _download(hub_id: str, revision: str | None, files: list[str]) -> Path:
             f"{hub_id}{version} is not in the cache {huggingface_hub.constants.HF_HUB_CACHE} as a whole, and {reason}; "
             "go online once, or give a local folder"
         ) from error
+    except errors.OfflineModeIsEnabled as error:
+        raise NoConnection(f"{hub_id}{version} can't be asked for, because HF_HUB_OFFLINE is set") from error
     except errors.HfHubHTTPError as error:
         raise _hub_error(error, hub_id, revision) from error
     except errors.HFValidationError as error:
@@ -104,11 +149,25 @@ def _download(hub_id: str, revision: str | None, files: list[str]) -> Path:
             f"the download of {hub_id}{version} broke off ({_first_line(error)}); "
             "the same command goes on where it stopped"
         ) from error
-    if not (Path(folder) / "config.json").is_file():
-        if (Path(folder) / SETTINGS).is_file():
-            raise MissingFile(f"{hub_id}{version}: {adapter_message(Path(folder))}")
-        raise MissingFile(f"{hub_id}{version} has no config.json; is it a model in safetensors format?")
-    return Path(folder)
+
+
+def _require_weights(folder: Path, hub_id: str) -> None:
+    """Raises ConnectionError when a snapshot in the cache lacks weights that could not be fetched.
+
+    The hub's client returns what it has of a snapshot when it can't ask for more, be it the config alone.
+    """
+    from huggingface_hub import constants
+
+    try:
+        weight_files(folder)
+    except MissingFile as error:
+        if adapter_files(folder):
+            raise
+        offline = ", and HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
+        raise NoConnection(
+            f"the cache {constants.HF_HUB_CACHE} holds {hub_id} without its weights{offline}; go online once, or give "
+            "a local folder; only safetensors files are read"
+        ) from error
 
 
 def _hub_error(error: Exception, hub_id: str, revision: str | None) -> OSError:

@@ -72,6 +72,14 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a read of the whole tensor returns."""
+
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors spells it: "BF16", "F32", "U32", ...
+
+
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """Where one tensor's bytes are."""
 

@@ -69,13 +69,23 @@ def constraint_of(options: AnswerOptions, grammars: Callable[[], Grammars]) -> C
     if len(given) > 1:
         raise BadValue(f"{' and '.join(given)} were given, but an answer can follow only one of them")
     if not given or "constraint" in given:
-        return options.get("constraint")
+        return _checked(options.get("constraint"))
     value: Any = options.get(given[0])
     if given == ["schema"]:
         return grammars().json_schema(closed(value.model_json_schema()) if is_pydantic(value) else value)
     if not isinstance(value, str):
         raise BadValue(f"{given[0]} is {value!r:.80}, expected a string")
     return grammars().regex(value) if given == ["regex"] else grammars().lark(value)
+
+
+def _checked(constraint: Any) -> Constraint | None:
+    methods = (getattr(constraint, name, None) for name in ("mask", "push"))
+    if constraint is not None and (isinstance(constraint, type) or not all(map(callable, methods))):
+        raise BadValue(
+            f"constraint is {constraint!r:.80}, expected an object with the methods mask() and push(token_id); a JSON "
+            "schema, a regex or a grammar goes as schema, regex or lark"
+        )
+    return constraint
 
 
 def parsed(text: str, schema: Any) -> Any:

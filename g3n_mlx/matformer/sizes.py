@@ -70,14 +70,18 @@ def size_slices(
     return sized
 
 
-def largest_fitting(sized: Sequence[SizedSlice], limit_bytes: int) -> SizedSlice:
-    """The slice with the most effective parameters that fits; of equals, the one with the better published score."""
+def largest_fitting(sized: Sequence[SizedSlice], quantized: bool, limit_bytes: int) -> SizedSlice:
+    """The slice with the most effective parameters that fits; of equals, the one with the better published score.
+
+    quantized: whether the base is already, so that its bits are what they are. Raises ValueError when none fits.
+    """
     fitting = [entry for entry in sized if entry.resident_bytes <= limit_bytes]
     if not fitting:
+        advice = "start from the unquantized checkpoint for fewer bits" if quantized else "try fewer bits"
         smallest = min(sized, key=lambda entry: entry.resident_bytes)
         raise BadValue(
             f"no slice fits {size_in_words(limit_bytes)}: the smallest, {smallest.slice.short_name}, needs "
-            f"{size_in_words(smallest.resident_bytes)}; try fewer bits"
+            f"{size_in_words(smallest.resident_bytes)}; {advice}"
         )
     return max(fitting, key=lambda entry: (entry.effective_parameters, entry.slice.mmlu or 0.0))
 
@@ -88,13 +92,19 @@ def table(sized: Sequence[SizedSlice]) -> str:
     lines = [header]
     for entry in sized:
         chosen = entry.slice
-        published = "" if chosen.effective_params_b is None else f"{chosen.effective_params_b:.2f}"
+        published = "" if chosen.effective_params_b is None else _billions(chosen.effective_params_b, 2)
         mmlu = "" if chosen.mmlu is None else f"{chosen.mmlu:.1f}%"
+        effective = _billions(entry.effective_parameters / 1e9, 3)
         lines.append(
-            f"{chosen.short_name:<14} {chosen.num_layers:>6} {entry.effective_parameters / 1e9:>7.3f} {published:>9} "
+            f"{chosen.short_name:<14} {chosen.num_layers:>6} {effective:>7} {published:>9} "
             f"{mmlu:>6} {size_in_words(entry.disk_bytes):>9} {size_in_words(entry.resident_bytes):>9}  {chosen.name}"
         )
     return "\n".join(lines)
+
+
+def _billions(count: float, places: int) -> str:
+    """With some decimal places; numbers that these would round away with three digits that count."""
+    return f"{count:.{places}f}" if count >= 0.1 else f"{count:.3g}"
 
 
 def _cache_bytes(config: TextConfig) -> int:

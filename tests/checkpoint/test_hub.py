@@ -113,6 +113,26 @@ def test_a_folder_is_itself(tmp_path, monkeypatch):
         hub.resolve(tmp_path, "v1")
 
 
+def test_a_slash_at_the_end_is_left_out(endpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hub.resolve("demo/") == hub.resolve("demo") == hub.demo_folder()
+    found = resolve_in_child(tmp_path, "owner/model/", HF_ENDPOINT=endpoint)
+    assert found == resolve_in_child(tmp_path, "owner/model", HF_ENDPOINT=endpoint)
+
+
+def test_a_config_alone_in_the_cache_is_no_model(endpoint, tmp_path):
+    assert resolve_in_child(tmp_path, "owner/model", weights=False, HF_ENDPOINT=endpoint).endswith(COMMIT)
+    for environment in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
+        told = resolve_in_child(tmp_path, "owner/model", **environment)
+        assert told.startswith("ConnectionError: ")
+        assert "is not in the cache" in told or "holds owner/model without its weights" in told
+        assert "go online once" in told
+        # The config may still be read.
+        assert resolve_in_child(tmp_path, "owner/model", weights=False, **environment).endswith(COMMIT)
+    assert resolve_in_child(tmp_path, "owner/model", HF_ENDPOINT=endpoint).endswith(COMMIT)
+    assert resolve_in_child(tmp_path, "owner/model", HF_HUB_OFFLINE="1").endswith(COMMIT)
+
+
 def test_what_is_neither_folder_nor_hub_id(tmp_path):
     for name in ("/no/such/folder", "nothing", "a/b/c", "../x/y", str(tmp_path / "x")):
         with pytest.raises(FileNotFoundError, match=r"no model folder at .*no hub id either"):

@@ -21,7 +21,9 @@ import pytest
 
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.checkpoint.quantization import Quantization, quantize
+from g3n_mlx.checkpoint.shards import TensorInfo
 from g3n_mlx.config.manifest import dead_manifest
+from g3n_mlx.convert import __main__ as command
 from g3n_mlx.convert import cached_conversion, convert, plan_for
 from g3n_mlx.convert import write as writing
 from g3n_mlx.convert.__main__ import main
@@ -418,10 +420,40 @@ def test_largest_fitting(table: Path, tiny_folder: Path) -> None:
     raw = files.read_config(tiny_folder)["text_config"]
     sized = size_slices(raw, read_slices(table), 4, 64, 8, "BF16", {})
     by_name = {entry.slice.short_name: entry for entry in sized}
-    assert largest_fitting(sized, 10**12) is by_name["whole"]
-    assert largest_fitting(sized, by_name["whole"].resident_bytes - 1) is not by_name["whole"]
-    with pytest.raises(ValueError, match=r"no slice fits 1\.0 KB: the smallest, \w+, needs 0\.\d\d GB"):
-        largest_fitting(sized, 1000)
+    assert largest_fitting(sized, False, 10**12) is by_name["whole"]
+    assert largest_fitting(sized, False, by_name["whole"].resident_bytes - 1) is not by_name["whole"]
+    with pytest.raises(ValueError, match=r"no slice fits 1\.0 KB: the smallest, \w+, needs 0\.\d\d GB; try fewer"):
+        largest_fitting(sized, False, 1000)
+    with pytest.raises(ValueError, match="start from the unquantized checkpoint for fewer bits"):
+        largest_fitting(sized, True, 1000)
+
+
+def test_small_numbers_are_listed_with_their_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list-slices", "--model", "demo/"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[3] for row in rows] == ["0.00162", "0.00123", "0.00183", "0.00124"]
+    assert all(abs(float(row[2]) - float(row[3])) < 1e-5 for row in rows)
+
+
+def test_a_quantized_hub_id_is_listed_by_its_headers(
+    tiny_folder: Path, tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The config is in the cache, the weights are not; the same figures as those of the whole folder."""
+    quantized = convert(tiny_folder, tmp_path / "q", q_bits=3, q_group_size=32, progress=False)
+    flags = ["--list-slices", "--matformer-config", str(table), "--model"]
+    assert main([*flags, str(quantized)]) == 0
+    whole = capsys.readouterr().out
+    cached = tmp_path / "cached"
+    cached.mkdir()
+    shutil.copyfile(quantized / "config.json", cached / "config.json")
+    stored = {name: TensorInfo(array.shape, "BF16") for name, array in files.read_folder(quantized).items()}
+    for name, array in files.read_folder(quantized).items():
+        if array.dtype == np.uint32:
+            stored[name] = TensorInfo(array.shape, "U32")
+    monkeypatch.setattr(command, "resolve", lambda *_, **__: cached)
+    monkeypatch.setattr(command, "tensor_headers", lambda *_: stored)
+    assert main([*flags, "owner/model"]) == 0
+    assert capsys.readouterr().out == whole
 
 
 def test_list_slices(capsys: pytest.CaptureFixture[str], tiny_folder: Path, table: Path) -> None:

@@ -176,6 +176,9 @@ def test_a_rule_that_json_schema_cannot_express_leaves_no_object(model):
     [
         ({"schema": CLOSED, "regex": "a"}, "schema and regex were given, but an answer can follow only one of them"),
         ({"lark": "start: /a/", "constraint": object()}, "lark and constraint were given"),
+        ({"constraint": "[0-9]+"}, r"constraint is '\[0-9\]\+', expected an object with the methods mask\(\) and push"),
+        ({"constraint": {"type": "object"}}, "constraint is {'type': 'object'}, expected an object with the methods"),
+        ({"constraint": object}, "constraint is <class 'object'>, expected an object"),
         ({"regex": 5}, "regex is 5, expected a string"),
         ({"schema": "{}"}, "the schema is '{}', expected"),
         ({"regex": "("}, "the regex can't be used"),
