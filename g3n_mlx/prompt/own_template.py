@@ -1,24 +1,16 @@
 """The chat template that a checkpoint brings: whether it makes Gemma 3n's prompts, and prompts made by it.
 
 Our own rendering (template.py) is the published template's, and is used for every checkpoint. One that was trained with
-another template is noticed by a few probe conversations, and its own is used on request. It is a program out of a file:
-jinja2's sandbox runs it, set up as transformers does.
-Source: transformers, utils/chat_template_utils.py, `_compile_jinja_template`.
+another template is noticed by a few probe conversations, and its own is used on request. It is a program out of a file,
+run in sandbox.py.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
-
+from g3n_mlx.checkpoint.hub import demo_folder
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.failures import BadValue
 from g3n_mlx.media.part import Media
@@ -55,8 +47,10 @@ class OwnTemplate:
         """
         self.where = where
         self._words = words
+        from g3n_mlx.prompt.sandbox import environment  # jinja2 takes 30 ms to import, and most loads do without
+
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment().from_string(source)
         except Exception as error:  # noqa: BLE001 (the compiler folds constants, so any error of Python's may come)
             raise BadValue(f"{where} is no usable chat template: {error}") from None
 
@@ -175,6 +169,8 @@ class OwnTemplate:
 
 def chat_template_note(folder: Path, kinds: Iterable[str]) -> str | None:
     """What a user should know of a checkpoint's chat template when Gemma 3n's is used; None when they agree."""
+    if _is_ours(folder / "chat_template.jinja"):
+        return None
     try:
         own = OwnTemplate.from_folder(folder)
         if own is None:
@@ -188,6 +184,14 @@ def chat_template_note(folder: Path, kinds: Iterable[str]) -> str | None:
         f"{own.where} is not Gemma 3n's chat template (it differs for {different}): Gemma 3n's is used; "
         "--chat-template own takes the checkpoint's"
     )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a template is the demo's to the letter, which is Gemma 3n's."""
+    try:
+        return path.read_bytes() == (demo_folder() / path.name).read_bytes()
+    except OSError:
+        return False
 
 
 def _published_text(messages: Sequence[Mapping[str, Any]]) -> str:
@@ -230,40 +234,3 @@ def _word(setting: Any) -> str | None:
     if isinstance(setting, dict):
         setting = setting.get("content")
     return setting if isinstance(setting, str) else None
-
-
-class _Generation(Extension):
-    """`{% generation %}`, by which trainers find the answers in a conversation: here it is what stands in it."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
-
-    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """The sandbox without powers and repetitions, which could take any memory and time."""
-
-    intercepted_binops = frozenset({"**", "*"})
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" or not (isinstance(left, int | float) and isinstance(right, int | float)):
-            raise SecurityError(f"{operator} of these is not allowed in a chat template")
-        return left * right
-
-
-def _environment() -> jinja2.Environment:
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    return environment
-
-
-def _to_json(value: Any, **options: Any) -> str:
-    return json.dumps(value, **{"ensure_ascii": False, **options})
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
