@@ -155,6 +155,11 @@ class Checkpoint:
         self._require_open()
         return self.sources[name].read(start, stop)
 
+    def mapped(self, name: str) -> np.ndarray | None:
+        """A whole tensor as a read-only view of the file; None where it can only be read (`Source.mapped`)."""
+        self._require_open()
+        return self.sources[name].mapped()
+
     def rows(self, path: str) -> RowTable:
         """Random access to the rows of an embedding, which stays on disk."""
         self._require_open()

@@ -1,12 +1,14 @@
-"""Safetensors files: headers, plain positional reads, and maps of single tensors.
+"""Safetensors files: headers, plain positional reads, and maps.
 
-Only what is asked for is read, into fresh memory: mapped pages would count as resident while a model is loaded
-or converted. Maps are for tables of which a run touches a few rows.
+A read takes what is asked for into fresh memory. A map leaves it in the file: weights that a backend multiplies as they
+are stored, and tables of which a run touches a few rows.
 Format: safetensors, README.md ("Format").
 """
 
 import mmap
+import os
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -49,6 +51,7 @@ class Shard:
         self._file = path.open("rb", buffering=0)
         # Windows has no pread: seek and read belong together.
         self._lock = threading.Lock()
+        self._whole: weakref.ref[mmap.mmap] | None = None  # a map of the file, while a view of it is alive
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fills a buffer of bytes from an offset in the file; raises ValueError where the file ends early."""
@@ -60,6 +63,27 @@ class Shard:
                     raise BadValue(f"{self.path} ends early: was it changed while it was being read?")
                 buffer = buffer[count:]
 
+    def view(self, offset: int, num_bytes: int) -> np.ndarray:
+        """Some bytes of the file as a read-only array, uint8 [num_bytes], left in the file.
+
+        Its pages are read when they are first touched, shared by all processes that map the file, and count as
+        resident memory, which the system takes back without writing. All views share one map, which ends with the last
+        of them. While it lasts the file must stay as it is (it may be renamed or removed, on Windows neither): a
+        process that touches what was cut off a mapped file is ended by the system. Raises ValueError where the file has
+        become too short before that.
+        """
+        with self._lock:
+            if os.fstat(self._file.fileno()).st_size < offset + num_bytes:
+                raise BadValue(f"{self.path} ends early: was it changed while it was being read?")
+            whole = self._whole() if self._whole is not None else None
+            if whole is None or len(whole) < offset + num_bytes:
+                whole = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._whole = weakref.ref(whole)
+        if hasattr(whole, "madvise"):  # not on Windows
+            first = offset - offset % mmap.PAGESIZE
+            whole.madvise(mmap.MADV_WILLNEED, first, offset + num_bytes - first)  # begins to read, does not wait
+        return np.frombuffer(whole, np.uint8, num_bytes, offset)
+
     def map(self, offset: int, num_bytes: int) -> tuple[mmap.mmap, int]:
         """A read-only map that covers a range, and the place of the range in it."""
         base = offset - offset % mmap.ALLOCATIONGRANULARITY
@@ -67,7 +91,7 @@ class Shard:
         return mmap.mmap(self._file.fileno(), place + num_bytes, access=mmap.ACCESS_READ, offset=base), place
 
     def close(self) -> None:
-        """Closes the file; maps made before stay valid."""
+        """Closes the file; views and maps made before stay valid."""
         self._file.close()
 
 

@@ -61,6 +61,22 @@ class Source:
         array = _read_rows(self, start, stop)
         return array if self.axes is None else np.ascontiguousarray(array.transpose(self.axes))
 
+    def mapped(self) -> np.ndarray | None:
+        """What is kept as a read-only view of the file (`Shard.view`), its rows perhaps apart; None where it is none.
+
+        That is so for kernels turned to another order of axes, rows or columns from several places, and tensors that
+        are empty, absent or not aligned to the size of their numbers.
+        """
+        stored = self.stored
+        if self.absent or self.axes is not None or not self.num_bytes or stored.offset % self.dtype.itemsize:
+            return None
+        if any(ranges is not None and len(ranges) != 1 for ranges in (self.rows, self.columns)):
+            return None
+        array = stored.shard.view(stored.offset, stored.num_bytes).view(self.dtype).reshape(stored.shape)
+        if self.rows is not None:
+            array = array[slice(*self.rows[0])]
+        return array if self.columns is None else array[:, slice(*self.columns[0])]
+
 
 class RowTable:
     """Rows of a table on disk, gathered from a memory map and dequantized after the gather.

@@ -56,8 +56,20 @@ class Weights(Generic[Array]):
         return Weights(self.checkpoint, self.placement, f"{self.path}.{name}" if self.path else str(name))
 
     def tensor(self, name: str = "weight") -> Array:
-        """A whole tensor in the activations' dtype."""
-        return self.placement.cast(self.stored(name))
+        """A whole tensor in the activations' dtype; it may be a view of the file and must not be written to."""
+        array = self.checkpoint.mapped(f"{self.path}.{name}")
+        if array is None or not array.flags.c_contiguous:
+            return self.placement.cast(self.stored(name))
+        return self.placement.cast(self.placement.placed(array))
+
+    def mapped(self, name: str = "weight") -> Array:
+        """A whole tensor in the dtype of the file, left in the file where that can be, and not to be written to.
+
+        Of a slice its rows may lie apart: a prefix of the columns is a view too. What can't be viewed is read
+        (`Source.mapped`), and a device with memory of its own gets a copy.
+        """
+        array = self.checkpoint.mapped(f"{self.path}.{name}")
+        return self.stored(name) if array is None else self.placement.placed(array)
 
     def stored(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Rows [start, stop) of a tensor in the dtype of the file."""

@@ -90,8 +90,9 @@ def test_bfloat16_is_as_near_as_the_reference_in_bfloat16(framework, tiny_folder
 
 def test_embedders_are_read_when_their_ids_occur(framework, tiny_folder, golden_arrays):
     checkpoint = Checkpoint.open(tiny_folder)
-    read, original = [], checkpoint.read
-    checkpoint.read = lambda name, *span: (read.append(name), original(name, *span))[1]
+    read, original_read, original_mapped = [], checkpoint.read, checkpoint.mapped
+    checkpoint.read = lambda name, *span: (read.append(name), original_read(name, *span))[1]
+    checkpoint.mapped = lambda name: (read.append(name), original_mapped(name))[1]
     network = framework.model(checkpoint)
     logits_of(network, golden_arrays("text_logits")["input_ids"][0].astype(np.int64), make_cache(network))
     assert not [name for name in read if not name.startswith("language_model.")]
