@@ -19,6 +19,11 @@ def projected(layer: Linear | QuantizedLinear, x: mx.array) -> mx.array:
     return mx.unflatten(layer(x.flatten(0, -2)), 0, x.shape[:-1])
 
 
+def normed(norm: RMSNorm, x: mx.array, limit: float) -> mx.array:
+    """The norm of x, whose values are clipped at +-limit before; [B, T, D], kept."""
+    return norm(mx.clip(x, -limit, limit))
+
+
 class Conv2d(nn.Module):
     """A convolution over time and frequency without padding."""
 
@@ -168,8 +173,8 @@ class ConformerAttention(nn.Module):
 
     def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
         """[B, T, D] and [B, T] -> [B, T, D]."""
-        attended = self.attn(self.pre_attn_norm(mx.clip(x, -self.limit, self.limit)), mask)
-        return x + self.post_norm(mx.clip(projected(self.post, attended), -self.limit, self.limit))
+        attended = self.attn(normed(self.pre_attn_norm, x, self.limit), mask)
+        return x + normed(self.post_norm, projected(self.post, attended), self.limit)
 
 
 class ConformerFeedForward(nn.Module):
@@ -185,9 +190,9 @@ class ConformerFeedForward(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """[B, T, D] -> [B, T, D]."""
-        normed = self.pre_layer_norm(mx.clip(x, -self.limit, self.limit))
-        update = projected(self.ffw_layer_2, nn.silu(projected(self.ffw_layer_1, normed)))
-        return x + self.post_layer_norm(mx.clip(update, -self.limit, self.limit)) * self.residual_weight
+        update = projected(self.ffw_layer_1, normed(self.pre_layer_norm, x, self.limit))
+        update = projected(self.ffw_layer_2, nn.silu(update))
+        return x + normed(self.post_layer_norm, update, self.limit) * self.residual_weight
 
 
 class DepthwiseConv1d(nn.Module):
@@ -219,7 +224,7 @@ class ConformerLightConv1d(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """[B, T, D] -> [B, T, D]."""
         gated = nn.glu(projected(self.linear_start, self.pre_layer_norm(x)), axis=-1)
-        mixed = self.conv_norm(mx.clip(self.depthwise_conv1d(gated), -self.limit, self.limit))
+        mixed = normed(self.conv_norm, self.depthwise_conv1d(gated), self.limit)
         return x + projected(self.linear_end, nn.silu(mixed))
 
 
@@ -240,7 +245,7 @@ class ConformerBlock(nn.Module):
         x = self.attention(self.ffw_layer_start(x), mask)
         # Padding is silenced, or the convolution would carry it into the sound behind it.
         x = self.ffw_layer_end(self.lconv1d(x * mask[..., None]))
-        return self.norm(mx.clip(x, -self.limit, self.limit))
+        return normed(self.norm, x, self.limit)
 
 
 class AudioTower(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from g3n_mlx.backends.torch.kernels.towers import pointwise, rms_norm_
 from g3n_mlx.backends.torch.layers import Linear, PackedLinear, QuantizedLinear, linear
 from g3n_mlx.backends.torch.text import RMSNorm
 from g3n_mlx.backends.torch.weights import Weights, from_numpy
@@ -17,7 +18,15 @@ from g3n_mlx.config.audio import FIXED_NORM_EPS, SSCP_FREQUENCY_PADDING, AudioCo
 
 def projected(layer: Linear | QuantizedLinear | PackedLinear, x: Tensor) -> Tensor:
     """A linear layer, which takes rows, over the last axis."""
+    if isinstance(layer, Linear) and x.dtype == torch.float32:
+        return pointwise(x, layer.weight)
     return layer(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+
+def normed(norm: RMSNorm, x: Tensor, limit: float) -> Tensor:
+    """The norm of x, whose values are clipped at +-limit before; [B, T, D], kept."""
+    assert norm.weight is not None
+    return rms_norm_(x.clamp(-limit, limit), norm.weight, norm.eps)
 
 
 class Conv2d(nn.Module):
@@ -169,8 +178,8 @@ class ConformerAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """[B, T, D] and [B, T] -> [B, T, D]."""
-        attended = self.attn(self.pre_attn_norm(x.clamp(-self.limit, self.limit)), mask)
-        return x + self.post_norm(projected(self.post, attended).clamp(-self.limit, self.limit))
+        attended = self.attn(normed(self.pre_attn_norm, x, self.limit), mask)
+        return x + normed(self.post_norm, projected(self.post, attended), self.limit)
 
 
 class ConformerFeedForward(nn.Module):
@@ -186,9 +195,9 @@ class ConformerFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        normed = self.pre_layer_norm(x.clamp(-self.limit, self.limit))
-        update = projected(self.ffw_layer_2, F.silu(projected(self.ffw_layer_1, normed)))
-        return x + self.post_layer_norm(update.clamp(-self.limit, self.limit)) * self.residual_weight
+        update = projected(self.ffw_layer_1, normed(self.pre_layer_norm, x, self.limit))
+        update = projected(self.ffw_layer_2, F.silu(update, inplace=True))
+        return x + normed(self.post_layer_norm, update, self.limit) * self.residual_weight
 
 
 class DepthwiseConv1d(nn.Module):
@@ -220,7 +229,7 @@ class ConformerLightConv1d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         gated = F.glu(projected(self.linear_start, self.pre_layer_norm(x)), dim=-1)
-        mixed = self.conv_norm(self.depthwise_conv1d(gated).clamp(-self.limit, self.limit))
+        mixed = normed(self.conv_norm, self.depthwise_conv1d(gated), self.limit)
         return x + projected(self.linear_end, F.silu(mixed))
 
 
@@ -241,7 +250,7 @@ class ConformerBlock(nn.Module):
         x = self.attention(self.ffw_layer_start(x), mask)
         # Padding is silenced, or the convolution would carry it into the sound behind it.
         x = self.ffw_layer_end(self.lconv1d(x * mask[..., None]))
-        return self.norm(x.clamp(-self.limit, self.limit))
+        return normed(self.norm, x, self.limit)
 
 
 class AudioTower(nn.Module):
