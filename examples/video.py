@@ -1,6 +1,6 @@
 """What happens in a video, pictures and sound: python examples/video.py [MODEL] [VIDEO] [QUESTION]
 
-Needs the extra `video`. One picture a second is shown, each after its time, and the sound beside them.
+One picture a second is shown, each after its time, and the sound beside them.
 """
 
 import sys

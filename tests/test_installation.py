@@ -80,7 +80,7 @@ def test_a_checkout_that_was_never_installed(repository, tmp_path, built):
             "Metadata-Version: 2.1\nName: g3n-mlx\nVersion: 1.2.3\n"
         )
     paths = os.pathsep.join([str(tmp_path), str(repository)])
-    code = "from g3n_mlx.installation import *; print(version(), install_command('video'))"
+    code = "from g3n_mlx.installation import *; print(version(), install_command('heif'))"
     done = subprocess.run(
         [sys.executable, "-S", "-c", code],  # without site-packages
         env={**os.environ, "PYTHONPATH": paths},
@@ -88,7 +88,7 @@ def test_a_checkout_that_was_never_installed(repository, tmp_path, built):
         text=True,
         check=True,
     )
-    assert shlex.split(done.stdout) == ["unknown", "pip", "install", "-e", f"{repository}[video]"]
+    assert shlex.split(done.stdout) == ["unknown", "pip", "install", "-e", f"{repository}[heif]"]
 
 
 def test_no_message_names_an_index_by_itself(repository):

@@ -1,7 +1,7 @@
 """Makes the pictures, sounds and the video beside this file: python examples/media/make_media.py [FOLDER]
 
 They are drawn and sounded by what the demo model was trained with (../train_demo), and spoken by espeak-ng; nothing
-in them is anybody else's. Needs espeak-ng, the DejaVu fonts and the extra `video`.
+in them is anybody else's. Needs espeak-ng, the DejaVu fonts.
 """
 
 import sys

@@ -7,10 +7,9 @@ from typing import Any
 
 from g3n_mlx.installation import install_command, version
 
-REQUIRED = ("numpy", "tokenizers", "huggingface_hub", "pillow", "soundfile", "soxr", "prompt_toolkit")
+REQUIRED = ("numpy", "tokenizers", "huggingface_hub", "pillow", "soundfile", "soxr", "av", "prompt_toolkit")
 # The extras but for the backends': what each is for, and the packages it brings.
 EXTRAS = {
-    "video": ("M4A, AAC and Opus sound, and videos", ("av",)),
     "heif": ("HEIC images", ("pillow-heif",)),
     "pictures": ("images shown in the terminal", ("textual-image",)),
     "mic": ("recording in the chat", ("sounddevice",)),

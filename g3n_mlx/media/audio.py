@@ -1,18 +1,19 @@
 """Audio in any usual form and format to a waveform of one channel.
 
-libsndfile decodes what it can (WAV, FLAC, OGG, MP3), PyAV the rest and the audio of videos (extra `video`); soxr brings
-any rate to the one that is asked for.
+PyAV decodes to the true end of a file, also where several are joined in one; soxr brings any rate to the one that is
+asked for. Source of the weights of channels: ITU-R BS.775-4, table 2.
 """
 
 import base64
 import io
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from g3n_mlx.failures import BadValue
-from g3n_mlx.media.containers import check_whole, import_av, mp3_declares_length, open_container
+from g3n_mlx.media.containers import check_whole, ogg_links, open_container
 from g3n_mlx.media.fetch import fetch, source_text
 from g3n_mlx.media.policy import MediaPolicy
 
@@ -22,10 +23,35 @@ if TYPE_CHECKING:
 # In Hz; far outside any audible recording. Below, resampling would make gigabytes of a small file.
 MIN_RATE, MAX_RATE = 1_000, 1_000_000
 
+# Of a sample. Resampled and lossy sound passes 1 a little; integers that were not divided pass this.
+MAX_LEVEL = 4.0
+# Sound that stays this close to its mean holds nothing to hear: 70 dB below the loudest, ten steps of 16 bits.
+_SILENT_LEVEL = 3e-4
+
 _PLAYED_RATE = 16_000  # Hz, in a notebook; the released processor's
-_BLOCK_FRAMES = 1 << 17
-# What libsndfile says of a FLAC whose writer did not know its length.
-_UNKNOWN_FRAMES = 1 << 62
+_BLOCK_SAMPLES = 1 << 15
+_CUT_SLACK_S = 0.06  # a frame or two of a lossy format, which decoders leave out at the ends
+# What a channel counts for in one channel: the mean of BS.775's left and right. Rear channels stand by two names; those
+# of low frequencies are left out, as there.
+_SIDE, _CENTRE, _REAR = 0.5, 0.5**0.5, 0.5**1.5
+_WEIGHTS = {
+    **dict.fromkeys(("FL", "FR", "DL", "DR", "WL", "WR", "FLC", "FRC"), _SIDE),
+    **dict.fromkeys(("FC", "BC", "TC", "TFC", "TBC"), _CENTRE),
+    **dict.fromkeys(("BL", "BR", "SL", "SR", "TFL", "TFR", "TBL", "TBR"), _REAR),
+    **dict.fromkeys(("LFE", "LFE2"), 0.0),
+}
+# WAV's and FLAC's order of as many channels, where nothing else is said; then "LFE" may be something else, and counts.
+_ORDERS = {
+    2: "FL FR",
+    3: "FL FR FC",
+    4: "FL FR BL BR",
+    5: "FL FR FC BL BR",
+    6: "FL FR FC LFE BL BR",
+    7: "FL FR FC LFE BC SL SR",
+    8: "FL FR FC LFE BL BR SL SR",
+}
+# A stretch whose left and right cancel out: their sum is 10 dB weaker than their difference.
+_STRETCH_S, _CANCELLED = 0.5, 0.1
 
 
 class Audio:
@@ -76,113 +102,185 @@ class Audio:
         return mono.finish()
 
 
+def is_silent(waveform: np.ndarray) -> bool:
+    """Whether a waveform, float32 [samples], holds nothing to hear, whatever constant it stays at."""
+    return bool(np.abs(waveform - waveform.mean()).max() < _SILENT_LEVEL)
+
+
 def _decode(data: bytes, mono: "Mono") -> None:
     """Adds the audio of a file, or of a video."""
-    import soundfile
-
     if not data:
         raise BadValue("the audio has no bytes")
     check_whole(data)
-    try:
-        opened = soundfile.SoundFile(_Bytes(data))
-    except (soundfile.LibsndfileError, TypeError):  # TypeError: it takes the bytes for headerless samples
-        return _decode_with_av(data, mono)
-    with opened as file:
-        if file.frames >= _UNKNOWN_FRAMES:
-            return _decode_with_av(data, mono)
-        left = file.frames
-        # Of other MP3s libsndfile estimates the length from the size of the file.
-        declared = file.format != "MP3" or mp3_declares_length(data)
-        try:
-            # Not file.blocks(): it hands out stale samples where a damaged file holds less than it says.
-            while len(block := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
-                mono.add(block, file.samplerate)
-                left -= len(block)
-        except soundfile.LibsndfileError as error:
-            raise BadValue(f"the audio is damaged or cut off: {error.error_string}") from None
-        if declared and left > 0:
-            raise BadValue(f"the audio is damaged or cut off: {left / file.samplerate:.1f} s of it are missing")
-
-
-class _Bytes(io.BytesIO):
-    """A file in memory. A damaged one sends libsndfile before its beginning; it stays there, without an exception that
-    soundfile would print and ignore.
-    """
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = (0, self.tell(), len(self.getbuffer()))[whence]
-        return super().seek(max(0, start + offset))
-
-
-def _decode_with_av(data: bytes, mono: "Mono") -> None:
-    if add_audio_track(data, mono) is None:
-        raise BadValue("the file holds no audio")
+    for link in ogg_links(data):
+        if add_audio_track(link, mono) is None:
+            raise BadValue("the file holds no audio")
 
 
 def add_audio_track(data: bytes, mono: "Mono") -> float | None:
-    """Adds the first audio track of a file that PyAV reads, and returns its start in seconds; None if there is none.
+    """Adds the first audio track of a file and returns its start in seconds; None if there is none.
 
-    Raises ValueError when the track is damaged, or the file is no audio or video.
+    Raises ValueError when the track is damaged or cut off, or the file is no audio or video.
     """
-    av = import_av("neither WAV, FLAC, OGG nor MP3")
     with open_container(data) as container:
         if not container.streams.audio:
             return None
-        if container.streams.audio[0].codec_context is None:
+        stream = container.streams.audio[0]
+        if stream.codec_context is None:
             raise BadValue("the audio is in an unknown format, or damaged")
-        to_floats, start_s = av.AudioResampler(format="flt"), None
-        try:
-            for frame in container.decode(container.streams.audio[0]):
-                for block in to_floats.resample(frame):
-                    if start_s is None:
-                        start_s = block.time or 0.0
-                    mono.add(block.to_ndarray().reshape(-1, block.layout.nb_channels), block.sample_rate)
-        except av.FFmpegError as error:
-            raise BadValue(f"the audio is damaged or cut off: {error.strerror}") from None
-        return start_s
+        start_s, begun_s = None, mono.seconds
+        block: list[np.ndarray] = []
+        last: tuple[int, tuple[str, ...]] = (0, ())
+        for frame in _frames(container, stream):
+            if start_s is None:
+                start_s = frame.time or 0.0
+            kind = (frame.sample_rate, tuple(channel.name for channel in frame.layout.channels))
+            if block and (kind != last or sum(map(len, block)) >= _BLOCK_SAMPLES):
+                mono.add(np.concatenate(block), *last)
+                block = []
+            block.append(_floats(frame))
+            last = kind
+        if block:
+            mono.add(np.concatenate(block), *last)
+        missing_s = _declared_s(container, stream) - (mono.seconds - begun_s)
+        if missing_s > _CUT_SLACK_S:
+            raise BadValue(f"the audio is damaged or cut off: {missing_s:.1f} s of it are missing")
+        return 0.0 if start_s is None else start_s
+
+
+def _frames(container: Any, stream: Any) -> Iterator[Any]:
+    """The decoded frames of a track; raises ValueError at a damaged one."""
+    from av.error import FFmpegError, InvalidDataError
+
+    open_ended = container.format.name == "wav"  # its last packet is incomplete when its length is unknown
+    try:
+        for packet in container.demux(stream):
+            if packet.is_corrupt and not open_ended:
+                raise BadValue("the audio is damaged or cut off: a packet is incomplete")
+            try:
+                yield from packet.decode()
+            except InvalidDataError:
+                # Where files are joined, headers and tags stand between the frames.
+                if not bytes(packet)[:4].startswith((b"ID3", b"TAG", b"APET", b"fLaC", b"LYRI")):
+                    raise
+    except FFmpegError as error:
+        raise BadValue(f"the audio is damaged or cut off: {error.strerror}") from None
+
+
+def _floats(frame: Any) -> np.ndarray:
+    """A frame's samples, float32 [samples, channels]."""
+    array = frame.to_ndarray()
+    array = array.T if frame.format.is_planar else array.reshape(-1, frame.layout.nb_channels)
+    if array.dtype == np.uint8:
+        return (array.astype(np.float32) - 128) / 128
+    if array.dtype.kind == "i":
+        return array.astype(np.float32) / np.float32(2.0 ** (8 * array.dtype.itemsize - 1))
+    return array.astype(np.float32)
+
+
+def _declared_s(container: Any, stream: Any) -> float:
+    """How long a file says its sound is at least; 0 when it does not. Most say it in bytes: see containers.py."""
+    if container.format.name == "flac" and stream.duration:
+        return float(stream.duration * stream.time_base)
+    return 0.0
 
 
 class Mono:
-    """Blocks of audio, mixed to one channel and resampled as they come, so that only the result is held."""
+    """Blocks of audio, mixed to one channel and resampled as they come, so that only the result is held.
+
+    Where left and right cancel out, as in a recording with one of them reversed, right counts reversed.
+    """
 
     def __init__(self, rate: int, policy: MediaPolicy) -> None:
         """rate: of the result, in Hz."""
         self._rate, self._policy = rate, policy
+        self._block_rate: float | None = None
         self._resampler: soxr.ResampleStream | None = None
         self._blocks: list[np.ndarray] = []
-        self._num_samples = 0
+        self._reversed: float | None = None  # 1 where right was reversed last
+        self.seconds = 0.0  # of what was added
 
-    def add(self, block: np.ndarray, rate: float) -> None:
-        """Takes [samples] or [samples, channels], float32, of the first block's rate in Hz.
+    def add(self, block: np.ndarray, rate: float, channels: Sequence[str] = ()) -> None:
+        """Takes [samples] or [samples, channels], float32, at a rate in Hz; channels: their names as FFmpeg has them.
 
-        Raises ValueError for a rate out of range, or beyond the policy's duration.
+        Raises ValueError for a rate or samples out of range, or beyond the policy's duration.
         """
-        import soxr
-
-        self._policy.check_time()
-        if not self._blocks:
-            _check_rate(rate)
-            if rate != self._rate:
-                self._resampler = soxr.ResampleStream(rate, self._rate, 1, dtype="float32")
-        self._num_samples += len(block)
-        if self._num_samples > self._policy.max_seconds * rate:
-            raise BadValue(f"the audio is longer than {self._policy.max_seconds:g} s, the most that is accepted")
-        self._append(block if block.ndim == 1 else block.mean(axis=1, dtype=np.float32), last=False)
-
-    def _append(self, block: np.ndarray, last: bool) -> None:
-        self._blocks.append(block if self._resampler is None else self._resampler.resample_chunk(block, last=last))
+        if rate != self._block_rate:
+            self._begin(rate)
+        if block.ndim == 1:
+            block = block[:, None]
+        weights = _weights(channels, block.shape[1])
+        step = max(1, round(rate * _STRETCH_S))
+        for start in range(0, len(block), step):
+            self._policy.check_time()
+            stretch = block[start : start + step]
+            self.seconds += len(stretch) / rate
+            if self.seconds > self._policy.max_seconds + 1e-6:
+                raise BadValue(f"the audio is longer than {self._policy.max_seconds:g} s, the most that is accepted")
+            _check_level(stretch, "the audio")
+            self._append(self._mixed(stretch, weights))
 
     def finish(self) -> np.ndarray:
         """The whole, float32 [samples]; raises ValueError when it is empty or not finite."""
-        if not self._num_samples:
+        if not self.seconds:
             raise BadValue("the audio is empty")
-        self._append(np.zeros(0, dtype=np.float32), last=True)
+        self._flush()
         waveform = np.concatenate(self._blocks)
         if not len(waveform):
             raise BadValue("the audio is shorter than one sample of 16 kHz")
-        if not np.isfinite(waveform).all():
-            raise BadValue("the audio has samples that are not finite numbers (NaN or infinity)")
         return waveform
+
+    def _begin(self, rate: float) -> None:
+        """Makes ready for blocks of another rate, as joined files have them."""
+        import soxr
+
+        _check_rate(rate)
+        self._flush()
+        self._block_rate = rate
+        if rate != self._rate:
+            self._resampler = soxr.ResampleStream(rate, self._rate, 1, dtype="float32")
+
+    def _flush(self) -> None:
+        if self._resampler is not None:
+            self._append(np.zeros(0, dtype=np.float32), last=True)
+        self._resampler = None
+
+    def _append(self, block: np.ndarray, last: bool = False) -> None:
+        self._blocks.append(block if self._resampler is None else self._resampler.resample_chunk(block, last=last))
+
+    def _mixed(self, stretch: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """One channel of several, by weights [2, channels]: as they are, and with right reversed."""
+        if stretch.shape[1] == 1:
+            return stretch[:, 0]
+        mix, difference = (stretch @ row for row in weights)
+        now = float(np.square(mix).mean() < _CANCELLED * np.square(difference).mean())
+        before, self._reversed = now if self._reversed is None else self._reversed, now
+        if before == now == 0:
+            return mix
+        share = np.linspace(before, now, len(mix), dtype=np.float32)  # a jump would click
+        return mix + share * (difference - mix)
+
+
+def _weights(channels: Sequence[str], count: int) -> np.ndarray:
+    """What each channel counts for, float32 [2, channels]: in their sum, and with right reversed."""
+    weights = dict(_WEIGHTS)
+    if len(channels) != count or not set(channels) <= set(weights):
+        if count not in _ORDERS:
+            even = np.full(count, 1 / count)
+            return np.stack([even, even * (-1.0) ** np.arange(count)]).astype(np.float32)
+        channels = _ORDERS[count].split()
+        weights["LFE"] = _REAR
+    row = np.array([weights[name] for name in channels])
+    return np.stack([row, row * [-1 if "R" in name else 1 for name in channels]]).astype(np.float32)
+
+
+def _check_level(samples: np.ndarray, what: str) -> None:
+    """Raises ValueError when samples are not finite, or far from the range of -1 to 1."""
+    level = np.abs(samples).max(initial=0.0)
+    if not np.isfinite(level):
+        raise BadValue(f"{what} has samples that are not finite numbers (NaN or infinity)")
+    if level > MAX_LEVEL:
+        raise BadValue(f"{what} has samples up to {level:g}, expected floats from -1 to 1: divide them by their range")
 
 
 def _check_rate(rate: Any) -> None:
@@ -208,6 +306,5 @@ def _samples_of(array: np.ndarray) -> np.ndarray:
         raise BadValue(f"an audio array is {array.dtype}, expected floats from -1 to 1, int16, int32 or uint8")
     with np.errstate(over="ignore"):  # what float32 can't hold becomes infinity
         samples = array.astype(np.float32)
-    if not np.isfinite(samples).all():
-        raise BadValue("an audio array has values that are not finite numbers (NaN or infinity)")
+    _check_level(samples, "an audio array")
     return samples

@@ -9,41 +9,33 @@ ISO 14496-12, 4.2 (boxes); RFC 8794 (EBML).
 
 import io
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 from g3n_mlx.failures import BadValue
-from g3n_mlx.installation import install_command
 
 # Containers of audio and video that PyAV may open; playlists and other formats that name further files are left out.
 CONTAINERS = (
     "aac,ac3,aiff,amr,asf,avi,caf,eac3,flac,flv,m4v,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mp3,mpeg,mpegts,mpegvideo,"
-    "ogg,opus,wav,wv,gif,apng"
+    "ogg,opus,wav,wv,gif,apng,w64,au,voc,tta"
 )
 # A RIFF length from here on is a placeholder: espeak-ng writes 0x7ffff000, FFmpeg 0xffffffff when they write to a pipe.
 _OPEN_RIFF_BYTES = 0x7FFF0000
 # Chunks or boxes that are looked at: no file of use has more, and one of empty ones would take a while.
 _MAX_PARTS = 100_000
-_EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
-
-
-def import_av(found: str) -> Any:
-    """PyAV; raises ValueError naming the extra when it is not installed."""
-    try:
-        import av
-    except ImportError:
-        raise BadValue(
-            f"the file is {found}: M4A, AAC, Opus and videos need PyAV: {install_command('video')}"
-        ) from None
-    return av
+_MAX_BLOCKS = 1_000_000  # of a live recording: five hours of 20 ms
+_EBML, _SEGMENT, _CLUSTER = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"
 
 
 def open_container(data: bytes) -> Any:
     """A PyAV container of a file's bytes; raises ValueError when it is none of the known formats."""
-    av = import_av("a video")
+    import av
+    from av.error import FFmpegError
+
     try:
         # No protocol at all: nothing in the file can make the demuxer open another file or a URL.
         return av.open(io.BytesIO(data), options={"format_whitelist": CONTAINERS, "protocol_whitelist": "none"})
-    except (av.FFmpegError, ValueError):
+    except (FFmpegError, ValueError):
         raise BadValue("not audio or video in a known format, or damaged") from None
 
 
@@ -66,7 +58,24 @@ def _declared_bytes(data: bytes) -> int:
         return _matroska_bytes(data)
     if data[4:8] in (b"ftyp", b"moov", b"mdat"):
         return max((stop for kind, stop in _boxes(data) if kind in (b"moov", b"mdat", b"moof")), default=0)
-    return 0  # MP3, FLAC and bare AAC: their decoders notice
+    if data[:4] == b".snd":
+        start, size = int.from_bytes(data[4:8], "big"), int.from_bytes(data[8:12], "big")
+        return start + size if size < _OPEN_RIFF_BYTES else 0
+    if data[:4] == b"FLV\x01":
+        return _flv_bytes(data)
+    if data[:3] == b"ID3" or (data[:1] == b"\xff" and data[1:2] >= b"\xe0"):
+        return _mp3_bytes(data)
+    return 0  # of FLAC, bare AAC, TS and others the decoder notices
+
+
+def _flv_bytes(data: bytes) -> int:
+    """The end of the last tag."""
+    position = int.from_bytes(data[5:9], "big") + 4
+    for _ in range(_MAX_BLOCKS):
+        if position + 11 > len(data):
+            break
+        position += 11 + int.from_bytes(data[position + 1 : position + 4], "big") + 4
+    return position
 
 
 def _riff_bytes(data: bytes) -> int:
@@ -94,6 +103,22 @@ def _ogg_bytes(data: bytes) -> int:
     return lengths + sum(data[page + 27 : lengths])
 
 
+def ogg_links(data: bytes) -> list[bytes]:
+    """The links of a chain of Ogg files, each a file of its own (RFC 3533, 4); any other file as it is.
+
+    FFmpeg follows a chain only where all links have the same codec, rate and channels.
+    """
+    starts, position, begun = [0], 0, False
+    while data[position : position + 4] == b"OggS" and position + 27 <= len(data):
+        first = bool(data[position + 5] & 2)
+        if first and begun:
+            starts.append(position)
+        begun = not first
+        lengths = position + 27 + data[position + 26]
+        position = lengths + sum(data[position + 27 : lengths])
+    return [data[start:stop] for start, stop in pairwise([*starts, len(data)])]
+
+
 def _boxes(data: bytes) -> Iterator[tuple[bytes, int]]:
     """The outermost boxes of an MP4: the kind, and where it ends."""
     position = 0
@@ -108,14 +133,26 @@ def _boxes(data: bytes) -> Iterator[tuple[bytes, int]]:
 
 
 def _matroska_bytes(data: bytes) -> int:
-    """The end of the segment, which holds everything after the header."""
-    size, width = _ebml_size(data, 4)
-    segment = 4 + width + size
-    if data[segment : segment + 4] != _SEGMENT:
-        return 0
-    size, width = _ebml_size(data, segment + 4)
-    unknown = (1 << 7 * width) - 1
-    return 0 if size == unknown else segment + 4 + width + size
+    """The end of the last element. In a live recording neither the segment nor a cluster knows its length: there it is
+    the end of the last block.
+    """
+    position, end = 0, 0
+    for _ in range(_MAX_BLOCKS):
+        kind_end = position + 9 - (data[position] if position < len(data) else 0).bit_length()
+        if kind_end >= len(data):
+            break
+        kind = data[position:kind_end]
+        size, width = _ebml_size(data, kind_end)
+        position = kind_end + width
+        if size == (1 << 7 * width) - 1:
+            if kind not in (_SEGMENT, _CLUSTER):
+                break
+            continue  # its elements follow
+        position += size
+        end = max(end, position)
+        if position >= len(data):
+            break
+    return end
 
 
 def _ebml_size(data: bytes, position: int) -> tuple[int, int]:
@@ -125,9 +162,19 @@ def _ebml_size(data: bytes, position: int) -> tuple[int, int]:
     return int.from_bytes(data[position : position + width], "big") & ((1 << 7 * width) - 1), width
 
 
-def mp3_declares_length(data: bytes) -> bool:
-    """Whether the first frame of an MP3 is a Xing, Info or VBRI header, which counts the frames."""
+def _mp3_bytes(data: bytes) -> int:
+    """The end of the frames, where the first one is a Xing, Info or VBRI header that says how many bytes they take."""
     start = 0
-    if data[:3] == b"ID3" and len(data) > 10:
+    if data[:3] == b"ID3":
         start = 10 + sum((byte & 0x7F) << 7 * (3 - place) for place, byte in enumerate(data[6:10]))
-    return any(word in data[start : start + 64] for word in (b"Xing", b"Info", b"VBRI"))
+    head = data[start : start + 128]
+    for word in (b"Xing", b"Info", b"VBRI"):
+        at = head.find(word, 0, 64)
+        if at < 0:
+            continue
+        if word == b"VBRI":
+            return start + int.from_bytes(head[at + 10 : at + 14], "big")
+        flags = int.from_bytes(head[at + 4 : at + 8], "big")
+        counted = at + (12 if flags & 1 else 8)  # after the number of frames
+        return start + int.from_bytes(head[counted : counted + 4], "big") if flags & 2 else 0
+    return 0

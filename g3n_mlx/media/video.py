@@ -1,7 +1,7 @@
 """Videos to frames at regular times, each after its time as text, and their audio.
 
 A frame is the one on show at its time, whatever the rate of the file's frames, turned as the file says. The audio is
-split at quiet places; each clip stands after the frames of its stretch. PyAV decodes (extra `video`).
+split at quiet places; each clip stands after the frames of its stretch. PyAV decodes.
 """
 
 import logging
@@ -14,7 +14,7 @@ import numpy as np
 
 from g3n_mlx.failures import BadValue
 from g3n_mlx.media.audio import Mono, add_audio_track
-from g3n_mlx.media.containers import check_whole, import_av, open_container
+from g3n_mlx.media.containers import check_whole, open_container
 from g3n_mlx.media.fetch import fetch, source_text
 from g3n_mlx.media.policy import MediaPolicy
 
@@ -69,14 +69,15 @@ class OpenVideo:
 
         Raises ValueError when the file is no video, damaged or too long, or its frames have too many pixels.
         """
-        av = import_av("a video")
+        from av.error import FFmpegError
+
         with open_container(self._data) as container:
             stream = self._stream(container)
             declared_s = None if stream.duration is None else float(stream.duration * stream.time_base)
             times = self._times(_measured_s(self._data) if declared_s is None else declared_s)
             try:
                 yield from self._frames_at(times, declared_s, container, stream)
-            except av.FFmpegError as error:
+            except FFmpegError as error:
                 raise BadValue(f"the video is damaged or cut off: {error.strerror}") from None
 
     def audio(self, rate: int) -> tuple[float, np.ndarray] | None:

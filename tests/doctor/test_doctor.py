@@ -130,10 +130,10 @@ def test_extras_are_those_of_the_project(repository):
 
 
 def test_a_missing_extra_says_how_to_install_it(monkeypatch):
-    monkeypatch.setitem(software.EXTRAS, "video", ("videos", ("no-such-package",)))
-    (video,) = [extra for extra in software.extras() if extra["name"] == "video"]
-    assert video["packages"] == {"no-such-package": None}
-    assert video["install"] == install_command("video")
+    monkeypatch.setitem(software.EXTRAS, "heif", ("HEIC images", ("no-such-package",)))
+    (heif,) = [extra for extra in software.extras() if extra["name"] == "heif"]
+    assert heif["packages"] == {"no-such-package": None}
+    assert heif["install"] == install_command("heif")
 
 
 def test_chips_of_linux():

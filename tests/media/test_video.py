@@ -3,14 +3,12 @@
 import base64
 import contextlib
 import io
-import sys
 
 import numpy as np
 import pytest
 from media_files import shade, sound_file, tones, video_file
 from PIL import Image as pil
 
-from g3n_mlx.installation import install_command
 from g3n_mlx.media.policy import MediaPolicy
 from g3n_mlx.media.video import Video, time_stamp
 
@@ -215,10 +213,3 @@ def test_sources_that_are_no_video():
     for source in (None, 7, np.zeros((2, 4, 4, 3), np.uint8)):
         with pytest.raises(ValueError, match=f"a video is of type {type(source).__name__}, expected a path"):
             Video(source)
-
-
-def test_without_pyav(monkeypatch):
-    data = video_file(1.0)
-    monkeypatch.setitem(sys.modules, "av", None)
-    expected = f"the file is a video: M4A, AAC, Opus and videos need PyAV: {install_command('video')}"
-    assert refused(Video(data)) == expected
