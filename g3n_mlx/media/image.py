@@ -5,12 +5,13 @@ RGB, with what is transparent composited on white, and resized to the processor'
 Source: transformers, image_transforms.py `convert_to_rgb` and image_processing_pil_siglip.py.
 """
 
+import ctypes
 import io
 import struct
 import threading
 import warnings
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 # What Pillow may decode: every extra format exposes another parser to untrusted input.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 _SHOWN_PIXELS = 512  # of an image in a notebook, each side
+# A larger image takes up to 16 bytes a pixel while it is decoded: one at a time, whoever sends them.
+_LARGE_PIXELS = 8_000_000
+_one_large_image = threading.Lock()
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 # What a damaged file makes Pillow raise: OSError, SyntaxError, ValueError and struct.error from its own readers,
 # RuntimeError from libavif and libheif, EOFError from libheif. A fuzz test holds the list to that.
@@ -82,13 +86,12 @@ class Image:
         shown.save(png, "PNG")
         return png.getvalue()
 
-    def rgb(self, policy: MediaPolicy) -> np.ndarray:
+    def rgb(self, policy: MediaPolicy, height: int = 0, width: int = 0) -> np.ndarray:
         """The image upright and without transparency, uint8 [h, w, 3].
 
+        height, width: what it will be resized to; a large image may come smaller than it is, but twice that at least.
         Raises ValueError when it can't be fetched, is no image, is damaged or has too many pixels.
         """
-        from PIL import ImageOps
-
         source = fetch(self._source, policy) if isinstance(self._source, str | Path) else self._source
         with _pillow_is_quiet:
             image = _opened(source)
@@ -97,8 +100,22 @@ class Image:
                 raise BadValue(f"{_too_many_pixels(policy.max_pixels)}: it is {size}")
             if image.width * image.height == 0:
                 raise BadValue(f"the image has no pixels: it is {image.width} × {image.height}")
-            with _damage_named():
-                return _to_rgb(ImageOps.exif_transpose(image))
+            if max(image.size) > policy.max_side:
+                raise BadValue(
+                    f"the image is {image.width} × {image.height}, longer than {policy.max_side:,} pixels, "
+                    "the most that is decoded"
+                )
+            if image.width * image.height <= _LARGE_PIXELS:
+                with _damage_named():
+                    return _to_rgb(_upright(image))
+            with _one_large_image:
+                policy.check_time()
+                try:
+                    with _damage_named():
+                        return _to_rgb(_reduced(image, height, width))
+                finally:
+                    del image
+                    _give_memory_back()
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +182,8 @@ def _pixels_of(array: np.ndarray) -> np.ndarray:
         array = np.rint(array * 255).astype(np.uint8)
     if array.dtype != np.uint8:
         raise BadValue(f"an image array is {array.dtype}, expected uint8, or floats from 0 to 1")
-    return np.ascontiguousarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
+    # A copy: the caller may fill the array with the next image before this one is opened.
+    return np.array(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array, order="C")
 
 
 def _opened(source: "bytes | np.ndarray | pil.Image") -> "pil.Image":
@@ -234,6 +252,34 @@ class _QuietPillow:
 
 
 _pillow_is_quiet = _QuietPillow()
+
+
+def _reduced(image: "pil.Image", height: int, width: int) -> "pil.Image":
+    """A large image upright, with as few pixels as twice `height` and `width` need; all of them if those are 0."""
+    if not height or not width:
+        return _upright(image)
+    side = 2 * max(height, width)
+    image.draft(None, (side, side))  # of JPEG, which is then decoded to a fraction of its size
+    image = _upright(image)
+    factors = (max(1, image.width // side), max(1, image.height // side))
+    if factors == (1, 1) or image.mode not in ("L", "RGB", "RGBA", "CMYK"):
+        return image
+    return image.reduce(factors)
+
+
+def _upright(image: "pil.Image") -> "pil.Image":
+    """The image turned as its EXIF orientation says."""
+    from PIL import ImageOps
+
+    image.load()  # or it would be copied where nothing is to be turned
+    ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
+def _give_memory_back() -> None:
+    """Lets glibc return what a large image took; elsewhere the system's allocator does so by itself."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _to_rgb(image: "pil.Image") -> np.ndarray:

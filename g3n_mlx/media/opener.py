@@ -64,7 +64,8 @@ class MediaOpener:
         match source:
             case Image():
                 self._require_tower("image", "image")
-                return [self.image_processing.features(source.rgb(policy))]
+                processing = self.image_processing
+                return [processing.features(source.rgb(policy, processing.height, processing.width))]
             case Audio():
                 self._require_tower("audio", "audio")
                 return [clip for _, clip in self._clips(source.waveform(self.audio_processing.sampling_rate, policy))]

@@ -29,6 +29,7 @@ class MediaPolicy:
     allowed_hosts: frozenset[str] = frozenset()  # "host" or "host:port", in lower case, whatever their addresses
     max_bytes: int = 1 << 30  # of a file, a download or a data: URI
     max_pixels: int = 178_956_970  # of a decoded image; Pillow's own limit
+    max_side: int = 65_535  # of an image, in pixels: JPEG's own limit; a longer one is no image to look at
     max_seconds: float = 4 * 3600.0  # of decoded audio and video
     timeout_s: float = 60.0  # of a download, redirects included
     max_redirects: int = 5

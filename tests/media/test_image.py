@@ -388,3 +388,28 @@ def test_a_notebook_shows_the_image_upright_and_not_too_large():
     assert (shown.getpixel((10, 100)), shown.getpixel((500, 100))) == ((255, 0, 0), (0, 0, 0))
     small = pil.open(io.BytesIO(Image(pixels[:20, :30])._repr_png_()))
     np.testing.assert_array_equal(np.asarray(small), pixels[:20, :30])
+
+
+def test_the_array_of_a_caller_may_change():
+    array = drawn().copy()
+    image = Image(array)
+    expected = image.rgb(ANY)
+    array[:] = 0
+    np.testing.assert_array_equal(image.rgb(ANY), expected)
+
+
+def test_a_long_thin_image_is_refused_before_it_is_decoded():
+    data = encoded(np.zeros((70_000, 1, 3), np.uint8), "PNG")
+    assert refused(data) == "the image is 1 × 70000, longer than 65,535 pixels, the most that is decoded"
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+def test_a_large_image_comes_reduced(file_format):
+    """With the same picture, and never smaller than twice what is asked for."""
+    large = np.asarray(pil.fromarray(drawn()).resize((4800, 3600)))
+    data = encoded(large, file_format)
+    reduced = Image(data).rgb(ANY, 256, 256)
+    assert min(reduced.shape[:2]) >= 512
+    assert reduced.size < large.size / 4
+    small = [np.asarray(pil.fromarray(rgb).resize((256, 256))).astype(int) for rgb in (reduced, Image(data).rgb(ANY))]
+    assert np.abs(small[0] - small[1]).mean() < 2
