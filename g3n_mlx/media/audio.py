@@ -88,6 +88,12 @@ class Audio:
         data = base64.b64encode(wav.getvalue()).decode()
         return f'<audio controls src="data:audio/wav;base64,{data}"></audio>'
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether an array holds nothing to hear, whatever constant it stays at; a file counts as sound unread."""
+        samples = self._source
+        return isinstance(samples, np.ndarray) and bool(np.abs(samples - samples.mean(axis=0)).max() < _SILENT_LEVEL)
+
     def waveform(self, rate: int, policy: MediaPolicy) -> np.ndarray:
         """The audio as one channel at `rate` Hz, float32 [samples].
 
@@ -100,11 +106,6 @@ class Audio:
         else:
             _decode(source if isinstance(source, bytes) else fetch(source, policy), mono)
         return mono.finish()
-
-
-def is_silent(waveform: np.ndarray) -> bool:
-    """Whether a waveform, float32 [samples], holds nothing to hear, whatever constant it stays at."""
-    return bool(np.abs(waveform - waveform.mean()).max() < _SILENT_LEVEL)
 
 
 def _decode(data: bytes, mono: "Mono") -> None:

@@ -71,10 +71,8 @@ async def _prompt(text_or_ids: str | list[int], place: Place) -> Prompt:
         ids = [model.tokenizer.bos_id, *await place.encoded(text_or_ids)]
     else:
         ids = text_or_ids
-    vocab_size, context_tokens = model.config.text.vocab_size, model.config.text.max_position_embeddings
-    wrong = [token_id for token_id in ids if token_id >= vocab_size]
-    if wrong:
-        raise ApiError(400, f"{wrong[0]} is not a token id, expected 0 to {vocab_size - 1}", param="prompt")
+    context_tokens = model.config.text.max_position_embeddings
+    place.check_ids(ids, "prompt")
     if len(ids) > context_tokens:
         raise ApiError(
             400,

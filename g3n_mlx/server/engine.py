@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -103,6 +103,7 @@ class Place:
         self.constrained_by = "response_format"  # the field to blame when a grammar fails during generation
         self.jobs: list[Job] = []  # in progress or waiting
         self._holds_audio = False
+        self._working: Future[Any] | None = None  # the last work in another thread
 
     @property
     def policy(self) -> MediaPolicy:
@@ -125,13 +126,21 @@ class Place:
         """
         try:
             async with asyncio.timeout(self.deadline - time.monotonic()):
-                return await asyncio.get_running_loop().run_in_executor(threads, work)
+                self._working = threads.submit(work)
+                return await asyncio.wrap_future(self._working)
         except TimeoutError:
             raise self.too_late() from None
         except PromptTooLong as error:
             raise ApiError(400, str(error), param=param, code=TOO_LONG) from None
         except ValueError as error:
             raise ApiError(400, str(error), param=param) from None
+
+    def check_ids(self, ids: Sequence[int], param: str) -> None:
+        """Raises ApiError 400 about a parameter when one of its ids is no token's."""
+        vocab_size = self.engine.model.config.text.vocab_size
+        wrong = next((token_id for token_id in ids if token_id >= vocab_size), None)
+        if wrong is not None:
+            raise ApiError(400, f"{wrong} is not a token id, expected 0 to {vocab_size - 1}", param=param)
 
     async def encoded(self, text: str) -> list[int]:
         """The ids of a plain text; raises ApiError 400 when there are none, or more than the context holds."""
@@ -190,7 +199,16 @@ class Place:
             job.stopped = True
         if self._holds_audio:
             self._holds_audio = False
-            self.engine.long_audio.release()
+            if self._working is None or self._working.done():
+                self.engine.long_audio.release()
+                return
+            loop = asyncio.get_running_loop()
+
+            def release(_: object) -> None:
+                with suppress(RuntimeError):  # the loop has ended
+                    loop.call_soon_threadsafe(self.engine.long_audio.release)
+
+            self._working.add_done_callback(release)  # a thread decodes to its end, whoever waits
 
     def too_late(self) -> ApiError:
         """The error of a request whose time is over."""

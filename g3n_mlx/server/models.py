@@ -90,15 +90,11 @@ async def tokenize(body: TokenizeRequest, request: Request, place: PlaceOf) -> T
 
 
 @router.post("/v1/detokenize")
-async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeResponse:
+async def detokenize(body: DetokenizeRequest, request: Request, place: PlaceOf) -> DetokenizeResponse:
     """The text of some ids."""
     request.app.state.models.find(body.model)
-    engine: Engine = request.app.state.engine
-    vocab_size = engine.model.config.text.vocab_size
-    wrong = [token_id for token_id in body.tokens if token_id >= vocab_size]
-    if wrong:
-        raise ApiError(400, f"{wrong[0]} is not a token id, expected 0 to {vocab_size - 1}", param="tokens")
-    return DetokenizeResponse(prompt=engine.model.tokenizer.decode(body.tokens, skip_special=False))
+    place.check_ids(body.tokens, "tokens")
+    return DetokenizeResponse(prompt=place.engine.model.tokenizer.decode(body.tokens, skip_special=False))
 
 
 def _described(request: Request, name: str) -> ServedModel:

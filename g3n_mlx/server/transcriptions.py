@@ -1,7 +1,8 @@
 """POST /v1/audio/transcriptions and /v1/audio/translations: audio in, its words out, in OpenAI's five formats.
 
-Gemma 3n does the work itself: audio of any length is split at quiet places into clips that it hears in one go, and
-each clip is a prompt of its own. Segments are clips, so their times are the clips' borders.
+Gemma 3n does the work itself: audio of any length is split at quiet places into clips that it hears in one go, and each
+clip is a prompt of its own, but for one that holds nothing to hear: its text is empty. Segments are clips, so their
+times are the clips' borders.
 Source of the questions' wording: "Audio understanding" of Gemma's documentation, ai.google.dev.
 """
 
@@ -121,8 +122,11 @@ class _Transcript:
         asked += f" The words may be of this kind: {hint}" if hint else ""
         for start_s, end_s, clip in clips:
             content = [{"type": "text", "text": asked}, {"type": "audio", "audio": clip}]
+            if clip.is_silent:
+                self.segments.append(Segment(start_s, end_s))
+                continue
             prompt = await place.prepared([{"role": "user", "content": content}], "file")
-            between = " " if self.segments and self.segments[-1].text else ""
+            between = " " if any(segment.text for segment in self.segments) else ""
             segment = Segment(start_s, end_s)
             self.segments.append(segment)
             async for _, chunk in place.run([Task(prompt, params)]):

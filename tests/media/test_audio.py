@@ -520,3 +520,11 @@ def test_a_notebook_plays_the_first_minute():
     assert (rate, played.shape) == (RATE, (60 * RATE,))
     expected = waveform(sound, RATE)[: 60 * RATE]
     np.testing.assert_allclose(played, expected, rtol=0, atol=2**-14)
+
+
+def test_silence():
+    noise = np.random.default_rng(0).uniform(-1, 1, RATE)
+    assert Audio(np.zeros(RATE, np.float32), RATE).is_silent
+    assert Audio(0.2 + noise * 1e-4, RATE).is_silent
+    assert not Audio(noise * 1e-3, RATE).is_silent
+    assert not Audio(sound_file("wav")).is_silent

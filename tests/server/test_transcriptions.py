@@ -3,10 +3,13 @@
 import io
 import json
 import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import openai
 import pytest
+import soundfile
 from running import sound, wait_until
 
 from g3n_mlx import Audio
@@ -62,7 +65,8 @@ def test_files_of_other_formats(client):
     wav = transcribe(client, sound(), response_format="verbose_json")
     flac = transcribe(client, sound(file_format="FLAC"), name="speech", response_format="verbose_json")
     assert wav.text == flac.text
-    assert transcribe(client, io.BytesIO(sound(file_format="OGG")), name="speech.ogg").usage.seconds == wav.duration
+    vorbis = transcribe(client, io.BytesIO(sound(file_format="OGG")), name="speech.ogg")
+    assert vorbis.usage.seconds == pytest.approx(wav.duration, abs=0.02)  # FFmpeg leaves out half a block of Vorbis
 
 
 def test_segments_of_a_long_sound(client, long_sound, clip_s):
@@ -175,3 +179,29 @@ def test_events_end_with_done(server, task, caplog):
     events = answer.text.split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
     assert json.loads(events[-3].removeprefix("data: "))["type"] == "transcript.text.done"
+
+
+def test_silence_has_no_words(client):
+    data = io.BytesIO()
+    soundfile.write(data, np.zeros(16_000), 16_000, format="WAV")
+    assert transcribe(client, data.getvalue()).text == ""
+
+
+def test_a_place_for_audio_is_kept_while_its_thread_decodes(serve, monkeypatch):
+    """Also when the client has gone: hours of sound are in memory until the thread ends."""
+    server, begun, go_on = serve(parallel=1), threading.Event(), threading.Event()
+    split = server.engine.model.split_audio
+
+    def slow(*args):
+        begun.set()
+        assert go_on.wait(60)
+        return split(*args)
+
+    monkeypatch.setattr(server.engine.model, "split_audio", slow)
+    with pytest.raises(openai.APITimeoutError):
+        transcribe(server.openai(timeout=1, max_retries=0), sound())
+    assert begun.is_set()
+    wait_until(lambda: server.engine.places_taken == 0)
+    assert server.engine.long_audio._value == 0
+    go_on.set()
+    wait_until(lambda: server.engine.long_audio._value == 1)
