@@ -3,6 +3,7 @@
 import argparse
 import ipaddress
 import logging
+import re
 import socket
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 NAME = "g3n-server"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
+_ORIGIN = re.compile(r"\*|[A-Za-z][A-Za-z0-9+.-]*://[^/?#@\s]+/?")
+
 log = logging.getLogger(__name__)
 
 
@@ -40,6 +43,11 @@ def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
     log_to_stderr(arguments.log_level.upper(), "%(levelname)s %(name)s: %(message)s")
     if arguments.media_root is not None and not arguments.media_root.is_dir():
         parser.error(f"--media-root {str(arguments.media_root)!r} is no folder")
+    if arguments.api_key is not None and not arguments.api_key.strip():
+        parser.error("--api-key is empty, expected a key; leave the flag out to ask for none")
+    for origin in arguments.cors_origin:
+        if not _ORIGIN.fullmatch(origin):
+            parser.error(f"--cors-origin {origin!r} is no origin, expected SCHEME://HOST[:PORT], as https://a.b, or *")
     return run_command(prog, lambda: _serve(arguments))
 
 

@@ -136,3 +136,18 @@ def test_a_wide_open_server_is_warned_about(caplog, tmp_path):
         caplog.clear()
         assert main([*missing, *flags]) == 1
         assert any("without --api-key" in record.getMessage() for record in caplog.records) == warned
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--api-key", ""], "--api-key is empty"),
+        (["--api-key", " "], "--api-key is empty"),
+        (["--cors-origin", "example"], "--cors-origin 'example' is no origin"),
+        (["--cors-origin", "https://a.b/page"], "--cors-origin 'https://a.b/page' is no origin"),
+    ],
+)
+def test_flags_that_would_let_everybody_or_nobody_in(capsys, flags, expected):
+    with pytest.raises(SystemExit):
+        main(["--model", "demo", *flags])
+    assert expected in capsys.readouterr().err
