@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from g3n_mlx.failures import BadValue
-from g3n_mlx.media.containers import check_whole, ogg_links, open_container
+from g3n_mlx.media.containers import check_whole, ogg_links, open_container, with_length
 from g3n_mlx.media.fetch import fetch, source_text
 from g3n_mlx.media.policy import MediaPolicy
 
@@ -113,7 +113,7 @@ def _decode(data: bytes, mono: "Mono") -> None:
     if not data:
         raise BadValue("the audio has no bytes")
     check_whole(data)
-    for link in ogg_links(data):
+    for link in ogg_links(with_length(data)):
         if add_audio_track(link, mono) is None:
             raise BadValue("the file holds no audio")
 
@@ -132,7 +132,9 @@ def add_audio_track(data: bytes, mono: "Mono") -> float | None:
         start_s, begun_s = None, mono.seconds
         block: list[np.ndarray] = []
         last: tuple[int, tuple[str, ...]] = (0, ())
-        for frame in _frames(container, stream):
+        # The last packet of a file that does not know its length is incomplete.
+        open_ended = container.format.name == "wav" or b"data" + b"\xff" * 8 in data[: 1 << 16]
+        for frame in _frames(container, stream, open_ended):
             if start_s is None:
                 start_s = frame.time or 0.0
             kind = (frame.sample_rate, tuple(channel.name for channel in frame.layout.channels))
@@ -149,11 +151,10 @@ def add_audio_track(data: bytes, mono: "Mono") -> float | None:
         return 0.0 if start_s is None else start_s
 
 
-def _frames(container: Any, stream: Any) -> Iterator[Any]:
+def _frames(container: Any, stream: Any, open_ended: bool) -> Iterator[Any]:
     """The decoded frames of a track; raises ValueError at a damaged one."""
     from av.error import FFmpegError, InvalidDataError
 
-    open_ended = container.format.name == "wav"  # its last packet is incomplete when its length is unknown
     try:
         for packet in container.demux(stream):
             if packet.is_corrupt and not open_ended:

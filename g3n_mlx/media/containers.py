@@ -48,7 +48,7 @@ def check_whole(data: bytes) -> None:
 
 def _declared_bytes(data: bytes) -> int:
     """How long the file says it is at least; 0 when it does not."""
-    if data[:4] == b"RIFF":
+    if data[:4] in (b"RIFF", b"RF64", b"BW64"):
         return _riff_bytes(data)
     if data[:4] == b"FORM":
         return 8 + int.from_bytes(data[4:8], "big")
@@ -89,6 +89,9 @@ def _riff_bytes(data: bytes) -> int:
             break
         size = int.from_bytes(data[position + 4 : position + 8], "little")
         if data[position : position + 4] == b"data":
+            if data[12:16] == b"ds64":  # whose lengths are of 64 bits
+                size = int.from_bytes(data[28:36], "little")
+                return position + 8 + size if size < 1 << 63 else 0
             return position + 8 + size if size < _OPEN_RIFF_BYTES else 0
         position += 8 + size + size % 2
     return 0
@@ -101,6 +104,29 @@ def _ogg_bytes(data: bytes) -> int:
         return page + 27
     lengths = page + 27 + data[page + 26]
     return lengths + sum(data[page + 27 : lengths])
+
+
+def with_length(data: bytes) -> bytes:
+    """An AU or AIFF whose interrupted writer left lengths of 0, with the length that it has; other files as they are.
+
+    FFmpeg reads such a WAV to its end by itself.
+    """
+    if data[:4] == b".snd" and data[8:12] == bytes(4):
+        return data[:8] + b"\xff" * 4 + data[12:]
+    if data[:4] != b"FORM" or data[8:12] not in (b"AIFF", b"AIFC"):
+        return data
+    common, sound = data.find(b"COMM", 12), data.find(b"SSND", 12)
+    if not 12 <= common < sound or int.from_bytes(data[sound + 4 : sound + 8], "big") > 8:
+        return data
+    whole = bytearray(data)
+    length = len(data) - sound - 8
+    frame = int.from_bytes(data[common + 8 : common + 10], "big") * -(
+        -int.from_bytes(data[common + 14 : common + 16], "big") // 8
+    )
+    whole[4:8] = (len(data) - 8).to_bytes(4, "big")
+    whole[sound + 4 : sound + 8] = length.to_bytes(4, "big")
+    whole[common + 10 : common + 14] = ((length - 8) // frame if frame and length > 8 else 0).to_bytes(4, "big")
+    return bytes(whole)
 
 
 def ogg_links(data: bytes) -> list[bytes]:

@@ -374,6 +374,35 @@ def test_files_of_a_length_that_the_writer_did_not_know():
     assert_is_tones(waveform(bytes(flac)))
 
 
+@pytest.mark.parametrize("container", ["AIFF", "AU", "CAF", "WAV"])
+def test_files_whose_writer_was_interrupted(container):
+    """Their lengths are still 0, or unknown in CAF."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, tones(44_100), 44_100, format=container, subtype="PCM_16")
+    data = bytearray(buffer.getvalue())
+    match container:
+        case "AIFF":
+            at = data.index(b"SSND")
+            data[4:8] = data[at + 4 : at + 8] = bytes(4)
+        case "AU":
+            data[8:12] = bytes(4)
+        case "CAF":
+            at = data.index(b"data")
+            data[at + 4 : at + 12] = b"\xff" * 8
+        case "WAV":
+            at = data.index(b"data")
+            data[4:8] = data[at + 4 : at + 8] = bytes(4)
+    assert_is_tones(waveform(bytes(data)))
+
+
+@pytest.mark.parametrize("container", ["AU", "CAF", "W64", "RF64", "VOC"])
+def test_rarer_containers_that_are_cut_off(container):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, tones(44_100), 44_100, format=container, subtype="PCM_16")
+    assert_is_tones(waveform(buffer.getvalue()))
+    assert "cut off" in refused(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+
+
 @pytest.mark.parametrize("options", [{}, {"id3v2_version": "0"}, {"write_id3v1": "1"}], ids=str)
 def test_mp3_without_a_header_that_declares_its_length(options):
     """libsndfile estimates it from the size of the file, which is always a little off."""

@@ -5,7 +5,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from media_files import AV, SNDFILE, sound_file, tones, video_file
 
-from g3n_mlx.media.containers import check_whole
+from g3n_mlx.media.containers import check_whole, ogg_links, with_length
 
 STARTS = [b"RIFF", b"RIFF\0\0\0\0WAVE", b"FORM", b"OggS", b"\x1a\x45\xdf\xa3", b"\0\0\0\x10ftyp", b"ID3", b"\xff\xfb"]
 # Their decoders notice, as tests/media/test_audio.py has it.
@@ -41,6 +41,8 @@ def test_what_follows_the_samples_of_a_wav_is_no_part_of_it():
 @example(b"RIFF\0\0\0\0WAVE", b"junk\0\0\0\0" * 200_000)
 @example(b"\0\0\0\x08ftyp", b"\0\0\0\x08free" * 200_000)
 def test_any_bytes(start, rest):
+    assert b"".join(ogg_links(start + rest)) == start + rest
+    assert len(with_length(start + rest)) == len(start + rest)
     try:
         check_whole(start + rest)
     except ValueError as error:
