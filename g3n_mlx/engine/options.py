@@ -112,7 +112,12 @@ def with_media(prompt: Any, options: AnswerOptions) -> Any:
             f"{' and '.join(given)} can only be given with a prompt that is a string: "
             "put them into the messages, as parts of their content"
         )
-    parts = [{"type": _MEDIA[name], _MEDIA[name]: source} for name in given for source in _listed(options.get(name))]
+    parts: list[dict[str, Any]] = []
+    for name in given:
+        several = isinstance(options.get(name), (list, tuple))
+        for index, source in enumerate(_listed(options.get(name))):
+            argument = f"{name}[{index}]" if several else name  # what errors name
+            parts.append({"type": _MEDIA[name], _MEDIA[name]: source, "argument": argument})
     return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
 
 

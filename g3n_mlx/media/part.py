@@ -27,6 +27,12 @@ class Media:
     part: Mapping[str, Any]
     where: str  # "messages[0].content[1]", for errors
 
+    @property
+    def named(self) -> str:
+        """What errors call it: the keyword argument that brought it, or its place in the messages."""
+        argument = self.part.get("argument")
+        return argument if isinstance(argument, str) else self.where
+
     def source(self) -> Source:
         """The object that the part holds or describes; raises ValueError when it is malformed."""
         value: Any = _value_of(self.part, self.kind)

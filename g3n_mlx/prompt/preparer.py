@@ -50,7 +50,7 @@ class Preparer:
             try:
                 pieces += self.opener.open(piece.source(), policy)
             except ValueError as error:
-                raise BadValue(f"{piece.where}: {error}") from None
+                raise BadValue(f"{piece.named}: {error}") from None
         return encode(pieces, self.tokenizer, self.opener.soft_tokens)
 
     def encode(self, text: str) -> list[int]:

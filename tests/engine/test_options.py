@@ -229,13 +229,21 @@ def test_one_of_a_kind_needs_no_list():
         {
             "role": "user",
             "content": [
-                {"type": "image", "image": "a.png"},
-                {"type": "video", "video": "clip.mp4"},
+                {"type": "image", "image": "a.png", "argument": "images"},
+                {"type": "video", "video": "clip.mp4", "argument": "videos"},
                 {"type": "text", "text": "Hi"},
             ],
         }
     ]
     assert with_media("Hi", AnswerOptions(images=None)) == "Hi"
+
+
+@pytest.mark.parametrize(
+    ("media", "named"), [({"images": "a.png"}, "images: "), ({"audio": [MEDIA / "tone.wav", "b.wav"]}, r"audio\[1\]: ")]
+)
+def test_an_error_names_the_argument(model, media, named):
+    with pytest.raises(ValueError, match=f"^{named}.*does not exist"):
+        model.generate("What is this?", **media)
 
 
 def test_a_video_beside_a_prompt(model):
