@@ -21,6 +21,8 @@ MAX_CLIP_SAMPLES = 480_000
 PAD_MULTIPLE = 128
 # Quiet places are looked for in stretches of 100 ms, shorter than most pauses between words.
 _QUIET_S, _QUIET_STEP_S = 0.1, 0.01
+# Hz, of what sound is brought to for the tower: twice what studios record with.
+MAX_RATE = 384_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class AudioProcessing:
                 f"{where}: feature_size is {bands}, the audio tower's input_feat_size is {config.input_feat_size}"
             )
         return AudioProcessing(
-            sampling_rate=fields.integer("sampling_rate", at_least=1),
+            sampling_rate=fields.integer("sampling_rate", at_least=1, at_most=MAX_RATE),
             frame_length=frame,
             hop_length=hop,
             fft_length=fft,
