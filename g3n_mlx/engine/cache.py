@@ -101,6 +101,8 @@ class SlidingKVCache:
             keys = self._arrays.joined(self.keys[:, :, first : self.length], keys)
             values = self._arrays.joined(self.values[:, :, first : self.length], values)
         self._fill(keys, values)
+        if shown <= self.length:  # its own rows: those that came in may be a buffer that is written again
+            keys, values = self._rows()
         first = keys.shape[2] - shown
         return (keys[:, :, first:], values[:, :, first:]) if first else (keys, values)
 
@@ -112,6 +114,10 @@ class SlidingKVCache:
         self.values = self._arrays.grown(None, values, 0, rows)
         self.keys[:, :, : self.length] = keys[:, :, -self.length :]
         self.values[:, :, : self.length] = values[:, :, -self.length :]
+
+    def _rows(self) -> tuple[Array, Array]:
+        """All rows in use."""
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     @property
     def kept_rows(self) -> int:
