@@ -30,7 +30,7 @@ def overhead(tmp_path_factory, repository):
 def test_operations_of_an_mlx_step(overhead, frameworks):
     if "mlx" not in frameworks:
         pytest.skip("mlx is not installed")
-    from g3n_mlx.bench.measure import count_graph
+    from g3n_mlx.bench.engines.mlx_graph import count_graph
 
     network = frameworks["mlx"].model(Checkpoint.open(overhead))
     cache = make_cache(network)
@@ -46,7 +46,7 @@ def test_no_product_of_weights_alone_is_left_in_an_mlx_step(overhead, frameworks
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from g3n_mlx.bench.measure import count_graph
+    from g3n_mlx.bench.engines.mlx_graph import count_graph
 
     network = frameworks["mlx"].model(Checkpoint.open(overhead))
     lazy = [name for name, array in tree_flatten(network.language_model.parameters()) if count_graph(array) != (0, 0)]
