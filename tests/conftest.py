@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.convert import convert
+from g3n_mlx.kernels import library
 
 # Threads wait for each other longer than the tiny products take, many times longer on a busy machine. Set before torch
 # is imported, and for the commands that tests start.
@@ -100,3 +101,20 @@ def backend(request: pytest.FixtureRequest) -> str:
 def backends() -> list[str]:
     """The names of the installed backends, for tests that compare them."""
     return [name for name, package in BACKEND_PACKAGES.items() if installed(package)]
+
+
+INSTRUCTIONS = ("avx512bf16", "avx512", "avx2", "neon", "plain")
+
+
+@pytest.fixture(params=INSTRUCTIONS)
+def kernels(request: pytest.FixtureRequest) -> Any:
+    """The kernels in C with every set of instructions that this processor has, one after the other."""
+    calls = library.library()
+    if calls is None:
+        pytest.skip("the kernels are not built, or switched off")
+    usual = calls.g3n_instructions()
+    if not calls.g3n_use(request.param.encode()):
+        pytest.skip(f"this processor has no {request.param}")
+    calls.g3n_threads(2)
+    yield calls
+    calls.g3n_use(usual)

@@ -13,10 +13,11 @@ import pytest
 BUILD = "import sys, setuptools.build_meta as b; print(b.build_{kind}(sys.argv[1]))"
 
 
-def build(folder, kind, output):
-    done = subprocess.run(
-        [sys.executable, "-c", BUILD.format(kind=kind), str(output)], cwd=folder, capture_output=True, text=True
-    )
+def build(folder, kind, output, **environment):
+    command = [sys.executable, "-c", BUILD.format(kind=kind), str(output)]
+    shutil.rmtree(folder / "build", ignore_errors=True)
+    environment = {**os.environ, "CFLAGS": "-O1", **environment}  # what the kernels do is tested elsewhere
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return output / done.stdout.strip().splitlines()[-1]
 
@@ -26,10 +27,11 @@ def source(repository, tmp_path_factory):
     """A copy of the checkout's files, links kept, without the build folders of the checkout."""
     pytest.importorskip("setuptools")
     copy = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(repository / name, copy / name)
     for name in ("g3n_mlx", "convert", "matformer_configs"):
-        shutil.copytree(repository / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.dylib")
+        shutil.copytree(repository / name, copy / name, symlinks=True, ignore=ignored)
     return copy
 
 
@@ -61,6 +63,28 @@ def test_wheel_contents(wheel, repository):
     } | {f"convert/{path.name}" for path in (repository / "convert").glob("*.py")}
     assert {f"g3n_mlx/{name}" for name in expected} <= names
     assert not any("tests" in name or "__pycache__" in name for name in names)
+
+
+def test_the_kernels_are_in_a_wheel_of_the_platform(wheel):
+    """One for all Pythons, since the library is none of Python's."""
+    if shutil.which(os.environ.get("CC", "cc")) is None:
+        pytest.skip("there is no C compiler")
+    assert wheel.name.startswith("g3n_mlx-")
+    assert "-py3-none-" in wheel.name
+    assert not wheel.name.endswith("-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert [name for name in archive.namelist() if name.startswith("g3n_mlx/kernels/libg3n.")]
+
+
+def test_without_a_compiler_the_wheel_is_for_any_platform(source, tmp_path):
+    found = build(source, "wheel", tmp_path, CC=str(tmp_path / "no-compiler"))
+    assert found.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(found) as archive:
+        names = archive.namelist()
+        (tags,) = (archive.read(name).decode() for name in names if name.endswith(".dist-info/WHEEL"))
+    assert "Root-Is-Purelib: true" in tags
+    assert "g3n_mlx/kernels/library.py" in names
+    assert not [name for name in names if "libg3n" in name]
 
 
 def test_wheel_through_sdist_is_the_same(source, wheel, tmp_path):

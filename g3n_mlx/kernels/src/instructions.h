@@ -1,0 +1,12 @@
+// What every instruction set compiles for itself.
+#ifndef G3N_INSTRUCTIONS_H
+#define G3N_INSTRUCTIONS_H
+
+#include "pool.h"
+
+typedef struct {
+    const char *name;
+    Region product, dequantize, units, start, queries, layer, logits;
+} Instructions;
+
+#endif

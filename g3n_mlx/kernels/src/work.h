@@ -1,0 +1,29 @@
+// What the calls of g3n.c hand to every thread.
+#ifndef G3N_WORK_H
+#define G3N_WORK_H
+
+#include "g3n.h"
+
+typedef struct {
+    const Matrix *matrix;
+    const float *x;
+    int rounded, rows;
+    void *values;  // [rows, operand_width], room for what the layout makes of x
+    float *sums;   // [rows, columns / 32 + 64]
+    float *y;
+} ProductWork;
+
+typedef struct {
+    const Matrix *matrix;
+    int64_t start, stop;
+    int rounded;
+    void *out;
+} DequantizeWork;
+
+typedef struct {
+    const Matrix *matrix;
+    uint8_t *codes;
+    uint16_t *scales, *biases;
+} UnitsWork;
+
+#endif
