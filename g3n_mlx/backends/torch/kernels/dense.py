@@ -54,9 +54,15 @@ def has_amx() -> bool:
 
 
 @cache
+def multiplies_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16: with AMX, or AVX-512's instructions for it."""
+    return has_amx() or torch.cpu._is_avx512_bf16_supported()  # pyright: ignore[reportPrivateUsage]
+
+
+@cache
 def dense_product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """On a CPU bfloat16 products pay only with AMX; without it float32 is faster, AVX-512's bfloat16 included."""
-    if dtype != torch.bfloat16 or device_type != "cpu" or has_amx():
+    """The dtype of products with many rows: float32 for bfloat16 where a CPU has no instructions for that."""
+    if dtype != torch.bfloat16 or device_type != "cpu" or multiplies_bfloat16():
         return dtype
     return torch.float32
 
