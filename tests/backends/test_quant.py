@@ -14,6 +14,7 @@ from random_checkpoint import write_random
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.checkpoint.quantization import BITS, dequantize, pack, unpack
 from g3n_mlx.convert import convert
+from g3n_mlx.kernels import library
 from g3n_mlx.sampling import SamplingParams
 
 PATH = "language_model.embed_tokens"
@@ -44,13 +45,22 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if shape not in made:
             rows, columns, bits, group_size = shape
             folder = tmp_path_factory.mktemp("quantized")
-            changes = {"vocab_size": rows, "vocab_size_per_layer_input": 8, "hidden_size": columns}
+            changes = {"vocab_size": rows, "vocab_size_per_layer_input": 8, "hidden_size": columns, "eos_token_id": 1}
             source = write_random(folder / "dense", seed=rows + bits, **ONE_LAYER, **changes)
             target = convert(source, folder / "ours", q_bits=bits, q_group_size=group_size, progress=False)
             made[shape] = Checkpoint.open(target)
         return made[shape]
 
     return checkpoint
+
+
+@pytest.fixture(params=["kernels", "none"], autouse=True)
+def kernels(request: pytest.FixtureRequest, framework: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the kernels in C, where they are built, and with PyTorch's own products."""
+    if request.param == "none":
+        if framework.name == "mlx":
+            pytest.skip("MLX has its own")
+        monkeypatch.setattr(library, "library", lambda: None)
 
 
 def weights_of(framework, checkpoint, dtype):
@@ -117,7 +127,8 @@ def test_which_layer_and_what_it_holds(framework, quantized, shape):
     quant = framework.module("layers")
     weights = weights_of(framework, quantized(shape), "float32")
     layer = quant.linear(weights)
-    packs = framework.name == "torch" and bits == 4 and rows % 16 == 0
+    kernels = framework.name == "torch" and library.library() is not None
+    packs = framework.name == "torch" and bits == 4 and rows % 16 == 0 and not kernels
     assert type(layer).__name__ == ("PackedLinear" if packs else "QuantizedLinear")
     held = vars(layer).values() if framework.name == "torch" else layer.parameters().values()
     nbytes = sum(value.nbytes for value in held if hasattr(value, "nbytes"))
@@ -125,8 +136,9 @@ def test_which_layer_and_what_it_holds(framework, quantized, shape):
     assert nbytes == codes + 2 * per_group * (2 if framework.name == "torch" and not packs else 4)
 
 
-def test_a_table_with_a_packed_tail_gives_its_rows_from_the_file(torch_framework, quantized):
+def test_a_table_with_a_packed_tail_gives_its_rows_from_the_file(torch_framework, quantized, monkeypatch):
     """Only whole blocks can be taken apart by row; the model then gathers from the file."""
+    monkeypatch.setattr(library, "library", lambda: None)
     quant = torch_framework.module("layers")
     layer = quant.linear(weights_of(torch_framework, quantized((80, 256, 4, 64)), "float32"))
     assert isinstance(layer, quant.PackedLinear)

@@ -55,6 +55,8 @@ def describe() -> dict[str, Any]:
     """PyTorch's version and devices, the default one with its dtype, and what multiplies 4-bit weights there."""
     from g3n_mlx.backends.torch.kernels.dense import dense_product_dtype, dense_product_rows
     from g3n_mlx.backends.torch.kernels.packed import packing_block_rows
+    from g3n_mlx.backends.torch.kernels.stored import KERNEL_ROWS
+    from g3n_mlx.kernels.library import instructions
 
     place, capability = device_of(None), torch.backends.cpu.get_cpu_capability()
     devices: list[dict[str, Any]] = [{"name": "cpu", "description": capability, "memory_bytes": None}]
@@ -65,6 +67,8 @@ def describe() -> dict[str, Any]:
     products = blocks
     if place.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(place) >= (8, 0):
         products = "packed int4 kernel (_weight_int4pack_mm)"
+    elif place.type == "cpu" and (kernels := instructions()) is not None:
+        products = f"own kernels ({kernels}) up to {KERNEL_ROWS} rows, {blocks} from there"
     elif place.type == "cpu" and packing_block_rows():
         rows = dense_product_rows()
         products = f"packed int4 kernel (_weight_int4pack_mm_for_cpu) below {rows} rows, {blocks} from there"

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from g3n_mlx.backends.torch.kernels import stored
 from g3n_mlx.backends.torch.kernels.dense import blockwise_product, padded, unpacked
 from g3n_mlx.backends.torch.kernels.packed import EMBED_BLOCK_ROWS, PackedLinear, packs
 from g3n_mlx.backends.torch.weights import Weights
@@ -15,7 +16,7 @@ def linear(weights: Weights) -> "Linear | QuantizedLinear | PackedLinear":
     quantization = weights.quantization()
     if quantization is None:
         return Linear(weights)
-    if packs(weights, quantization):
+    if not stored.multiplies(weights, quantization) and packs(weights, quantization):
         return PackedLinear(weights, quantization)
     return QuantizedLinear(weights, quantization)
 
@@ -43,21 +44,31 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.bits, self.group_size = quantization.bits, quantization.group_size
         self.dtype = weights.dtype
-        self.weight = weights.stored("weight")
-        self.scales = weights.stored("scales")
-        self.biases = weights.stored("biases")
+        self.weight = weights.mapped("weight")
+        self.scales = weights.mapped("scales")
+        self.biases = weights.mapped("biases")
+        self.kernel = None
+        if stored.multiplies(weights, quantization):
+            self.scales, self.biases = stored.kernel_scales(self.scales), stored.kernel_scales(self.biases)
+            self.kernel = stored.StoredProduct(self.weight, self.scales, self.biases, quantization)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, K] -> [T, N]."""
+        if self.kernel is not None and x.shape[0] <= stored.KERNEL_ROWS:
+            return self.kernel(x)
         in_features = self.scales.shape[1] * self.group_size
         return blockwise_product(x, self.weight.shape[0], in_features, 1, self.dequantized)
 
     def dequantized(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """W^T of the rows [start, stop): [K, rows]."""
+        if self.kernel is not None:
+            return self.kernel.dequantized(start, stop, dtype).t()
         return self.rows(slice(start, stop), dtype).t()
 
     def embed(self, ids: Tensor) -> Tensor:
         """Rows of the weight, [T] -> [T, K], in the activations' dtype."""
+        if self.kernel is not None:
+            return self.kernel.embed(ids).to(self.dtype)
         return self.rows(ids, self.dtype)
 
     def rows(self, chosen: slice | Tensor, dtype: torch.dtype) -> Tensor:

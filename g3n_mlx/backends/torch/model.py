@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from g3n_mlx.backends.torch import kv_arrays
 from g3n_mlx.backends.torch.audio import AudioTower
+from g3n_mlx.backends.torch.kernels.fused import fused_model
 from g3n_mlx.backends.torch.layers import linear
 from g3n_mlx.backends.torch.sampling import Sampler, Step
 from g3n_mlx.backends.torch.steps import DecodeSteps
@@ -67,6 +68,7 @@ class Gemma3nModel(nn.Module):
         self.weights = Weights(checkpoint, Placement(dtype, device))
         self.language_model = LanguageModel(self.config.text, self.weights.at("language_model"))
         self.decode_steps = DecodeSteps(self.language_model, self.config)
+        self.fused = fused_model(self.language_model)
         self.embedders: dict[str, MultimodalEmbedder] = {}
         self.vision_tower: VisionTower | None = None
         self.audio_tower: AudioTower | None = None
@@ -89,6 +91,8 @@ class Gemma3nModel(nn.Module):
     @torch.no_grad()
     def forward(self, batch: Batch) -> Tensor | None:
         """Appends a batch to its sequences' caches; logits [R, V] of the rows that are kept, None where R is 0."""
+        if self.fused is not None and self.fused.takes(batch):
+            return self.fused(self.embed(batch.token_ids(), batch.soft()), batch)
         if self.decode_steps.takes(batch):
             hidden = self.decode_steps(batch)
         else:
@@ -143,7 +147,9 @@ class Gemma3nModel(nn.Module):
 
     def close(self) -> None:
         """Frees all weights; no call may follow."""
-        del self.language_model, self.decode_steps
+        if self.fused is not None:
+            self.fused.close()
+        del self.language_model, self.decode_steps, self.fused
         self.embedders.clear()
         gc.collect()  # compiled steps and the modules that they belong to refer to each other
         self.drop_towers()
