@@ -195,10 +195,26 @@ def test_a_long_cache_is_attended_in_chunks(kernels, folders):
         np.testing.assert_allclose(logits_in_parts(network, ids, counts)[-9:], expected, rtol=0, atol=TOLERANCE)
 
 
-def test_without_kernels_torch_serves(folders, monkeypatch):
+def test_the_log_and_doctor_say_which_path_runs(kernels, folders, caplog):
+    from g3n_mlx.backends.torch.device import describe
+
+    name = kernels.g3n_instructions().decode()
+    with caplog.at_level("INFO"):
+        network_of(folders("units"), torch.float32)
+    assert f"decode steps on cpu run through the kernels in C ({name})" in caplog.messages
+    if not torch.cuda.is_available():
+        assert describe()["products"].startswith(f"own kernels ({name}) up to ")
+
+
+def test_without_kernels_torch_serves(folders, monkeypatch, caplog):
+    from g3n_mlx.backends.torch.device import describe
+
     monkeypatch.setattr(library, "library", lambda: None)
-    network = network_of(folders("units"), torch.float32)
+    with caplog.at_level("INFO"):
+        network = network_of(folders("units"), torch.float32)
     assert network.fused is None
+    assert "decode steps on cpu run through PyTorch's operations" in caplog.messages
+    assert "own kernels" not in describe()["products"]
     assert logits_in_parts(network, ids_of(network, 3), [2, 1]).shape[0] == 3
 
 

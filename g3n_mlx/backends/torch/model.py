@@ -7,6 +7,7 @@ Source: transformers, modeling_gemma3n.py, `Gemma3nModel`.
 """
 
 import gc
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,7 +29,10 @@ from g3n_mlx.config.audio import AudioConfig
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.config.vision import VisionConfig
 from g3n_mlx.interface import KVArrays
+from g3n_mlx.kernels.library import instructions
 from g3n_mlx.sampling import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 
 class MultimodalEmbedder(nn.Module):
@@ -69,6 +73,8 @@ class Gemma3nModel(nn.Module):
         self.language_model = LanguageModel(self.config.text, self.weights.at("language_model"))
         self.decode_steps = DecodeSteps(self.language_model, self.config)
         self.fused = fused_model(self.language_model)
+        path = "PyTorch's operations" if self.fused is None else f"the kernels in C ({instructions()})"
+        logger.info("decode steps on %s run through %s", device, path)
         self.embedders: dict[str, MultimodalEmbedder] = {}
         self.vision_tower: VisionTower | None = None
         self.audio_tower: AudioTower | None = None
