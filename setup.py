@@ -7,6 +7,7 @@ instructions.c of its own, and the processor's is chosen when the library is loa
 import os
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -44,15 +45,20 @@ class BuildKernels(build_ext):
         machine = {"arm64": "aarch64", "amd64": "x86_64"}.get(machine, machine)
         sets = INSTRUCTIONS.get(machine, {"plain": []})
         compiler, folder = self.compiler, Path(self.build_temp)
-        common = [str(SOURCES / name) for name in ("pool.c", "g3n.c")]
-        objects = compiler.compile(common, str(folder), extra_postargs=[*FLAGS, *ASKED])
-        for name, flags in sets.items():
-            objects += compiler.compile(
-                [str(SOURCES / "instructions.c")],
+
+        def compiled(job: tuple[str, str, list[str]]) -> list[str]:
+            source, name, flags = job
+            return compiler.compile(
+                [str(SOURCES / source)],
                 str(folder / name),
                 macros=[("INSTRUCTIONS", name)],
                 extra_postargs=[*FLAGS, *flags, *ASKED],
             )
+
+        jobs = [("instructions.c", name, flags) for name, flags in sets.items()]
+        jobs += [("pool.c", "common", []), ("g3n.c", "common", [])]
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # the compiler is a process of its own
+            objects = [found for job in threads.map(compiled, jobs) for found in job]
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         compiler.link_shared_object(objects, str(target), libraries=["m"], extra_postargs=["-pthread"])
