@@ -72,6 +72,8 @@ class Network(nn.Module):
                 }.items()
             }
         )
+        for parameter in self.parameters():  # those of inference may be views of the file, which nobody may write to
+            parameter.data = parameter.data.clone()
         self.requires_grad_(True)
         checkpoint.close()
 
