@@ -1,6 +1,7 @@
 """The language model as calls of the kernels, against the torch modules, layer by layer and whole."""
 
 import ctypes
+import os
 from contextlib import contextmanager
 
 import numpy as np
@@ -193,6 +194,19 @@ def test_a_long_cache_is_attended_in_chunks(kernels, folders):
         expected = logits_in_parts(network, ids, [700])[-9:]
     for counts in ([691, *[1] * 9], [691, 9], [695, 1, 4]):
         np.testing.assert_allclose(logits_in_parts(network, ids, counts)[-9:], expected, rtol=0, atol=TOLERANCE)
+
+
+def test_a_forked_child_decodes(kernels, folders):
+    """On threads of its own: PyTorch's stay in the parent."""
+    network = network_of(folders("units"), torch.float32)
+    ids = ids_of(network, 3)
+    usual = logits_in_parts(network, ids, [3])
+    rows = network.embed(ids).numpy()
+    child = os.fork()
+    if child == 0:
+        embeddings, batch = torch.from_numpy(rows), Batch([Rows(make_cache(network), ids)], keep_all=True)
+        os._exit(0 if np.array_equal(network.fused(embeddings, batch).numpy(), usual) else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_the_log_and_doctor_say_which_path_runs(kernels, folders, caplog):

@@ -158,9 +158,10 @@ static Team *new_team(int threads) {
     return t;
 }
 
-// A forked child has none of the threads: it starts a team of its own.
+// A forked child has none of the threads, OpenMP's neither: it starts a team of its own.
 static void forget_team(void) {
     team = NULL;
+    memset(&shared, 0, sizeof shared);
     pthread_mutex_init(&calls, NULL);
 }
 
