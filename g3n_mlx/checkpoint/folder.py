@@ -167,6 +167,10 @@ class Checkpoint:
         parts = PARTS[:1] if quantization is None else PARTS
         return RowTable([self.sources[f"{path}.{part}"] for part in parts], quantization)
 
+    def release_pages(self) -> None:
+        """Takes the pages of mapped tensors out of the process, after some of them were dropped."""
+        self._files.release_pages()
+
     def close(self) -> None:
         """Ends reading here; the files stay open for other views, and tables handed out before stay usable."""
         self._release()

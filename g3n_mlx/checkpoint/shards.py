@@ -84,6 +84,12 @@ class Shard:
             whole.madvise(mmap.MADV_WILLNEED, first, offset + num_bytes - first)  # begins to read, does not wait
         return np.frombuffer(whole, np.uint8, num_bytes, offset)
 
+    def release_pages(self) -> None:
+        """Takes the pages that views have touched out of the process; what is still read comes back from the cache."""
+        whole = self._whole() if self._whole is not None else None
+        if whole is not None and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows, which trims a process by itself
+            whole.madvise(mmap.MADV_DONTNEED)
+
     def map(self, offset: int, num_bytes: int) -> tuple[mmap.mmap, int]:
         """A read-only map that covers a range, and the place of the range in it."""
         base = offset - offset % mmap.ALLOCATIONGRANULARITY
@@ -144,6 +150,11 @@ class OpenFiles:
         self._shards = shards
         self._holders = 0
         self._lock = threading.Lock()
+
+    def release_pages(self) -> None:
+        """As Shard.release_pages, for all of them."""
+        for shard in self._shards:
+            shard.release_pages()
 
     def hold(self) -> None:
         with self._lock:

@@ -148,6 +148,7 @@ class Gemma3nModel(nn.Module):
         """Frees both towers; the next image or clip reads them again."""
         self.vision_tower = None
         self.audio_tower = None
+        self.weights.checkpoint.release_pages()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
