@@ -61,6 +61,6 @@ def test_attention(dtype, queries, keys, in_blocks, block, seed):
     scores = q.double() @ k.double().transpose(-1, -2) * 0.25
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(towers, "_QUERY_BLOCK", block)
-        patch.setattr(towers, "_multiplies_bfloat16", lambda: in_blocks)
+        patch.setattr(towers, "multiplies_bfloat16", lambda: in_blocks)
         found = towers.attention(q, k, v, 0.25)
     near(found, torch.softmax(scores, dim=-1) @ v.double(), dtype)

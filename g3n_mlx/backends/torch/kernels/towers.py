@@ -5,13 +5,12 @@ On other devices they are what is used, and where gradients are wanted. Figures:
 """
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from g3n_mlx.backends.torch.kernels.dense import has_amx
+from g3n_mlx.backends.torch.kernels.dense import multiplies_bfloat16
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -74,7 +73,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     Where the CPU multiplies bfloat16 the two products take a third of the fused kernel's time, which stays far
     below that rate (27,648 x 576 x 64: 8.8 ms instead of 22.8); in float32 they take the same.
     """
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.requires_grad or not _multiplies_bfloat16():
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.requires_grad or not multiplies_bfloat16():
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     for batch in range(q.shape[0]):
@@ -82,10 +81,3 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         for rows, target in zip(q[batch, 0].split(_QUERY_BLOCK), out[batch, 0].split(_QUERY_BLOCK), strict=True):
             torch.mm(torch.softmax(rows @ keys, dim=-1), v[batch, 0], out=target)
     return out
-
-
-@cache
-def _multiplies_bfloat16() -> bool:
-    """Whether the CPU has instructions for products in bfloat16, by AVX-512 or AMX."""
-    # There is no public way to ask.
-    return torch.cpu._is_avx512_bf16_supported() or has_amx()  # pyright: ignore[reportPrivateUsage]
