@@ -5,14 +5,17 @@ import logging
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from g3n_mlx.checkpoint.check import quantizations_of
+from g3n_mlx.checkpoint.check import embedder_manifests, quantizations_of, tower_shapes
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.checkpoint.hub import resolve, tensor_headers
 from g3n_mlx.checkpoint.names import canonical_name
 from g3n_mlx.checkpoint.quantization import BITS, GROUP_SIZES, Quantization
+from g3n_mlx.checkpoint.shards import DTYPES
 from g3n_mlx.commands import add_model_flag, command_parser, log_to_stderr, run_command, say, tell
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig, read_config
@@ -20,12 +23,15 @@ from g3n_mlx.config.text import TextConfig
 from g3n_mlx.convert import DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS, convert
 from g3n_mlx.convert.quantize import FLOATS
 from g3n_mlx.failures import BadValue, MissingFile, size_in_words
-from g3n_mlx.matformer.plan import fits
-from g3n_mlx.matformer.sizes import SizedSlice, largest_fitting, size_slices, table
-from g3n_mlx.matformer.table import OWN_TABLE, PUBLISHED, read_slices
+from g3n_mlx.matformer.choice import UNASKED_BITS, best_fitting
+from g3n_mlx.matformer.listing import PUBLISHED_TOWER_BYTES, table
+from g3n_mlx.matformer.plan import fits, is_whole, whole_model
+from g3n_mlx.matformer.sizes import SizedSlice, size_slices
+from g3n_mlx.matformer.table import OWN_TABLE, PUBLISHED, Slice, read_slices
 
 NAME = "g3n-convert"
 _DEFAULT_BITS = 4
+_DEFAULT_DTYPE = "bfloat16"
 _UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -53,19 +59,22 @@ def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
 
 
 def _convert(flags: argparse.Namespace) -> int:
-    matformer = flags.matformer
+    matformer, q_bits = flags.matformer, (flags.q_bits or _DEFAULT_BITS) if flags.quantize else None
     if flags.fits is not None:
-        fitting = largest_fitting(*_sized(flags), flags.fits)
-        matformer = fitting.slice.name
-        say(f"largest slice that fits: {_in_words(fitting)}")
+        source = _source(flags)
+        if not flags.quantize and not source.stored:
+            say("sizes are those of the unquantized model; -q makes it smaller")
+        fitting = _best_fitting(source, flags)
+        matformer, q_bits = None if fitting.is_whole else fitting.slice.name, fitting.q_bits
+        say(f"best slice that fits: {_in_words(fitting)}")
     output = convert(
         flags.hf_path,
         flags.output,
-        q_bits=(flags.q_bits or _DEFAULT_BITS) if flags.quantize else None,
+        q_bits=q_bits,
         q_group_size=flags.q_group_size or DEFAULT_GROUP_SIZE,
         ple_bits=flags.ple_bits,
         matformer=matformer,
-        matformer_config=flags.matformer_config,
+        matformer_config=flags.matformer_config if matformer else None,
         dtype=flags.dtype,
         revision=flags.revision,
     )
@@ -75,11 +84,77 @@ def _convert(flags: argparse.Namespace) -> int:
 
 
 def _list_slices(flags: argparse.Namespace) -> int:
-    sized, quantized = _sized(flags)
-    tell(table(sized))
+    source = _source(flags)
+    dtype = flags.dtype or _DEFAULT_DTYPE
+    widths: dict[str, int | None] = {"as stored": None}
+    if not source.stored:
+        bits = (_DEFAULT_BITS, 8) if flags.q_bits is None else (flags.q_bits,)
+        widths = {f"{width} bits": width for width in bits} | ({dtype: None} if flags.q_bits is None else {})
+    tell(table({words: _sized(source, flags, width) for words, width in widths.items()}, source.tower_bytes))
     if flags.fits is not None:
-        tell(f"\nlargest slice that fits: {_in_words(largest_fitting(sized, quantized, flags.fits))}")
+        tell(f"\nbest slice that fits: {_in_words(_best_fitting(source, flags))}")
     return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What slices are taken from: --hf-path, or else the published E4B."""
+
+    raw_text: dict[str, Any]
+    slices: list[Slice]
+    stored: Mapping[str, Quantization]  # empty when it is not quantized
+    tower_bytes: int
+
+
+def _source(flags: argparse.Namespace) -> _Source:
+    if flags.hf_path is None:
+        raw_text = read_json(PUBLISHED.with_name("gemma3n-e4b.json"))
+        slices = _with_whole(TextConfig.from_dict(raw_text), read_slices(flags.matformer_config))
+        return _Source(raw_text, slices, {}, PUBLISHED_TOWER_BYTES)
+    folder = resolve(flags.hf_path, flags.revision, weights=False)
+    raw_config = read_config(folder)
+    config = ModelConfig.from_dict(raw_config)
+    stored: Mapping[str, Quantization] = {}
+    if "quantization" in raw_config or "quantization_config" in raw_config:  # which modules, the shards know
+        stored = _quantizations(flags, folder, raw_config)
+    own_table = flags.matformer_config or (folder / OWN_TABLE if (folder / OWN_TABLE).is_file() else None)
+    slices = read_slices(own_table)
+    if own_table is None:
+        slices = [entry for entry in slices if fits(config.text, entry)]
+        if not slices:
+            raise BadValue(
+                f"none of the published slices fits {flags.hf_path}, which has {config.text.num_hidden_layers} "
+                "layers: they are E4B's; --matformer-config takes a table of your own"
+            )
+    towers = tower_shapes(config) | embedder_manifests(config)
+    tower_bytes = sum(map(prod, towers.values())) * DTYPES[FLOATS[flags.dtype or _DEFAULT_DTYPE]].itemsize
+    return _Source(raw_config["text_config"], _with_whole(config.text, slices), stored, tower_bytes)
+
+
+def _with_whole(config: TextConfig, slices: list[Slice]) -> list[Slice]:
+    return slices if any(is_whole(config, entry) for entry in slices) else [*slices, whole_model(config)]
+
+
+def _sized(source: _Source, flags: argparse.Namespace, q_bits: int | None) -> list[SizedSlice]:
+    return size_slices(
+        source.raw_text,
+        source.slices,
+        q_bits,
+        flags.q_group_size or DEFAULT_GROUP_SIZE,
+        flags.ple_bits or DEFAULT_PLE_BITS,
+        FLOATS[flags.dtype or _DEFAULT_DTYPE],
+        source.stored,
+    )
+
+
+def _best_fitting(source: _Source, flags: argparse.Namespace) -> SizedSlice:
+    """The best slice for --fits; bits that were not asked for are chosen as well."""
+    widths: tuple[int | None, ...] = (None,)
+    if not source.stored and (flags.quantize or flags.list_slices):
+        widths = UNASKED_BITS if flags.q_bits is None else (flags.q_bits,)
+    candidates = [entry for width in widths for entry in _sized(source, flags, width)]
+    advice = "start from the unquantized checkpoint for fewer bits" if source.stored else "try fewer bits"
+    return best_fitting(candidates, flags.fits, advice)
 
 
 def _quantizations(flags: argparse.Namespace, folder: Path, raw_config: dict[str, Any]) -> Mapping[str, Quantization]:
@@ -95,42 +170,9 @@ def _quantizations(flags: argparse.Namespace, folder: Path, raw_config: dict[str
     return checkpoint.quantizations
 
 
-def _sized(flags: argparse.Namespace) -> tuple[list[SizedSlice], bool]:
-    """All slices with their sizes, of --hf-path or else of the published E4B, and whether that is quantized."""
-    raw_text, own_table, stored = read_json(PUBLISHED.with_name("gemma3n-e4b.json")), None, {}
-    if flags.hf_path is not None:
-        folder = resolve(flags.hf_path, flags.revision, weights=False)
-        raw_config = read_config(folder)
-        raw_text = raw_config["text_config"]
-        if "quantization" in raw_config or "quantization_config" in raw_config:  # which modules, the shards know
-            stored = _quantizations(flags, folder, raw_config)
-        own_table = folder / OWN_TABLE if (folder / OWN_TABLE).is_file() else None
-    slices = read_slices(flags.matformer_config or own_table)
-    if not (flags.matformer_config or own_table):
-        base = TextConfig.from_dict(raw_text)
-        slices = [entry for entry in slices if fits(base, entry)]
-        if not slices:
-            raise BadValue(
-                f"none of the published slices fits {flags.hf_path}, which has {base.num_hidden_layers} layers: they "
-                "are E4B's; --matformer-config takes a table of your own"
-            )
-    quantize = flags.quantize or flags.q_bits is not None or flags.list_slices
-    if flags.fits is not None and not quantize and not stored:
-        say("sizes are those of the unquantized model; -q makes it smaller")
-    sized = size_slices(
-        raw_text,
-        slices,
-        (flags.q_bits or _DEFAULT_BITS) if quantize else None,
-        flags.q_group_size or DEFAULT_GROUP_SIZE,
-        flags.ple_bits or DEFAULT_PLE_BITS,
-        FLOATS[flags.dtype or "bfloat16"],
-        stored,
-    )
-    return sized, bool(stored)
-
-
 def _in_words(entry: SizedSlice) -> str:
-    return f"{entry.slice.short_name} ({entry.slice.name}), {size_in_words(entry.resident_bytes)} in memory"
+    bits = "" if entry.q_bits is None else f" at {entry.q_bits} bits"
+    return f"{entry.slice.short_name} ({entry.slice.name}){bits}, {size_in_words(entry.resident_bytes)} in memory"
 
 
 def _num_bytes(text: str) -> int:
@@ -149,14 +191,24 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     add_model_flag(add, "--revision")
     add("-o", "--output", type=Path, metavar="FOLDER", help="the folder to make")
     add("-q", "--quantize", action="store_true", help="quantize the text model")
-    add_model_flag(add, "--q-bits", choices=BITS, metavar=None, help=f"bits per weight (default {_DEFAULT_BITS})")
+    add_model_flag(
+        add,
+        "--q-bits",
+        choices=BITS,
+        metavar=None,
+        help=f"bits per weight (default {_DEFAULT_BITS}, 8 where --fits has room)",
+    )
     add("--q-group-size", type=int, choices=GROUP_SIZES, help=f"default {DEFAULT_GROUP_SIZE}")
     add("--ple-bits", type=int, choices=BITS, help=f"bits of the PLE table (default {DEFAULT_PLE_BITS})")
     add_model_flag(add, "--matformer", help="MatFormer slice to take, by name or short form (e2.49b-block)")
     add_model_flag(add, "--matformer-config")
     add("--dtype", choices=FLOATS, help="of what is not quantized (default bfloat16)")
-    add("--list-slices", action="store_true", help="print the slices and their sizes at the chosen bits, then stop")
-    add("--fits", type=_num_bytes, metavar="SIZE", help="pick the largest slice whose memory fits, for example 4GB")
+    add(
+        "--list-slices",
+        action="store_true",
+        help="print the slices and their sizes, then stop",
+    )
+    add("--fits", type=_num_bytes, metavar="SIZE", help="take the best slice whose memory fits, for example 4GB")
     return parser
 
 

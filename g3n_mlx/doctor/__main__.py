@@ -144,15 +144,14 @@ def _models(caches: dict[str, Any]) -> list[str]:
 
 
 def _fits(rows: list[dict[str, Any]], limits: dict[str, int]) -> list[str]:
-    """The largest slice for every width and place."""
+    """The best slice for every width and place."""
     places = [f"{place}, {size_in_words(limit)}" for place, limit in limits.items()]
-    lines = ["the largest published slice of E4B, with the memory that it takes:"]
+    lines = ["the best published slice of E4B, with the memory that it takes:"]
     lines.append("  " + f"{'bits':<10}" + "".join(f"{place:<26}" for place in places))
     for bits in dict.fromkeys(row["bits"] for row in rows):
         cells: list[str] = []
         for place in limits:
-            fitting = [row for row in rows if row["bits"] == bits and place in row["fits"]]
-            best = max(fitting, key=lambda row: row["effective_parameters"], default=None)
+            best = next((row for row in rows if row["bits"] == bits and place in row["best_at"]), None)
             cells.append("none" if best is None else f"{best['slice']}, {size_in_words(best['memory_bytes'])}")
         lines.append("  " + f"{bits or 'bfloat16':<10}" + "".join(f"{cell:<26}" for cell in cells))
     return lines

@@ -10,6 +10,7 @@ from g3n_mlx.checkpoint.quantization import BITS
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.convert import DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS
 from g3n_mlx.convert.quantize import FLOATS
+from g3n_mlx.matformer.choice import best_within
 from g3n_mlx.matformer.sizes import size_slices
 from g3n_mlx.matformer.table import PUBLISHED, read_slices
 
@@ -24,20 +25,24 @@ def caches() -> dict[str, Any]:
 
 
 def fitting(limits: dict[str, int]) -> list[dict[str, Any]]:
-    """For every width of weights, the published slices of E4B with the memory they take and the places they fit.
+    """For every width of weights, the published slices of E4B, what they take, where they fit and where they are best.
 
-    limits: bytes by place. Slices are in the table's order; bits is None for bfloat16.
+    limits: bytes by place. Slices are in the table's order; bits is None for bfloat16. At one width a place has one
+    best slice, by published score, or none.
     """
     raw_text, slices = read_json(PUBLISHED.with_name("gemma3n-e4b.json")), read_slices()
     rows: list[dict[str, Any]] = []
     for bits in (None, *sorted(BITS, reverse=True)):
         sized = size_slices(raw_text, slices, bits, DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS, FLOATS["bfloat16"], {})
+        chosen_at = {place: best_within(sized, limit) for place, limit in limits.items()}
         rows += [
             {
                 "bits": bits,
                 "slice": entry.slice.short_name,
                 "effective_parameters": entry.effective_parameters,
                 "memory_bytes": entry.resident_bytes,
+                "mmlu": entry.slice.mmlu,
+                "best_at": [place for place, chosen in chosen_at.items() if chosen is entry],
                 "fits": [place for place, limit in limits.items() if entry.resident_bytes <= limit],
             }
             for entry in sized

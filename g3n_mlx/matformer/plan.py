@@ -113,6 +113,16 @@ def fits(config: TextConfig, chosen: Slice) -> bool:
     return True
 
 
+def is_whole(config: TextConfig, chosen: Slice) -> bool:
+    """Whether a slice keeps everything of a checkpoint of this config."""
+    return not chosen.skipped_layers and chosen.ffn_hidden_dims == config.intermediate_size
+
+
+def whole_model(config: TextConfig) -> Slice:
+    """The checkpoint itself as a row beside its slices."""
+    return Slice("Whole model", "whole", config.num_hidden_layers, None, None, config.intermediate_size, ())
+
+
 def slice_config(raw_config: dict[str, Any], plan: SlicePlan) -> dict[str, Any]:
     """The config.json of a slice; every value follows from the checkpoint's own.
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,7 @@ from g3n_mlx.convert import cached_conversion, convert, plan_for
 from g3n_mlx.convert import write as writing
 from g3n_mlx.convert.__main__ import main
 from g3n_mlx.failures import size_in_words
-from g3n_mlx.matformer.sizes import largest_fitting, size_slices
+from g3n_mlx.matformer.sizes import size_slices
 from g3n_mlx.matformer.table import read_slices
 
 DENSE_MARKS = ("norm", "altup.", "laurel.", "embed_vision.", "embed_audio.", "_tower.")
@@ -50,6 +51,12 @@ def table(tmp_path: Path) -> Path:
         + f'Whole,10,,,"{[256] * 10}",\n'
     )
     return path
+
+
+def listed(printed: str) -> dict[str, str]:
+    """The rows of --list-slices by short name, in their order."""
+    rows = printed.partition("\n\n")[0].splitlines()[2:]
+    return {row.split()[0]: row for row in rows}
 
 
 def same_tensors(found: Tensors, expected: Tensors) -> None:
@@ -382,10 +389,10 @@ def test_a_quantized_source_is_sized_as_it_is(
     dense = files.write_folder(tmp_path / "in", *files.text_only(files.read_config(tiny_folder), tensors))
     source = convert(dense, tmp_path / "quantized", q_bits=3, q_group_size=32, progress=False)
     assert main(["--list-slices", "--hf-path", str(source), "--matformer-config", str(table)]) == 0
-    listed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    rows = listed(capsys.readouterr().out)
     raw = Checkpoint.open(dense).raw_config["text_config"]
     for entry in size_slices(raw, read_slices(table), 3, 32, 8, "BF16", {}):
-        assert f" {size_in_words(entry.disk_bytes)}" in listed[entry.slice.short_name]
+        assert f" {size_in_words(entry.disk_bytes)}" in rows[entry.slice.short_name]
         output = convert(source, tmp_path / entry.slice.short_name, matformer=entry.slice.name, matformer_config=table)
         sized = size_slices(raw, [entry.slice], None, 64, 8, "BF16", Checkpoint.open(source).quantizations)
         assert sized[0].disk_bytes == sum(array.nbytes for array in files.read_folder(output).values())
@@ -405,7 +412,7 @@ def test_a_checkpoints_own_slices(
     with pytest.raises(ValueError, match="made for a base model of 35 layers"):  # a published one
         convert(source, tmp_path / "e2b", matformer="e2.49b-block", progress=False)
     assert main(["--list-slices", "--hf-path", str(source)]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["slice", "mixed", "half", "whole"]
+    assert list(listed(capsys.readouterr().out)) == ["mixed", "half", "whole"]
 
 
 def test_a_source_without_a_tokenizer_is_said(
@@ -416,23 +423,12 @@ def test_a_source_without_a_tokenizer_is_said(
     assert "has no tokenizer.json: put one into" in caplog.text
 
 
-def test_largest_fitting(table: Path, tiny_folder: Path) -> None:
-    raw = files.read_config(tiny_folder)["text_config"]
-    sized = size_slices(raw, read_slices(table), 4, 64, 8, "BF16", {})
-    by_name = {entry.slice.short_name: entry for entry in sized}
-    assert largest_fitting(sized, False, 10**12) is by_name["whole"]
-    assert largest_fitting(sized, False, by_name["whole"].resident_bytes - 1) is not by_name["whole"]
-    with pytest.raises(ValueError, match=r"no slice fits 1\.0 KB: the smallest, \w+, needs 0\.\d\d GB; try fewer"):
-        largest_fitting(sized, False, 1000)
-    with pytest.raises(ValueError, match="start from the unquantized checkpoint for fewer bits"):
-        largest_fitting(sized, True, 1000)
-
-
 def test_small_numbers_are_listed_with_their_digits(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list-slices", "--model", "demo/"]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
-    assert [row[3] for row in rows] == ["0.00162", "0.00123", "0.00183", "0.00124"]
-    assert all(abs(float(row[2]) - float(row[3])) < 1e-5 for row in rows)
+    rows = {name: line.split() for name, line in listed(capsys.readouterr().out).items()}
+    assert float(rows.pop("whole")[2]) == 0.00241  # it is not in the table
+    assert [row[3] for row in rows.values()] == ["0.00124", "0.00123", "0.00162", "0.00183"]
+    assert all(abs(float(row[2]) - float(row[3])) < 1e-5 for row in rows.values())
 
 
 def test_a_quantized_hub_id_is_listed_by_its_headers(
@@ -459,13 +455,37 @@ def test_a_quantized_hub_id_is_listed_by_its_headers(
 def test_list_slices(capsys: pytest.CaptureFixture[str], tiny_folder: Path, table: Path) -> None:
     assert main(["--list-slices"]) == 0
     published = capsys.readouterr().out
-    assert len(published.splitlines()) == 17
-    assert "Config for E2.49B (block-level)" in published
-    assert main(["--list-slices", "--fits", "3.1GiB", "--q-bits", "8"]) == 0
-    assert "largest slice that fits: e1.96b-layer" in capsys.readouterr().out
+    rows = listed(published)
+    assert len(rows) == 16
+    assert "Config for E2.49B (block-level)" in rows["e2.49b-block"]
+    beaten = {name for name, line in rows.items() if " * " not in line}
+    smaller_is_better = {"e2.73b-block", "e3.24b-block", "e3.49b-block", "e3.79b-block", "main-model"}
+    assert beaten == {*smaller_is_better, "e3.79b-layer"}  # the last one's score is that of a smaller one
+    sizes = [[float(size) for size in re.findall(r"([\d.]+) GB", line)] for line in rows.values()]
+    assert all(disk > at_4 for disk, at_4, *_ in sizes)
+    assert all(at_4 < at_8 < dense for _, at_4, at_8, dense in sizes)
+    assert sizes == sorted(sizes, key=lambda row: row[1])
+    assert "4,096 tokens of context" in published
+    assert "1.95 GB more once images and audio are read" in published
     assert main(["--list-slices", "--hf-path", str(tiny_folder), "--matformer-config", str(table)]) == 0
-    own = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in own] == ["slice", "mixed", "half", "whole"]
+    assert list(listed(capsys.readouterr().out)) == ["mixed", "half", "whole"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "chosen"),
+    [
+        (["--fits", "3.1GiB", "--q-bits", "8"], "e1.96b-layer"),
+        (["--fits", "3.1GiB", "--q-bits", "3"], "e3.59b-layer"),
+        (["--fits", "3.3GB"], r"e3.59b-layer \(.*\) at 4 bits, 2.98 GB"),  # and not main, 3.21 GB
+        (["--fits", "5.4GB"], r"e3.59b-layer \(.*\) at 4 bits"),  # itself, but not main, fits at 8
+        (["--fits", "5.5GB"], r"e3.59b-layer \(.*\) at 8 bits, 5.02 GB"),
+    ],
+)
+def test_the_best_that_fits_is_chosen_by_score(
+    flags: list[str], chosen: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--list-slices", *flags]) == 0
+    assert re.search(f"best slice that fits: {chosen}", capsys.readouterr().out)
 
 
 def test_command(tiny_folder: Path, tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -484,9 +504,28 @@ def test_command(tiny_folder: Path, tmp_path: Path, table: Path, capsys: pytest.
 def test_command_picks_what_fits(
     tiny_folder: Path, tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--hf-path", str(tiny_folder), "-o", str(tmp_path / "out"), "--matformer-config", str(table)]
-    assert main([*flags, "--fits", "8GB"]) == 0
-    assert "largest slice that fits: whole (Whole)" in capsys.readouterr().err
+    flags = ["--hf-path", str(tiny_folder), "--matformer-config", str(table)]
+    assert main([*flags, "-o", str(tmp_path / "dense"), "--fits", "8GB"]) == 0
+    told = capsys.readouterr().err
+    assert "sizes are those of the unquantized model; -q makes it smaller" in told
+    assert "best slice that fits: whole (Whole), 0.6" in told
+    assert main([*flags, "-q", "-o", str(tmp_path / "8bit"), "--fits", "8GB"]) == 0
+    assert "best slice that fits: whole (Whole) at 8 bits" in capsys.readouterr().err
+    assert {how.bits for how in Checkpoint.open(tmp_path / "8bit").quantizations.values()} == {8}
+    raw = files.read_config(tiny_folder)["text_config"]
+    sizes = {
+        entry.slice.short_name: entry.resident_bytes
+        for entry in size_slices(raw, read_slices(table), 4, 64, 8, "BF16", {})
+    }
+    assert main([*flags, "-q", "-o", str(tmp_path / "mixed"), "--fits", f"{sizes['whole'] - 1}"[:-3] + "KB"]) == 0
+    assert "best slice that fits: mixed (Mixed) at 4 bits" in capsys.readouterr().err
+    assert Checkpoint.open(tmp_path / "mixed").config.text.num_hidden_layers == 8
+    assert main([*flags, "-q", "-o", str(tmp_path / "none"), "--fits", "1KB"]) == 1
+    told = capsys.readouterr().err
+    assert re.search(r"no slice fits 1\.0 KB: the smallest, mixed, needs 0\.\d\d GB; try fewer bits", told)
+    flags = ["--hf-path", str(tmp_path / "8bit"), "--matformer-config", str(table), "-o", str(tmp_path / "none")]
+    assert main([*flags, "--fits", "1KB"]) == 1
+    assert "start from the unquantized checkpoint for fewer bits" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

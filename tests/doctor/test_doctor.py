@@ -53,10 +53,16 @@ def test_table(answering, capsys):
     assert "4-bit products: a kernel" in printed
     (header,) = [line for line in printed.splitlines() if "cuda:0, 3.00 GB" in line]
     (four_bits,) = [line for line in printed.splitlines() if line.split()[:1] == ["4"]]
-    # The largest slice that fits stands in the table's column of its place.
+    # The best slice that fits stands in the table's column of its place.
     cell = four_bits[header.index("cuda:0") :].split(",")[0]
     fitting = [row for row in models.fitting({"cuda:0": 3_000_000_000}) if row["bits"] == 4 and row["fits"]]
-    assert cell == max(fitting, key=lambda row: row["effective_parameters"])["slice"]
+    assert cell == max(fitting, key=lambda row: row["mmlu"])["slice"]
+
+
+def test_the_best_slice_is_not_the_largest_that_fits():
+    """With room for all of them, E3.59B scores higher than the whole model and than E3.79B, which is larger."""
+    rows = models.fitting({"cpu": 10**12})
+    assert [row["slice"] for row in rows if row["best_at"]] == ["e3.59b-layer"] * len({row["bits"] for row in rows})
 
 
 SECTIONS = [
