@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from g3n_mlx.commands import add_model_flags, command_parser, log_to_stderr, printable, run_command, say, tell
 from g3n_mlx.eval import table
+from g3n_mlx.eval.plot import plot
 from g3n_mlx.failures import BadValue, IsAFolder, MissingFile, MissingPackage, NotPermitted, check_folder_of, one_line
 from g3n_mlx.installation import install_command
 
@@ -109,7 +110,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         arguments.json.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if arguments.plot:
-        table.plot(arguments.plot, summary, columns)
+        plot(arguments.plot, summary, columns)
     return 0
 
 

@@ -155,6 +155,7 @@ class TextQuality:
     perplexity: float  # per token
     perplexity_per_byte: float
     kl_mean: float | None = None  # nats, of the model's next-token distribution from the reference's
+    kl_error: float | None = None  # its standard error, tokens taken as independent
     kl_p99: float | None = None  # 99th percentile over the text's tokens
     same_top1: float | None = None  # share of tokens where both find the same token most likely
 
@@ -202,7 +203,8 @@ def measure_text(
     if reference is None:
         return TextQuality(perplexity, per_byte)
     p99 = float(np.quantile(divergences, 0.99))
-    return TextQuality(perplexity, per_byte, float(np.mean(divergences)), p99, same / len(ids))
+    error = float(np.std(divergences) / np.sqrt(len(divergences)))
+    return TextQuality(perplexity, per_byte, float(np.mean(divergences)), error, p99, same / len(ids))
 
 
 def _log_probabilities(model: "Gemma3n", prompt: list[int], start: int, rows: int) -> Iterator[np.ndarray]:

@@ -1,4 +1,4 @@
-"""What an evaluation found, as a table for the terminal or in Markdown, and as a plot of quality over size."""
+"""What an evaluation found, as a table for the terminal or in Markdown."""
 
 import shutil
 from collections.abc import Iterator
@@ -90,27 +90,3 @@ def markdown(summary: dict[str, Any], names: list[tuple[str, ...]]) -> Iterator[
     header = ["", *map(", ".join, names)]
     for row in (header, ["---", *["---:"] * len(names)], *_figures(summary)):
         yield f"| {' | '.join(row)} |"
-
-
-def plot(path: Path, summary: dict[str, Any], names: list[tuple[str, ...]]) -> None:
-    """Quality over size: a point a variant, the slices of one model joined by a line."""
-    from matplotlib.figure import Figure
-
-    key, label = ("perplexity", "perplexity per token") if "text" in summary else ("mean_score", "mean score")
-    families: dict[tuple[str, ...], list[tuple[float, float, str]]] = {}
-    for entry, parts in zip(summary["variants"], names, strict=True):
-        sliced = len({entry["matformer"] for entry in summary["variants"]}) > 1
-        family, point = (parts[:-1], parts[-1]) if sliced else (parts, "")
-        families.setdefault(family, []).append((entry["weight_bytes"] / 1e6, entry[key], point))
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for family, points in families.items():
-        axes.plot(*zip(*sorted((x, y) for x, y, _ in points), strict=True), "o-", label=" ".join(family))
-        for x, y, point in points:
-            axes.annotate(point, (x, y), xytext=(4, 4), textcoords="offset points", fontsize="small")
-    axes.set_xlabel("weights, MB")
-    axes.set_ylabel(label)
-    axes.margins(x=0.15, y=0.15)  # room for the names
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)

@@ -274,6 +274,8 @@ def test_perplexity_and_divergence(backend, tiny_folder, text_file, table, windo
     first, second = found["variants"]
     assert [first[name] for name in ("kl_mean", "kl_p99", "same_top1")] == [None] * 3
     assert second["kl_mean"] == pytest.approx(divergence.mean(), rel=1e-3)
+    error = divergence.std() / np.sqrt(len(ids))
+    assert second["kl_error"] == pytest.approx(error, rel=1e-3)
     assert second["kl_p99"] == pytest.approx(np.quantile(divergence, 0.99), rel=1e-3)
     assert second["same_top1"] == pytest.approx((whole.argmax(-1) == half.argmax(-1)).mean(), abs=1.5 / len(ids))
     assert f"{second['kl_mean']:.3g}" in out
