@@ -72,8 +72,12 @@ class Sampler(Protocol):
         """
         ...
 
+    def count(self, token_ids: Sequence[int]) -> None:
+        """Counts tokens that come into the answer without a draw, for the penalties: a grammar forces them."""
+        ...
+
     def forget(self, n: int) -> None:
-        """Takes the last n drawn tokens out of the penalties' counts: a draft that was not accepted."""
+        """Takes the last n tokens out of the penalties' counts: a draft that was not accepted."""
         ...
 
 

@@ -171,6 +171,28 @@ class GrammarMatcher:
         """
         drawable = self._matcher.compute_bitmask()
         self._check()
+        return self._unpacked(drawable)
+
+    def masks(self, draft: Sequence[int]) -> list[np.ndarray]:
+        """The masks now and after each token of a draft, up to the first one that may not come there."""
+        masks, ahead = [self.mask()], self._matcher.deep_copy()
+        for token_id in draft:
+            if not masks[-1][token_id] or not ahead.consume_token(token_id):
+                break
+            drawable = ahead.compute_bitmask()
+            if ahead.is_error():  # too complex only if the draft is accepted: then the next `mask` says so
+                break
+            masks.append(self._unpacked(drawable))
+        return masks
+
+    def forced(self) -> list[int]:
+        """The tokens that must come next; none where there is a choice, or where the answer may end."""
+        tokens = self._matcher.compute_ff_tokens()
+        self._check()
+        return tokens
+
+    def _unpacked(self, drawable: bytes) -> np.ndarray:
+        """A bit mask of llguidance's as bool [V], of the ids in reach."""
         bits = np.frombuffer(drawable, dtype=np.uint8)[: len(self._reachable)] & self._reachable
         return np.unpackbits(bits, count=self._width, bitorder="little").view(np.bool_)
 

@@ -229,3 +229,17 @@ def test_logits_that_are_not_finite_are_told(framework, value, options):
             for step in (sampler.draw(framework.array(logits), 1), sampler.draw(framework.array(logits), 2, mask)):
                 assert int(step) == NOT_FINITE
                 assert 0 <= int(step.token.item()) < vocab_size
+
+
+def test_tokens_without_a_draw_count_as_drawn(framework):
+    """What a grammar forces counts for the penalties of what follows, and can be forgotten."""
+    params = SamplingParams(temperature=0, frequency_penalty=3.0, presence_penalty=1.0, repetition_penalty=1.3)
+    logits = logits_of(50, "smooth", 1)
+    best = np.argsort(-logits)
+    sampler = sampler_of(framework, params, (), 50)
+    sampler.count([int(best[0]), int(best[1])])
+    scores = penalize(logits, params, (), [int(best[0]), int(best[1])])
+    assert int(sampler.draw(framework.array(logits), 2)) == candidates(scores, params)[0][0] != best[0]
+    sampler.forget(3)
+    assert int(sampler.draw(framework.array(logits), 0)) == best[0]
+    sampler_of(framework, SamplingParams(), (), 50).count([1])  # nothing to count without penalties

@@ -59,6 +59,42 @@ def test_any_walk_through_the_masks_validates(
     jsonschema.validate(json.loads(tokenizer.decode(ids)), schema)
 
 
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(schema=SCHEMAS, seed=st.integers(0, 2**32))
+def test_what_is_forced_is_all_that_the_masks_let_through(
+    grammars: Grammars, schema: dict[str, Any], seed: int
+) -> None:
+    """At every place of an answer; looking ahead changes nothing."""
+    constraint, generator = grammars.json_schema(schema), np.random.default_rng(seed)
+    for _ in range(200):
+        forced = constraint.forced()
+        ahead = constraint.masks([*forced, 3])
+        assert [list(np.flatnonzero(mask)) for mask in ahead[: len(forced)]] == [[token_id] for token_id in forced]
+        np.testing.assert_array_equal(constraint.mask(), ahead[0])
+        token_id = int(generator.choice(np.flatnonzero(ahead[0])))
+        constraint.push(token_id)
+        if token_id in EOS:
+            return
+        if len(ahead) > 1 and forced:
+            np.testing.assert_array_equal(constraint.mask(), ahead[1])
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(schema=SCHEMAS, seed=st.integers(0, 2**32), wrong_at=st.integers(0, 12))
+def test_masks_along_a_draft_are_those_that_its_tokens_lead_to(
+    grammars: Grammars, schema: dict[str, Any], seed: int, wrong_at: int
+) -> None:
+    ids = walk(grammars.json_schema(schema), seed)
+    assert ids is not None
+    draft, constraint = [*ids[:wrong_at], 2, *ids[wrong_at:]], grammars.json_schema(schema)
+    masks = constraint.masks(draft)
+    assert len(masks) == min(wrong_at, len(ids)) + 1, "2 is no token of text, so the draft breaks the grammar there"
+    for mask, token_id in zip(masks, draft, strict=False):
+        np.testing.assert_array_equal(constraint.mask(), mask)
+        if mask[token_id]:
+            constraint.push(token_id)
+
+
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(schema=SCHEMAS, seed=st.integers(0, 2**32))
 def test_a_models_answer_validates_unless_it_was_cut(model: Gemma3n, schema: dict[str, Any], seed: int) -> None:

@@ -45,7 +45,7 @@ class Sampler:
     def __init__(self, params: SamplingParams, prompt_ids: Sequence[int], vocab_size: int, device: mx.Device) -> None:
         self.params = params
         self.uniforms = Uniforms(params.seed)
-        self.tokens: list[mx.array] = []  # [1] each: what was drawn, where penalties count it
+        self.tokens: list[mx.array] = []  # [1] each: the answer so far, where penalties count it
         self.counts: mx.array | None = None  # [V] float32: how often each token is in the answer
         self.prompted: mx.array | None = None  # [V] bool: whether it is in the prompt
         if params.penalizes:
@@ -67,13 +67,22 @@ class Sampler:
             token = mx.argmax(scores, axis=-1, keepdims=True).astype(mx.int64)
         else:
             token = drawn(scores, self.params, self.uniforms.at(position))
+        self.add(token)
+        return Step(token, logits)
+
+    def count(self, token_ids: Sequence[int]) -> None:
+        """Counts tokens that need no draw, as if they had been drawn."""
+        for token_id in token_ids:
+            self.add(mx.array([token_id]))
+
+    def add(self, token: mx.array) -> None:
+        """Adds a token [1] of the answer to the penalties' counts."""
         if self.counts is not None:
             self.counts = self.counts.at[token].add(1)
             self.tokens.append(token)
-        return Step(token, logits)
 
     def forget(self, n: int) -> None:
-        """Takes the last n drawn tokens back out of the penalties' counts."""
+        """Takes the last n tokens back out of the penalties' counts."""
         for token in [self.tokens.pop() for _ in range(n if self.counts is not None else 0)]:
             assert self.counts is not None
             self.counts = self.counts.at[token].add(-1)

@@ -47,7 +47,7 @@ class Sampler:
     ) -> None:
         self.params = params
         self.uniforms = Uniforms(params.seed)
-        self.tokens: list[Tensor] = []  # [1] each: what was drawn, where penalties count it
+        self.tokens: list[Tensor] = []  # [1] each: the answer so far, where penalties count it
         self.counts: Tensor | None = None  # [V] float32: how often each token is in the answer
         self.prompted: Tensor | None = None  # [V] bool: whether it is in the prompt
         if params.penalizes:
@@ -69,13 +69,22 @@ class Sampler:
             token = scores.argmax(dim=-1, keepdim=True)
         else:
             token = drawn(scores, self.params, self.uniforms.at(position))
+        self.add(token)
+        return Step(token, logits)
+
+    def count(self, token_ids: Sequence[int]) -> None:
+        """Counts tokens that need no draw, as if they had been drawn."""
+        for token_id in token_ids:
+            self.add(torch.tensor([token_id], device=None if self.counts is None else self.counts.device))
+
+    def add(self, token: Tensor) -> None:
+        """Adds a token [1] of the answer to the penalties' counts."""
         if self.counts is not None:
             self.counts[token] += 1
             self.tokens.append(token)
-        return Step(token, logits)
 
     def forget(self, n: int) -> None:
-        """Takes the last n drawn tokens back out of the penalties' counts."""
+        """Takes the last n tokens back out of the penalties' counts."""
         for token in [self.tokens.pop() for _ in range(n if self.counts is not None else 0)]:
             assert self.counts is not None
             self.counts[token] -= 1
