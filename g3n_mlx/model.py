@@ -15,6 +15,7 @@ from g3n_mlx.config.model import ModelConfig, token_ids
 from g3n_mlx.engine.answer import Answer, chunks_of
 from g3n_mlx.engine.cache import Cache
 from g3n_mlx.engine.conversation import Conversation
+from g3n_mlx.engine.drafts import Mode, checked_mode
 from g3n_mlx.engine.grammar import Grammars
 from g3n_mlx.engine.many import answers
 from g3n_mlx.engine.options import AnswerOptions, constraint_of, parsed, with_media
@@ -172,8 +173,8 @@ class Gemma3n:
         max_tokens truncated it (finish_reason "length").
         Raises ValueError on a bad prompt or option, PromptTooLong when the prompt exceeds the context.
         """
-        prepared, sampling, constraint = self._request(prompt, params, options)
-        result = Result.of(list(self._stream(prepared, sampling, constraint)), sampling)
+        request = self._request(prompt, params, options)
+        result = Result.of(list(self._stream(*request)), request[1])
         return replace(result, parsed=parsed(result.text, options.get("schema")))
 
     def stream(
@@ -189,8 +190,8 @@ class Gemma3n:
         self, prompt: PromptLike, params: SamplingParams | None = None, **options: Unpack[AnswerOptions]
     ) -> Result:
         """`generate` for an event loop. Cancelling it stops the generation within one token."""
-        prepared, sampling, constraint = await asyncio.to_thread(self._request, prompt, params, options)
-        result = Result.of([chunk async for chunk in self._astream(prepared, sampling, constraint)], sampling)
+        request = await asyncio.to_thread(self._request, prompt, params, options)
+        result = Result.of([chunk async for chunk in self._astream(*request)], request[1])
         return replace(result, parsed=parsed(result.text, options.get("schema")))
 
     async def astream(
@@ -319,15 +320,22 @@ class Gemma3n:
         prompt: Prompt,
         params: SamplingParams,
         constraint: Constraint | None = None,
+        draft: Mode = "off",
     ) -> Answer:
         """An answer that is yet to run, over a cache of the caller's: a task for the runner, alone or among others.
 
-        Broken off between two of its wishes, the conversation stays good. Raises PromptTooLong.
+        draft: how tokens are drafted, which changes no text. Broken off between two of its wishes, the conversation
+        stays good. Raises PromptTooLong.
         """
         model, text = self.runner.model, self.config.text
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
+        # What a call takes depends on what a draw takes.
+        drawn = params.greedy, params.top_k > 0, params.penalizes, constraint is not None
+        costs = self.runner.costs[drawn]
         return Answer(
-            TokenSequence(model, text, conversation, prompt, params, stop_ids, self._embedded, constraint),
+            TokenSequence(
+                model, text, conversation, prompt, params, stop_ids, self._embedded, constraint, draft, costs
+            ),
             self.tokenizer.stream(),
             params,
             lambda: max(peak_process_bytes(), model.peak_memory_bytes()),
@@ -339,14 +347,15 @@ class Gemma3n:
 
     def _request(
         self, prompt: PromptLike, params: SamplingParams | None, options: AnswerOptions
-    ) -> tuple[Prompt, SamplingParams, Constraint | None]:
+    ) -> tuple[Prompt, SamplingParams, Constraint | None, Mode]:
         """What `answer` takes, made of what `generate` takes."""
         check_option_names(options, AnswerOptions.__annotations__)
+        draft = checked_mode(options.get("draft") or "off")
         sampling = self.sampling_params(params, **_sampling(options))
         constraint = constraint_of(options, lambda: self.grammars)
         prepared = self._prompt(with_media(prompt, options))
         check_length(prepared, 1, self.config.text.max_position_embeddings)
-        return prepared, sampling, constraint
+        return prepared, sampling, constraint, draft
 
     def _prompt(self, prompt: Any) -> Prompt:
         self._check_open()
@@ -364,18 +373,18 @@ class Gemma3n:
         return self.runner.checked(np.concatenate(encoded))
 
     def _stream(
-        self, prompt: Prompt, params: SamplingParams, constraint: Constraint | None
+        self, prompt: Prompt, params: SamplingParams, constraint: Constraint | None, draft: Mode
     ) -> Generator[Chunk, None, None]:
         with self._own_conversation() as conversation:
-            answer = self.answer(conversation, prompt, params, constraint)
+            answer = self.answer(conversation, prompt, params, constraint, draft)
             while not answer.finished:
                 yield from chunks_of(*self.runner.advance([answer]))
 
     async def _astream(
-        self, prompt: Prompt, params: SamplingParams, constraint: Constraint | None
+        self, prompt: Prompt, params: SamplingParams, constraint: Constraint | None, draft: Mode
     ) -> AsyncGenerator[Chunk, None]:
         with self._own_conversation() as conversation:
-            answer = self.answer(conversation, prompt, params, constraint)
+            answer = self.answer(conversation, prompt, params, constraint, draft)
             while not answer.finished:
                 for chunk in chunks_of(*await self.runner.advance_async([answer])):
                     yield chunk

@@ -118,7 +118,7 @@ def served(folder):
         server.communicate(timeout=60)
 
 
-@pytest.mark.parametrize(("page", "count"), [("README.md", 1), ("python.md", 8)])
+@pytest.mark.parametrize(("page", "count"), [("README.md", 1), ("python.md", 9)])
 def test_python_code_runs(page, count):
     """A page's blocks go on from one another."""
     code = blocks(PAGES.get(page, README), "python")

@@ -24,20 +24,24 @@ class Answer:
 
     @property
     def decoding(self) -> bool:
-        """Whether the next wish is one token; else it is a part of the prompt."""
+        """Whether the next wish is one token, and perhaps a draft; else it is a part of the prompt."""
         return self.sequence.decoding
 
-    def wish(self) -> Rows:
-        """The rows to append next."""
-        return self.sequence.wish()
+    def wish(self, together: int = 1) -> Rows:
+        """The rows to append next. together: how many answers share the call."""
+        return self.sequence.wish(together)
 
     def told(self, steps: Sequence[Step]) -> list[Chunk]:
         """The chunks that come of a wish: none after a part of the prompt; the last one ends the answer."""
-        step, chunks = self.sequence.told(steps), []
-        if step is not None:
-            token_id = int(step)
-            chunks.append(Chunk(self._stops.push(self._text.push(token_id)), token_id, *self._logprobs(step)))
-        if self.sequence.finished or self._stops.found:
+        chunks: list[Chunk] = []
+
+        def each(token: Step | int) -> bool:
+            token_id = int(token)
+            chunks.append(Chunk(self._stops.push(self._text.push(token_id)), token_id, *self._logprobs(token)))
+            return not self._stops.found
+
+        self.sequence.told(steps, each)
+        if self.sequence.finished:
             self.finished = True
             chunks.append(self._end())
         return chunks
@@ -48,10 +52,12 @@ class Answer:
         reason = "length" if timings.at_limit and not found else "stop"
         return Chunk(rest, finish_reason=reason, usage=usage(timings, self._peak_memory_bytes()))
 
-    def _logprobs(self, step: Step) -> tuple[float | None, tuple[tuple[int, float], ...] | None]:
+    def _logprobs(self, token: Step | int) -> tuple[float | None, tuple[tuple[int, float], ...] | None]:
         top = self._params.top_logprobs
-        most_likely = tuple(step.top_logprobs(top)) if top else None
-        return (step.logprob() if self._params.logprobs or top else None), most_likely
+        if not self._params.logprobs and not top:
+            return None, None
+        assert not isinstance(token, int), "tokens without a draw have no scores"
+        return token.logprob(), tuple(token.top_logprobs(top)) if top else None
 
 
 def chunks_of(outcome: list[Chunk] | Failure) -> list[Chunk]:
@@ -72,4 +78,7 @@ def usage(timings: Timings, peak_memory_bytes: int) -> Usage:
         avg_prompt_tok_per_sec=computed / timings.prefill_s,
         avg_compl_tok_per_sec=decoded / timings.decode_s if decoded > 0 and timings.decode_s else 0.0,
         peak_memory_bytes=peak_memory_bytes,
+        drafted_tokens=timings.drafted_tokens,
+        accepted_tokens=timings.accepted_tokens,
+        tokens_per_call=1 + timings.accepted_tokens / timings.decode_calls if timings.decode_calls else 0.0,
     )

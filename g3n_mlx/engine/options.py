@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
+from g3n_mlx.engine.drafts import Mode
 from g3n_mlx.engine.grammar import Grammars, closed
 from g3n_mlx.engine.sequence import Constraint
 from g3n_mlx.failures import BadValue
@@ -49,6 +50,7 @@ class AnswerOptions(SamplingOptions, total=False):
     images: "ImageSource | Sequence[ImageSource] | None"  # a list or tuple is several, in order
     audio: AudioSource | Sequence[AudioSource] | None
     videos: VideoSource | Sequence[VideoSource] | None
+    draft: Mode | None  # how tokens are drafted, which changes no text: "off", "auto" or "lookup" (engine/drafts.py)
 
 
 _FORMATS = ("schema", "regex", "lark", "constraint")

@@ -18,6 +18,9 @@ class Usage:
     avg_prompt_tok_per_sec: float  # of the tokens that were not cached
     avg_compl_tok_per_sec: float  # 0 for an answer of one token
     peak_memory_bytes: int  # of the process or of the device, whichever is more
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0  # of the drafted ones
+    tokens_per_call: float = 0.0  # behind the first one: 1 without drafts; 0 for an answer of one token
 
 
 @dataclass(frozen=True, slots=True)

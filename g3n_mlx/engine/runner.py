@@ -9,7 +9,8 @@ import asyncio
 import atexit
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from g3n_mlx.batch import Batch, Rows, Step
+from g3n_mlx.engine.drafts import CallCosts
 from g3n_mlx.failures import BadValue, Error
 from g3n_mlx.interface import Model
 from g3n_mlx.sampling import NOT_FINITE
@@ -81,11 +83,11 @@ class Wisher(Protocol):
 
     @property
     def decoding(self) -> bool:
-        """Whether the next wish is one token."""
+        """Whether the next wish is one token, and perhaps a draft."""
         ...
 
-    def wish(self) -> Rows:
-        """The rows to append next."""
+    def wish(self, together: int, /) -> Rows:
+        """The rows to append next. together: how many tasks share the call."""
         ...
 
     def told(self, steps: Sequence[Step]) -> Any:
@@ -133,6 +135,7 @@ class Runner:
         self._model: Model | None = model
         self._name = name
         self.thread = thread
+        self.costs: defaultdict[Hashable, CallCosts] = defaultdict(CallCosts)  # of calls, by how tokens are drawn
         self._defect = defect
 
     @property
@@ -175,7 +178,7 @@ class Runner:
         return await asyncio.wrap_future(self.thread.submit(lambda: self._advance(tasks)))
 
     def _advance(self, tasks: Sequence[Wisher]) -> list[Any]:
-        wishes = [_attempt(task.wish) for task in tasks]
+        wishes = [_attempt(partial(task.wish, len(tasks))) for task in tasks]
         rows = [wish for wish in wishes if not isinstance(wish, Failure)]
         ran = _attempt(lambda: run(self.model, rows)) if rows else []
         drawn = iter([ran] * len(rows) if isinstance(ran, Failure) else ran)

@@ -2,11 +2,13 @@
 
 A sequence says which rows it wants to append next, and is told the steps that came of them; who carries that out, for
 one sequence or for many in one call, is runner.py's business. It knows no text, and of the model only the seam.
+With drafts (drafts.py) the rows are those of several tokens, of which the model's own draws decide how many stay.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +17,7 @@ from g3n_mlx.batch import Draw, Rows, Soft, SoftTokens, Step
 from g3n_mlx.config.text import TextConfig
 from g3n_mlx.engine.cache import Cache
 from g3n_mlx.engine.conversation import Conversation
+from g3n_mlx.engine.drafts import MAX_ROWS, CallCosts, DraftConstraint, Drafter, Mode
 from g3n_mlx.interface import Model
 from g3n_mlx.prompt.prompt import Features, MediaSpan, Prompt, PromptTooLong
 from g3n_mlx.sampling import SamplingParams
@@ -43,6 +46,9 @@ class Timings:
     completion_tokens: int = 0
     prefill_s: float = 0.0  # until the first token is known
     decode_s: float = 0.0  # from the first token to the last
+    decode_calls: int = 0  # of the model, after the prompt's
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0  # of them
     at_limit: bool = False  # ended by max_tokens or the end of the context
 
 
@@ -111,8 +117,10 @@ class TokenSequence:
         stop_ids: frozenset[int],
         embed: Embed,
         constraint: Constraint | None = None,
+        draft: Mode = "off",
+        costs: CallCosts | None = None,
     ) -> None:
-        """embed: media to soft tokens; called only for what the cache does not hold.
+        """embed: media to soft tokens; called only for what the cache does not hold. costs: of answers drawn alike.
 
         Raises PromptTooLong. The conversation's cache goes on from what it shares with the prompt.
         """
@@ -125,22 +133,29 @@ class TokenSequence:
         self.conversation = conversation
         self._model, self._config, self._prompt, self._params = model, config, prompt, params
         self._stop_ids, self._embed, self._constraint = stop_ids, embed, constraint
+        # A rule that does not look ahead has to be asked between any two draws.
+        self._mode: Mode = draft if constraint is None or isinstance(constraint, DraftConstraint) else "off"
+        self._costs = costs or CallCosts()
+        self._drafter: Drafter | None = None
         self._identity = prompt.identity
         self._parts: Iterator[tuple[int, int]] | None = None  # of the prompt; None before the first wish
         self._part = (0, 0)
         self._step: Step | None = None  # drawn last
+        self._drafted: list[int] = []  # tokens behind it in the call that is under way
+        self._called_at: float | None = None  # when that call was asked for, if it is one of this sequence alone
         self._drawn_at = 0.0
 
     @property
     def decoding(self) -> bool:
-        """Whether the next wish is one token; else it is a part of the prompt."""
+        """Whether the next wish is one token, and perhaps a draft; else it is a part of the prompt."""
         return self._step is not None
 
-    def wish(self) -> Rows:
-        """The rows to append next."""
+    def wish(self, together: int = 1) -> Rows:
+        """The rows to append next. together: how many sequences share the call."""
         cache = self.conversation.cache
         if self._step is not None:
-            return Rows(cache, self._step, draw=self._draw())
+            self._called_at = time.perf_counter() if together == 1 else None
+            return self._decode_rows(together)
         if self._parts is None:
             self._begin()
             cache = self.conversation.cache
@@ -148,24 +163,40 @@ class TokenSequence:
         a, b = self._part = next(self._parts)
         ids = np.asarray(self._prompt.token_ids[a:b], dtype=np.int64)
         soft = soft_tokens(self._prompt.media, a, b, self._embed)
-        return Rows(cache, ids, soft, self._draw() if b == self.timings.prompt_tokens else None)
+        return Rows(
+            cache, ids, soft, Draw(self._sampler, 0, self._masks([])) if b == self.timings.prompt_tokens else None
+        )
 
-    def told(self, steps: Sequence[Step]) -> Step | None:
-        """Takes note of what a wish drew; returns the step if its token belongs to the answer.
+    def told(self, steps: Sequence[Step], each: Callable[[Step | int], bool] = lambda _: True) -> None:
+        """Takes note of what a wish drew.
 
-        Not one: after a part of the prompt, and when the token is a stop id, which ends the sequence.
+        each: is given every token that belongs to the answer, as a step or as the id that was forced, and says whether
+        the answer goes on. A stop id is none of them; it ends the sequence.
         """
         if self._step is None:
             a, b = self._part
             self.conversation.append(self._identity[a:b])
             if b in self._prompt.borders or b == self.timings.prompt_tokens:
                 self.conversation.mark()
-            if not steps:
-                return None
-        else:
-            self.conversation.append([int(self._step)])
-        (self._step,) = steps
-        return self._drawn(self._step)
+            if steps:
+                (self._step,) = steps
+                self._take(steps, each)
+            return
+        now = time.perf_counter()
+        rows = 1 + len(self._drafted)
+        tokens = self._verified(steps)
+        if self._called_at is not None and len(steps) == rows:
+            self._costs.note(rows, now - self._called_at)
+        before = int(self._step)
+        used = self._take(tokens, each)
+        self._step = steps[min(used, len(steps)) - 1]
+        # As if the tokens had been drawn one by one: the last one is in no cache yet, what was refused in none.
+        self.conversation.cache.trim(rows - used)
+        self._sampler.forget(rows - used)
+        self.conversation.append([before, *map(int, tokens[: used - 1])])
+        self.timings.decode_calls += 1
+        self.timings.drafted_tokens += rows - 1
+        self.timings.accepted_tokens += used - 1
 
     def _begin(self) -> None:
         self._started_at = time.perf_counter()
@@ -177,23 +208,82 @@ class TokenSequence:
         prompt = self._prompt
         self._parts = prefill_spans(start, len(prompt.token_ids), prompt.borders, self._params.prefill_step_size)
 
-    def _draw(self) -> Draw:
-        mask = None if self._constraint is None else self._constraint.mask()
-        return Draw(self._sampler, self.timings.completion_tokens, [mask])
+    def _decode_rows(self, together: int) -> Rows:
+        """The last token, and what is drafted behind it; forced tokens need no draw, unless their scores are wanted."""
+        assert self._step is not None
+        cache, position = self.conversation.cache, self.timings.completion_tokens
+        mode = self._mode
+        draft, certain = ([], False) if mode == "off" else self._planned(mode, together)
+        masks = self._masks(draft)
+        self._drafted = draft = draft[: len(masks) - 1]
+        if not draft:
+            return Rows(cache, self._step, draw=Draw(self._sampler, position, masks))
+        ids = np.array([int(self._step), *draft], dtype=np.int64)
+        if not certain:
+            return Rows(cache, ids, draw=Draw(self._sampler, position, masks))
+        self._sampler.count(draft)
+        return Rows(cache, ids, draw=Draw(self._sampler, position + len(draft), masks[-1:]))
 
-    def _drawn(self, step: Step) -> Step | None:
-        token_id, timings = int(step), self.timings
-        now = time.perf_counter()
+    def _planned(self, mode: Mode, together: int) -> tuple[list[int], bool]:
+        """What is drafted behind the last token, and whether it is certain and needs no draw."""
+        if self._drafter is None:
+            assert self._step is not None
+            self._drafter = Drafter(mode, self._costs, [*self._prompt.token_ids, int(self._step)])
+        # The draw after the last row has to be within the limit too.
+        limit = min(self.limit - self.timings.completion_tokens, MAX_ROWS) - 1
+        forced = self._constraint.forced() if isinstance(self._constraint, DraftConstraint) else []
+        if not forced:
+            return self._without_ends(self._drafter.draft(limit, together)), False
+        bias = self._params.logit_bias  # -inf forbids a token whatever the constraint says
+        forced = list(takewhile(lambda token_id: bias.get(token_id) != -np.inf, forced[:limit]))
+        scored = self._params.logprobs or self._params.top_logprobs > 0
+        return self._without_ends(forced) if self._drafter.pays(len(forced), together) else [], not scored
+
+    def _without_ends(self, draft: Sequence[int]) -> list[int]:
+        """A draft up to the first token that would end the answer: no row behind it would be used."""
+        return list(takewhile(lambda token_id: token_id not in self._stop_ids, draft))
+
+    def _masks(self, draft: Sequence[int]) -> list[np.ndarray | None]:
+        """What may be drawn after the last token and after each of a draft, up to one that may not come there."""
+        if self._constraint is None:
+            return [None] * (len(draft) + 1)
+        if draft and isinstance(self._constraint, DraftConstraint):
+            return self._constraint.masks(draft)
+        return [self._constraint.mask()]
+
+    def _verified(self, steps: Sequence[Step]) -> list[Step | int]:
+        """The tokens that a call has brought: the draft as far as the model's own draws agree, and one draw more."""
+        draft = self._drafted
+        if len(steps) == 1:
+            return [*draft, *steps]
+        accepted = next((i for i, token_id in enumerate(draft) if int(steps[i]) != token_id), len(draft))
+        return list(steps[: accepted + 1])
+
+    def _take(self, tokens: Sequence[Step | int], each: Callable[[Step | int], bool]) -> int:
+        """Adds tokens to the answer, up to its end; returns how many."""
+        for used, token in enumerate(tokens, 1):
+            belongs = self._drawn(int(token))
+            if belongs and not each(token):
+                self.finished = True
+            if self.finished:
+                return used
+        return len(tokens)
+
+    def _drawn(self, token_id: int) -> bool:
+        """Takes note of a token; False for a stop id, which is not part of the answer."""
+        timings, now = self.timings, time.perf_counter()
         if timings.completion_tokens:
             timings.decode_s = now - self._drawn_at
         else:
             timings.prefill_s, self._drawn_at = now - self._started_at, now
         if self._constraint is not None:
             self._constraint.push(token_id)
+        if self._drafter is not None:
+            self._drafter.push(token_id)
         if token_id in self._stop_ids:
             self.finished = True
-            return None
+            return False
         timings.completion_tokens += 1
         if timings.completion_tokens == self.limit:
             self.finished = timings.at_limit = True
-        return step
+        return True

@@ -59,6 +59,9 @@ class HashModel:
     def draw(self, logits, position, mask):
         return logits
 
+    def forget(self, n):
+        pass
+
     def __call__(self, batch):
         kept = []
         for cache, count, wanted, entry in zip(batch.caches, batch.counts, batch.kept, batch.rows, strict=True):
@@ -91,9 +94,9 @@ def steps_of(model, sequence):
     """The steps of the answer, as they come."""
     while not sequence.finished:
         (drawn,) = run(model, [sequence.wish()])
-        step = sequence.told(drawn)
-        if step is not None:
-            yield int(step)
+        found = []
+        sequence.told(drawn, lambda token, found=found: found.append(int(token)) or True)
+        yield from found
 
 
 def answer(model, conversation, prompt, **options):
