@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from g3n_mlx.batch import Batch, Cache, Sampler, SoftTokens
+from g3n_mlx.checkpoint.folder import Checkpoint
+from g3n_mlx.matformer.plan import SlicePlan
 from g3n_mlx.sampling import SamplingParams
 
 # Tokens that a cache can forget at any time: longer than a draft of tokens is worth.
@@ -40,6 +42,13 @@ class Model(Protocol):
     @property
     def kv_arrays(self) -> KVArrays:
         """What the KV caches of the sequences are made of."""
+        ...
+
+    def slice(self, checkpoint: Checkpoint, plan: SlicePlan) -> "Model":
+        """The slice that a plan for this model takes from it, over the same weights, which live as long as either does.
+
+        checkpoint: the model's own, viewed through the plan; the slice reads from it what can't be shared.
+        """
         ...
 
     def make_sampler(self, params: SamplingParams, prompt_ids: Sequence[int]) -> Sampler:
@@ -81,7 +90,7 @@ class Model(Protocol):
         ...
 
     def close(self) -> None:
-        """Frees all weights; no call may follow."""
+        """Frees all weights but those that another slice shares; no call may follow."""
         ...
 
     def peak_memory_bytes(self) -> int:

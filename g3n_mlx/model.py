@@ -1,11 +1,13 @@
 """Gemma3n: what `load` returns and users hold. Messages in, text out, over the engine."""
 
 import asyncio
+import copy
 import threading
 from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Self, Unpack
 
 import numpy as np
@@ -25,6 +27,9 @@ from g3n_mlx.engine.scores import PromptReader, TokenScore
 from g3n_mlx.engine.sequence import Constraint, TokenSequence, check_length, prefill_spans
 from g3n_mlx.engine.soft_tokens import EmbeddedMedia
 from g3n_mlx.failures import BadValue, size_in_words
+from g3n_mlx.matformer.plan import SlicePlan, check_plan, find_slice, plan_slice
+from g3n_mlx.matformer.table import Slice, slices_for
+from g3n_mlx.matformer.view import can_slice, sliced
 from g3n_mlx.media.audio import Audio
 from g3n_mlx.media.image import Image
 from g3n_mlx.media.opener import MediaOpener
@@ -75,6 +80,7 @@ class Gemma3n:
         # Where neither file says it, what ends a turn of the chat template.
         named = eos or self.config.eos_token_ids or [tokenizer.id_of("<eos>"), tokenizer.id_of("<end_of_turn>")]
         self.eos_token_ids = frozenset(named)
+        self.plan: SlicePlan | None = None  # of the slice, where `slice` took it from another model
         self.runner = runner  # of the network, in the thread that it lives in
         opener = MediaOpener(checkpoint.folder, checkpoint.config)
         self.preparer = Preparer(tokenizer, opener, self.config.text.max_position_embeddings, own_template)
@@ -104,12 +110,13 @@ class Gemma3n:
     def close(self) -> None:
         """Frees the weights, the towers and all caches: nothing can be prepared or generated any more.
 
-        Later calls raise ValueError, and so do streams that are under way. Closing twice does no harm.
+        Later calls raise ValueError, and so do streams that are under way. Closing twice does no harm. Slices taken
+        from it (`slice`) go on, each until it is closed itself: what they share is freed with the last of them.
         """
         if not self.runner.closed:
             self.reset()
             self.runner.close()
-            self.runner.thread.call(self._embedded.clear)  # where it is filled, after the call that may be under way
+            self.runner.thread.call(self._embedded.leave)  # where it is filled, after the call that may be under way
             self.checkpoint.close()
             vars(self).pop("grammars", None)
             return_freed_memory()
@@ -122,6 +129,38 @@ class Gemma3n:
     def config(self) -> ModelConfig:
         """The checkpoint's config, after the slice."""
         return self.checkpoint.config
+
+    def slices(self, matformer_config: str | Path | None = None) -> list[Slice]:
+        """What `slice` can be asked for by name: of the checkpoint's own matformer.csv, and the published slices.
+
+        matformer_config: a CSV table whose slices are listed instead. Raises FileNotFoundError or ValueError.
+        """
+        table = slices_for(self.checkpoint.folder, None if matformer_config is None else Path(matformer_config))
+        return [entry for entry in table if can_slice(self.checkpoint, entry)]
+
+    def slice(self, chosen: str | SlicePlan, *, matformer_config: str | Path | None = None) -> "Gemma3n":
+        """A smaller model inside this one, over the same weights: it takes milliseconds, and memory for little more
+        than its conversations.
+
+        chosen: a slice's name or short name, as `slices` lists them, of matformer_config, a CSV table, where one is
+        given; or a plan for this model's layers and widths. Both models answer independently, with caches of their own,
+        and are closed each by itself (see `close`); calls of theirs queue up in the same thread.
+        Raises ValueError for a slice that does not exist or can't be taken from this model.
+        """
+        if isinstance(chosen, SlicePlan):
+            plan = chosen
+            check_plan(self.config.text, plan)
+        else:
+            table = slices_for(self.checkpoint.folder, None if matformer_config is None else Path(matformer_config))
+            plan = plan_slice(self.config.text, find_slice(chosen, table, self.config.text))
+        runner, checkpoint = self.runner, sliced(self.checkpoint, plan)
+        model = runner.call(lambda: runner.model.slice(checkpoint, plan))
+        other = copy.copy(self)  # tokenizer, template and media rules are the same
+        other.checkpoint, other.plan, other.slice_name = checkpoint, plan, plan.slice_name
+        other.runner = runner.of_slice(model)
+        other._embedded = self._embedded.shared_with(other.runner)
+        other._conversation, other._conversation_lock = None, threading.Lock()
+        return other
 
     def prepare(self, messages: str | Sequence[Mapping[str, Any]], policy: MediaPolicy = ANY_MEDIA) -> Prompt:
         """The prompt that asks for an answer to OpenAI-style messages; a string is one user message.

@@ -125,12 +125,12 @@ def test_the_second_turn_encodes_nothing(model, encodings):
 def test_dropped_towers_are_gone_and_come_back(model, encodings):
     question = [user(Image(drawn()), Audio(tones(RATE), RATE), "What are these?")]
     answer = model.generate(question, **SHORT).token_ids
-    towers = [weakref.ref(model.runner.model.vision_tower), weakref.ref(model.runner.model.audio_tower)]
+    towers = [weakref.ref(model.runner.model.towers.vision_tower), weakref.ref(model.runner.model.towers.audio_tower)]
     assert all(tower() is not None for tower in towers)
     model.drop_towers()
     assert all(tower() is None for tower in towers)
     assert model.generate("No picture", **SHORT).token_ids
-    assert model.runner.model.vision_tower is None
+    assert model.runner.model.towers.vision_tower is None
     assert model.generate(question, **SHORT).token_ids == answer
 
 

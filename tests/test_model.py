@@ -500,7 +500,7 @@ def test_close_frees_the_weights_and_every_later_call_is_one_clear_error(tiny_fo
     model.encode_image(pixels)
     stream = model.stream(USER, **GREEDY)
     next(stream)
-    parts = [weakref.ref(part) for part in (model.runner.model.language_model, model.runner.model.vision_tower)]
+    parts = [weakref.ref(part) for part in (model.runner.model.language_model, model.runner.model.towers.vision_tower)]
     prompt = model.prepare(USER)
     model.close()
     model.close()

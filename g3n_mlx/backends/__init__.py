@@ -23,6 +23,10 @@ Names that one of them alone has:
   `steps.py:after_attention`,
   `steps.py:same`, `steps.py:DecodeSteps.started`, `steps.py:DecodeSteps.finished`, `steps.py:DecodeSteps.first`,
   `steps.py:DecodeSteps.last`, `model.py:Gemma3nModel.decode_graph`.
+- MLX multiplies no columns of a weight by themselves, so a model of which slices are taken keeps down_proj in pieces:
+  `layers.py:Slabs`, `layers.py:Slabs.__init__`, `layers.py:Slabs.arrays`, `layers.py:SlabLinear`,
+  `layers.py:SlabLinear.__init__`, `layers.py:SlabLinear._views`, `layers.py:SlabLinear.__call__`,
+  `layers.py:SlabLinear.narrowed`. torch's int4 form is kept so too (`kernels/packed.py`).
 - MLX has no resize by output size: `vision.py:interpolated`.
 - torch's products with quantized weights, `kernels/`: `layers.py:gives_rows`, `layers.py:QuantizedLinear.dequantized`,
   `layers.py:QuantizedLinear.rows`.

@@ -101,6 +101,10 @@ class Checkpoint:
         self._require_open()
         return Checkpoint(self.folder, config, raw_config, sources, quantizations, self._files)
 
+    def again(self) -> "Checkpoint":
+        """The same tensors once more, to be closed by whoever asked; without that, when nobody holds it any more."""
+        return self.view(self.config, self.raw_config, self.sources, self.quantizations)
+
     @property
     def names(self) -> tuple[str, ...]:
         """All tensors that a model reads."""

@@ -1,5 +1,6 @@
 """A checkpoint's tensors by module path, as the arrays of a backend."""
 
+from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -36,10 +37,17 @@ class Placement(Protocol[Array]):
 class Weights(Generic[Array]):
     """What a checkpoint holds below one module path; `at` goes down, leaf modules read."""
 
-    def __init__(self, checkpoint: Checkpoint, placement: Placement[Array], path: str = "") -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        placement: Placement[Array],
+        path: str = "",
+        loaded: Callable[[str], Any] | None = None,
+    ) -> None:
         self.checkpoint = checkpoint
         self.placement = placement
         self.path = path
+        self._loaded = loaded
 
     @property
     def dtype(self) -> Any:
@@ -53,7 +61,23 @@ class Weights(Generic[Array]):
 
     def at(self, name: str | int) -> "Weights[Array]":
         """The weights of a submodule."""
-        return Weights(self.checkpoint, self.placement, f"{self.path}.{name}" if self.path else str(name))
+        path = f"{self.path}.{name}" if self.path else str(name)
+        return Weights(self.checkpoint, self.placement, path, self._loaded)
+
+    def sharing(self, loaded: Callable[[str], Any]) -> "Weights[Array]":
+        """The same weights for a slice of a loaded model. loaded: what it shares with that model at a module path."""
+        return Weights(self.checkpoint, self.placement, self.path, loaded)
+
+    def reopened(self) -> "Weights[Array]":
+        """The same weights over files that stay open as long as these are held."""
+        return Weights(self.checkpoint.again(), self.placement, self.path)
+
+    def shared(self) -> Any:
+        """This module, as the loaded model that a slice is taken from holds it, or a view of it; None: read the files.
+
+        It is a module of the backend.
+        """
+        return None if self._loaded is None else self._loaded(self.path)
 
     def tensor(self, name: str = "weight") -> Array:
         """A whole tensor in the activations' dtype; it may be a view of the file and must not be written to."""

@@ -145,6 +145,10 @@ class Runner:
             raise BadValue(f"the model {self._name} has been closed: load it again")
         return self._model
 
+    def of_slice(self, model: Model) -> "Runner":
+        """What runs a slice of the model, in the same thread."""
+        return Runner(model, self.thread, self._name, self._defect)
+
     @property
     def closed(self) -> bool:
         """Whether nothing runs any more."""

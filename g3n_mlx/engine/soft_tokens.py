@@ -14,9 +14,14 @@ KEPT_SOFT_TOKENS_BYTES = 256 << 20
 class EmbeddedMedia:
     """Features to soft tokens, each image or clip once: those used last are kept, found by their content."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, kept: OrderedDict[bytes, SoftTokens] | None = None) -> None:
+        """kept: what another model with the same towers has encoded, and will."""
         self._runner = runner
-        self._kept: OrderedDict[bytes, SoftTokens] = OrderedDict()
+        self._kept: OrderedDict[bytes, SoftTokens] = OrderedDict() if kept is None else kept
+
+    def shared_with(self, runner: Runner) -> "EmbeddedMedia":
+        """The same for a slice of the model."""
+        return EmbeddedMedia(runner, self._kept)
 
     def __call__(self, features: Features) -> SoftTokens:
         """The soft tokens of an image or a clip."""
@@ -33,5 +38,9 @@ class EmbeddedMedia:
         return soft
 
     def clear(self) -> None:
-        """Forgets all of them."""
+        """Forgets all of them, for whoever shares them too."""
         self._kept.clear()
+
+    def leave(self) -> None:
+        """Lets go of them: they are forgotten where nobody shares them."""
+        self._kept = OrderedDict()

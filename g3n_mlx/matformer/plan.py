@@ -19,6 +19,8 @@ from g3n_mlx.failures import BadValue
 from g3n_mlx.matformer.table import Slice
 
 _LAYER = re.compile(rf"^{re.escape(TEXT)}layers\.(\d+)\.(.*)$")
+# The projection of a token's embedding to the PLE inputs of all layers: rows for each.
+PROJECTION = f"{TEXT}per_layer_model_projection"
 _PER_LAYER_LISTS = ("layer_types", "activation_sparsity_pattern")
 
 
@@ -37,6 +39,11 @@ class SlicePlan:
             return name
         layer = int(match[1])
         return f"{TEXT}layers.{self.kept_layers.index(layer)}.{match[2]}" if layer in self.kept_layers else None
+
+    def base_name(self, name: str) -> str:
+        """The checkpoint's name for a tensor or module of the slice."""
+        match = _LAYER.match(name)
+        return name if match is None else f"{TEXT}layers.{self.kept_layers[int(match[1])]}.{match[2]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +95,31 @@ def plan_slice(config: TextConfig, chosen: Slice) -> SlicePlan:
         raise BadValue(f"{where}: skips layers {outside}, the checkpoint's are 0 to {layers - 1}")
     if len(chosen.ffn_hidden_dims) != chosen.num_layers:
         raise BadValue(f"{where}: has {len(chosen.ffn_hidden_dims)} FFN widths for {chosen.num_layers} kept layers")
-    donors = set(config.kv_owners[config.first_kv_shared_layer :])
-    if skipped & donors:
+    kept = tuple(layer for layer in range(layers) if layer not in skipped)
+    plan = SlicePlan(chosen.name, kept, chosen.ffn_hidden_dims)
+    check_plan(config, plan)
+    return plan
+
+
+def check_plan(config: TextConfig, plan: SlicePlan) -> None:
+    """Raises ValueError unless a plan fits a checkpoint of this config, as `plan_slice` does."""
+    where, layers, kept = f"slice {plan.slice_name!r}", config.num_hidden_layers, plan.kept_layers
+    if list(kept) != sorted({layer for layer in kept if 0 <= layer < layers}):
+        raise BadValue(f"{where}: keeps layers {list(kept)}, expected some of 0 to {layers - 1}, ascending")
+    if len(plan.intermediate_size) != len(kept):
+        raise BadValue(f"{where}: has {len(plan.intermediate_size)} FFN widths for {len(kept)} kept layers")
+    lacking = set(config.kv_owners[config.first_kv_shared_layer :]) - set(kept)
+    if lacking:
         raise BadValue(
-            f"{where}: skips layers {sorted(skipped & donors)}, whose keys and values the last "
+            f"{where}: skips layers {sorted(lacking)}, whose keys and values the last "
             f"{config.num_kv_shared_layers} layers read"
         )
-    kept = tuple(layer for layer in range(layers) if layer not in skipped)
-    for layer, units in zip(kept, chosen.ffn_hidden_dims, strict=True):
+    for layer, units in zip(kept, plan.intermediate_size, strict=True):
         if not 1 <= units <= config.intermediate_size[layer]:
             raise BadValue(
                 f"{where}: wants {units} FFN units in layer {layer}, the checkpoint has "
                 f"{config.intermediate_size[layer]} there"
             )
-    return SlicePlan(chosen.name, kept, chosen.ffn_hidden_dims)
 
 
 def fits(config: TextConfig, chosen: Slice) -> bool:
@@ -157,7 +175,7 @@ def cut(plan: SlicePlan, config: TextConfig, path: str) -> Cut:
         kept = _merged((layer * ple, (layer + 1) * ple) for layer in plan.kept_layers)
         if path == PLE_TABLE:
             return Cut(columns=kept)
-        if path == f"{TEXT}per_layer_model_projection":
+        if path == PROJECTION:
             return Cut(rows=kept)
     return Cut()
 

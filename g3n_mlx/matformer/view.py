@@ -9,7 +9,8 @@ from g3n_mlx.checkpoint.quantization import Quantization
 from g3n_mlx.checkpoint.source import Ranges, Source
 from g3n_mlx.config.text import TextConfig
 from g3n_mlx.failures import BadValue
-from g3n_mlx.matformer.plan import SlicePlan, cut, slice_config
+from g3n_mlx.matformer.plan import Cut, SlicePlan, cut, fits, plan_slice, slice_config
+from g3n_mlx.matformer.table import Slice
 
 
 def open_sliced(folder: Path, plan: SlicePlan | None) -> Checkpoint:
@@ -39,10 +40,25 @@ def sliced(checkpoint: Checkpoint, plan: SlicePlan) -> Checkpoint:
             if columns is not None and quantization is not None:
                 _check_groups(plan, path, columns, quantization)
                 columns = _in_stored_units(columns, part, quantization)
-            sources[name] = source.narrowed(kept.rows, columns)
+            sources[name] = source if kept == Cut() else source.narrowed(kept.rows, columns)
     names = ((plan.sliced_name(path), quantization) for path, quantization in checkpoint.quantizations.items())
     quantizations = {name: quantization for name, quantization in names if name is not None}
     return checkpoint.view(replace(checkpoint.config, text=text), raw_config, sources, quantizations)
+
+
+def can_slice(checkpoint: Checkpoint, chosen: Slice) -> bool:
+    """Whether a slice can be taken from a checkpoint: it fits the config, and parts no group of quantized weights."""
+    if not fits(checkpoint.config.text, chosen):
+        return False
+    plan = plan_slice(checkpoint.config.text, chosen)
+    try:
+        for path, quantization in checkpoint.quantizations.items():
+            if plan.sliced_name(path) is not None:
+                columns = cut(plan, checkpoint.config.text, path).columns
+                _check_groups(plan, path, columns or (), quantization)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_groups(plan: SlicePlan, path: str, columns: Ranges, quantization: Quantization) -> None:

@@ -115,7 +115,7 @@ def test_nothing_between_the_modules_of_bfloat16_towers_is_float32(framework, ti
     sound = network.embed_audio(np.ones((40, 128), np.float32), np.ones(40, bool))
     assert floats((image, sound)) == [str(image.dtype)] * 2
     assert {"Conv2d", "MultiQueryAttention", "LocalAttention", "CumulativeGroupNorm", "Linear"} <= seen
-    for tower in (network.vision_tower, network.audio_tower):
+    for tower in (network.towers.vision_tower, network.towers.audio_tower):
         weights = tower.state_dict().values() if framework.name == "torch" else leaves(tower.parameters())
         assert {dtype.rpartition(".")[2] for weight in weights for dtype in floats(weight)} == {"bfloat16"}
 

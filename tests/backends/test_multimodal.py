@@ -122,7 +122,7 @@ def test_a_picture_is_encoded_once(model, golden, monkeypatch):
     np.testing.assert_array_equal(model.encode_image(Image(picture.copy())), expected)
     assert len(calls) == 1
     model.drop_towers()
-    assert model.runner.model.vision_tower is None
+    assert model.runner.model.towers.vision_tower is None
     np.testing.assert_array_equal(model.encode_image(picture), expected)
     assert len(calls) == 2
 

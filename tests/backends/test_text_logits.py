@@ -88,12 +88,13 @@ def test_bfloat16_is_as_near_as_the_reference_in_bfloat16(framework, tiny_folder
     assert np.abs(chunked - golden["logits"][0]).max() <= 1.5 * allowed
 
 
-def test_embedders_are_read_when_their_ids_occur(framework, tiny_folder, golden_arrays):
-    checkpoint = Checkpoint.open(tiny_folder)
-    read, original_read, original_mapped = [], checkpoint.read, checkpoint.mapped
-    checkpoint.read = lambda name, *span: (read.append(name), original_read(name, *span))[1]
-    checkpoint.mapped = lambda name: (read.append(name), original_mapped(name))[1]
-    network = framework.model(checkpoint)
+def test_embedders_are_read_when_their_ids_occur(framework, tiny_folder, golden_arrays, monkeypatch):
+    read, original_read, original_mapped = [], Checkpoint.read, Checkpoint.mapped
+    monkeypatch.setattr(
+        Checkpoint, "read", lambda self, name, *span: (read.append(name), original_read(self, name, *span))[1]
+    )
+    monkeypatch.setattr(Checkpoint, "mapped", lambda self, name: (read.append(name), original_mapped(self, name))[1])
+    network = framework.model(Checkpoint.open(tiny_folder))
     logits_of(network, golden_arrays("text_logits")["input_ids"][0].astype(np.int64), make_cache(network))
     assert not [name for name in read if not name.startswith("language_model.")]
     assert not [name for name in read if "per_layer.weight" in name]

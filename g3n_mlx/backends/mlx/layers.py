@@ -1,7 +1,12 @@
 """Linear layers over dense and quantized weights. MLX multiplies by the stored form, so it is held as it is.
 
-Scales and biases are held in the activations' dtype: float32 on MLX's CPU device (see device.py).
+Scales and biases are held in the activations' dtype: float32 on MLX's CPU device (see device.py). `narrowed` gives a
+layer over the first rows and columns of a weight, in the same memory: what a MatFormer slice of a loaded model
+multiplies by.
 """
+
+import copy
+from functools import cached_property
 
 import mlx.core as mx
 from mlx import nn
@@ -9,19 +14,25 @@ from mlx import nn
 from g3n_mlx.backends.mlx.weights import Weights, evaluated
 from g3n_mlx.checkpoint.quantization import Quantization
 
+# Pieces of a weight of which slices are taken: E4B's published slices have halves of its FFN, users' own any eighth.
+MAX_SLABS = 8
+
 
 def linear(weights: Weights) -> "Linear | QuantizedLinear":
-    """The layer for a weight [N, K] in whatever form it is stored."""
+    """The layer for a weight [N, K] in whatever form it is stored, or in which a slice shares it."""
+    shared = weights.shared()
+    if shared is not None:
+        return shared
     quantization = weights.quantization()
-    return Linear(weights) if quantization is None else QuantizedLinear(weights, quantization)
+    return Linear(weights.tensor()) if quantization is None else QuantizedLinear(weights, quantization)
 
 
 class Linear(nn.Module):
     """y = x W^T with a dense W [N, K]."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weight: mx.array) -> None:
         super().__init__()
-        self.weight = weights.tensor()
+        self.weight = weight
 
     def __call__(self, x: mx.array) -> mx.array:
         """[T, K] -> [T, N]."""
@@ -30,6 +41,10 @@ class Linear(nn.Module):
     def embed(self, ids: mx.array) -> mx.array:
         """Rows of the weight, [T] -> [T, K], in its dtype."""
         return self.weight[ids]
+
+    def narrowed(self, rows: int | None, columns: int | None) -> "Linear":
+        """The layer over the first rows and columns; None is all of them."""
+        return Linear(evaluated(self.weight[:rows, :columns]))
 
 
 class QuantizedLinear(nn.Module):
@@ -52,3 +67,79 @@ class QuantizedLinear(nn.Module):
         """Rows of the weight, [T] -> [T, K], in the activations' dtype."""
         rows = (self.weight[ids], self.scales[ids], self.biases[ids])
         return mx.dequantize(*rows, group_size=self.group_size, bits=self.bits)
+
+    def narrowed(self, rows: int | None, columns: int | None) -> "QuantizedLinear":
+        """The layer over the first rows; of fewer columns there is no view (see SlabLinear)."""
+        assert columns is None, columns
+        other = copy.copy(self)
+        other.weight, other.scales, other.biases = (
+            evaluated(x[:rows]) for x in (self.weight, self.scales, self.biases)
+        )
+        return other
+
+
+class Slabs:
+    """The columns of a quantized weight in pieces of equal width, one after the other in memory.
+
+    MLX multiplies rows without gaps between them, so the first columns of a weight are no view in the stored form. The
+    first pieces are: what slices of a model share with it.
+    """
+
+    def __init__(self, layer: QuantizedLinear) -> None:
+        self.bits, self.group_size = layer.bits, layer.group_size
+        self.size = layer.scales.shape[1] * self.group_size
+        self.count = max(n for n in range(1, MAX_SLABS + 1) if self.size % (n * self.group_size) == 0)
+        self.width = self.size // self.count
+        self._layer: QuantizedLinear | None = layer
+
+    @cached_property
+    def arrays(self) -> tuple[mx.array, mx.array, mx.array]:
+        """Codes, scales and biases, [n, N, words or groups of a piece]; made at the first use."""
+        layer, self._layer = self._layer, None
+        assert layer is not None
+        found = tuple(
+            x.reshape(x.shape[0], self.count, -1).swapaxes(0, 1) for x in (layer.weight, layer.scales, layer.biases)
+        )
+        weight, scales, biases = (mx.contiguous(x) for x in found)
+        mx.eval(weight, scales, biases)
+        return weight, scales, biases
+
+
+class SlabLinear(nn.Module):
+    """y = x W^T with the first columns of a quantized W."""
+
+    def __init__(self, slabs: Slabs, size: int) -> None:
+        """size: how many columns."""
+        super().__init__()
+        self._slabs, self._size = slabs, size
+        self._count = -(-size // slabs.width)
+
+    @cached_property
+    def _views(self) -> tuple[mx.array, ...]:
+        """The pieces; views, but arrays of their own for MLX, which would slice them again in every step."""
+        return tuple(evaluated(array[: self._count]) for array in self._slabs.arrays)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[T, K] -> [T, N]; the sum over the pieces is float32."""
+        slabs, count = self._slabs, self._count
+        weight, scales, biases = self._views
+        if self._size < count * slabs.width:
+            x = mx.pad(x, [(0, 0), (0, count * slabs.width - self._size)])
+        pieces = x.reshape(x.shape[0], count, slabs.width).swapaxes(0, 1)  # [n, T, K / n]
+        parts = mx.quantized_matmul(
+            pieces, weight, scales, biases, transpose=True, group_size=slabs.group_size, bits=slabs.bits
+        )
+        return parts.astype(mx.float32).sum(axis=0).astype(x.dtype)
+
+    def narrowed(self, rows: int | None, columns: int | None) -> "SlabLinear":
+        """The layer over the first columns; None is all of them."""
+        assert rows is None, rows
+        return self if columns is None else SlabLinear(self._slabs, columns)
+
+
+def sliceable(layer: nn.Module, of_rows: bool) -> nn.Module:
+    """The layer in a form whose first rows, or else columns, are views: most layers as they are."""
+    if of_rows or not isinstance(layer, QuantizedLinear):
+        return layer
+    slabs = Slabs(layer)
+    return SlabLinear(slabs, slabs.size)

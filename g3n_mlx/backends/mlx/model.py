@@ -27,6 +27,8 @@ from g3n_mlx.config.audio import AudioConfig
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.config.vision import VisionConfig
 from g3n_mlx.interface import KVArrays
+from g3n_mlx.matformer.loaded import LoadedLayers
+from g3n_mlx.matformer.plan import SlicePlan
 from g3n_mlx.sampling import SamplingParams
 
 
@@ -57,19 +59,93 @@ class MultimodalEmbedder(nn.Module):
         return self.embedding_post_projection_norm(self.embedding_projection(normed))
 
 
-class Gemma3nModel(nn.Module):
-    """A loaded checkpoint on one device."""
+class Towers:
+    """The vision and the audio tower with their embedders, read at their first use.
 
-    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype, device: mx.Device) -> None:
+    A model shares them with its slices. They keep the files open for themselves, whichever of these is closed first.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self.config: ModelConfig = weights.checkpoint.config
+        self.weights = weights
+        self.embedders: dict[str, MultimodalEmbedder] = {}
+        self.vision_tower: VisionTower | None = None
+        self.audio_tower: AudioTower | None = None
+
+    def embed_image(self, pixels: np.ndarray) -> mx.array:
+        """An image [h, w, 3] as soft tokens [n, D]."""
+        config = self.config.vision
+        assert config is not None
+        if self.vision_tower is None:
+            self.vision_tower = VisionTower(config, self.weights.at("vision_tower"))
+        features = self.vision_tower(mx.array(pixels).astype(self.weights.dtype)[None])  # [1, h', w', C]
+        rows = features.reshape(-1, config.hidden_size) * config.hidden_size**0.5  # row by row of the image
+        return evaluated(self.embedder("embed_vision").soft(rows))
+
+    def embed_audio(self, frames: np.ndarray, mask: np.ndarray) -> mx.array:
+        """A clip's log-mel frames [T, mel], of which the mask says which are real, as soft tokens [n, D].
+
+        Padded positions and what the clip leaves over of the n are the embedding of the audio range's last id.
+        """
+        config = self.config.audio
+        assert config is not None
+        if self.audio_tower is None:
+            self.audio_tower = AudioTower(config, self.weights.at("audio_tower"))
+        mel = mx.array(frames).astype(self.weights.dtype)[None]
+        encodings, valid = self.audio_tower(mel, mx.array(mask)[None])
+        embedder = self.embedder("embed_audio")
+        filler = embedder(np.array([config.vocab_offset + config.vocab_size - 1]))  # [1, D]
+        rows = mx.where(valid[0, :, None], embedder.soft(encodings[0]), filler)
+        rest = config.soft_tokens - rows.shape[0]
+        return evaluated(mx.concatenate([rows, mx.broadcast_to(filler, (rest, filler.shape[1]))]))
+
+    def embedder(self, name: str) -> MultimodalEmbedder:
+        """An embedder, read at its first use."""
+        if name not in self.embedders:
+            config = self.config.vision if name == "embed_vision" else self.config.audio
+            assert config is not None
+            self.embedders[name] = MultimodalEmbedder(config, self.weights.at(name))
+        return self.embedders[name]
+
+    def drop(self) -> None:
+        """Frees both towers; the next image or clip reads them again."""
+        self.vision_tower = None
+        self.audio_tower = None
+
+
+class Gemma3nModel(nn.Module):
+    """A loaded checkpoint on one device, or a slice of one."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: mx.Dtype,
+        device: mx.Device,
+        loaded: LoadedLayers | None = None,
+    ) -> None:
+        """loaded: for a slice, the layers that it shares with the model from which it is taken."""
         super().__init__()
         self.config: ModelConfig = checkpoint.config
         self.device = device
         self.weights = Weights(checkpoint, Placement(dtype, device))
-        self.language_model = LanguageModel(self.config.text, self.weights.at("language_model"))
+        weights = self.weights if loaded is None else self.weights.sharing(loaded.at)
+        self.language_model = LanguageModel(self.config.text, weights.at("language_model"))
         self.decode_steps = DecodeSteps(self.language_model, self.config)
-        self.embedders: dict[str, MultimodalEmbedder] = {}
-        self.vision_tower: VisionTower | None = None
-        self.audio_tower: AudioTower | None = None
+        self.is_sliceable = loaded is not None
+        self.towers: Towers = Towers(self.weights.reopened()) if loaded is None else loaded.model.towers
+
+    def slice(self, checkpoint: Checkpoint, plan: SlicePlan) -> "Gemma3nModel":
+        """The slice that a plan for this model takes from it, in the same memory; each is closed by itself.
+
+        checkpoint: this model's, viewed through the plan.
+        """
+        if not self.is_sliceable:
+            self.is_sliceable = True
+            for layer in self.language_model.layers:
+                layer.mlp.make_sliceable()
+            self.decode_steps = DecodeSteps(self.language_model, self.config)  # compiled, they hold what was there
+        loaded = LoadedLayers(self, self.config.text, plan)
+        return Gemma3nModel(checkpoint, self.weights.dtype, self.device, loaded)
 
     @property
     def kv_arrays(self) -> KVArrays:
@@ -110,30 +186,11 @@ class Gemma3nModel(nn.Module):
 
     def embed_image(self, pixels: np.ndarray) -> mx.array:
         """An image [h, w, 3] as soft tokens [n, D]."""
-        config = self.config.vision
-        assert config is not None
-        if self.vision_tower is None:
-            self.vision_tower = VisionTower(config, self.weights.at("vision_tower"))
-        features = self.vision_tower(mx.array(pixels).astype(self.weights.dtype)[None])  # [1, h', w', C]
-        rows = features.reshape(-1, config.hidden_size) * config.hidden_size**0.5  # row by row of the image
-        return evaluated(self.embedder("embed_vision").soft(rows))
+        return self.towers.embed_image(pixels)
 
     def embed_audio(self, frames: np.ndarray, mask: np.ndarray) -> mx.array:
-        """A clip's log-mel frames [T, mel], of which the mask says which are real, as soft tokens [n, D].
-
-        Padded positions and what the clip leaves over of the n are the embedding of the audio range's last id.
-        """
-        config = self.config.audio
-        assert config is not None
-        if self.audio_tower is None:
-            self.audio_tower = AudioTower(config, self.weights.at("audio_tower"))
-        mel = mx.array(frames).astype(self.weights.dtype)[None]
-        encodings, valid = self.audio_tower(mel, mx.array(mask)[None])
-        embedder = self.embedder("embed_audio")
-        filler = embedder(np.array([config.vocab_offset + config.vocab_size - 1]))  # [1, D]
-        rows = mx.where(valid[0, :, None], embedder.soft(encodings[0]), filler)
-        rest = config.soft_tokens - rows.shape[0]
-        return evaluated(mx.concatenate([rows, mx.broadcast_to(filler, (rest, filler.shape[1]))]))
+        """A clip's log-mel frames [T, mel], of which the mask says which are real, as soft tokens [n, D]."""
+        return self.towers.embed_audio(frames, mask)
 
     def numpy(self, array: mx.array) -> np.ndarray:
         """Soft tokens or logits on the host, float32."""
@@ -141,16 +198,14 @@ class Gemma3nModel(nn.Module):
 
     def drop_towers(self) -> None:
         """Frees both towers; the next image or clip reads them again."""
-        self.vision_tower = None
-        self.audio_tower = None
+        self.towers.drop()
         mx.clear_cache()
 
     def close(self) -> None:
-        """Frees all weights; no call may follow."""
-        del self.language_model, self.decode_steps
-        self.embedders.clear()
+        """Frees all weights but those that another slice shares; no call may follow."""
+        del self.language_model, self.decode_steps, self.towers, self.weights
         gc.collect()  # compiled steps and the modules that they belong to refer to each other
-        self.drop_towers()
+        mx.clear_cache()
 
     def peak_memory_bytes(self) -> int:
         """Most memory allocated on a GPU so far; 0 on the CPU."""
@@ -162,13 +217,5 @@ class Gemma3nModel(nn.Module):
         for start, rows in soft:
             embeddings[start : start + len(rows)] = rows  # pyright: ignore[reportArgumentType] (ours)
         for name, rows in embedder_rows(self.config, token_ids, soft).items():
-            embeddings[mx.array(rows)] = self.embedder(name)(token_ids[rows])
+            embeddings[mx.array(rows)] = self.towers.embedder(name)(token_ids[rows])
         return embeddings
-
-    def embedder(self, name: str) -> MultimodalEmbedder:
-        """An embedder, read at its first use."""
-        if name not in self.embedders:
-            config = self.config.vision if name == "embed_vision" else self.config.audio
-            assert config is not None
-            self.embedders[name] = MultimodalEmbedder(config, self.weights.at(name))
-        return self.embedders[name]

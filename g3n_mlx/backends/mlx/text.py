@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from g3n_mlx.backends.mlx.layers import linear
+from g3n_mlx.backends.mlx.layers import linear, sliceable
 from g3n_mlx.backends.mlx.weights import Weights, evaluated, from_numpy
 from g3n_mlx.batch import Batch, Context
 from g3n_mlx.config.text import SLIDING, TextConfig
@@ -43,6 +43,11 @@ class RMSNorm(nn.Module):
         return mx.fast.rms_norm(x, self.weight, self.eps)
 
 
+def norm(weights: Weights, eps: float, scale: float = 1.0) -> RMSNorm:
+    """The norm with a weight, which a slice shares."""
+    return weights.shared() or RMSNorm(weights, eps, scale)
+
+
 class LaurelBlock(nn.Module):
     """Learned augmented residual layer: x + norm(right(left(x)))."""
 
@@ -50,7 +55,7 @@ class LaurelBlock(nn.Module):
         super().__init__()
         self.linear_left = linear(weights.at("linear_left"))
         self.linear_right = linear(weights.at("linear_right"))
-        self.post_laurel_norm = RMSNorm(weights.at("post_laurel_norm"), config.rms_norm_eps)
+        self.post_laurel_norm = norm(weights.at("post_laurel_norm"), config.rms_norm_eps)
 
     def __call__(self, x: mx.array) -> mx.array:
         """[T, D] -> [T, D]."""
@@ -76,6 +81,11 @@ class MLP(nn.Module):
             gate = gaussian_topk(gate, self.cutoff)
         return self.down_proj(nn.gelu_approx(gate) * self.up_proj(x))
 
+    def make_sliceable(self) -> None:
+        """Brings the weights into forms of which a slice takes views."""
+        self.gate_proj, self.up_proj = sliceable(self.gate_proj, True), sliceable(self.up_proj, True)
+        self.down_proj = sliceable(self.down_proj, False)
+
 
 def gaussian_topk(gate: mx.array, cutoff: mx.array) -> mx.array:
     """relu(gate - (mean + cutoff * std)) by row, with the biased std."""
@@ -98,7 +108,7 @@ class AltUp(nn.Module):
         self.prediction_coefs = linear(weights.at("prediction_coefs"))
         self.correction_coefs = linear(weights.at("correction_coefs"))
         # The router's input scale 1 / D is folded into the norm's weight.
-        self.router_norm = RMSNorm(weights.at("router_norm"), config.rms_norm_eps, scale=1.0 / config.hidden_size)
+        self.router_norm = norm(weights.at("router_norm"), config.rms_norm_eps, scale=1.0 / config.hidden_size)
         self.correct_output_scale = weights.tensor("correct_output_scale") if config.altup_correct_scale else None
 
     def modalities(self, x: mx.array) -> mx.array:
@@ -144,12 +154,12 @@ class Attention(nn.Module):
         self.kind = config.layer_types[layer_idx]
         self.window = config.sliding_window if self.kind == SLIDING else None
         self.q_proj = linear(weights.at("q_proj"))
-        self.q_norm = RMSNorm(weights.at("q_norm"), config.rms_norm_eps)
+        self.q_norm = norm(weights.at("q_norm"), config.rms_norm_eps)
         self.o_proj = linear(weights.at("o_proj"))
         if self.owner_idx == layer_idx:
             self.k_proj = linear(weights.at("k_proj"))
             self.v_proj = linear(weights.at("v_proj"))
-            self.k_norm = RMSNorm(weights.at("k_norm"), config.rms_norm_eps)
+            self.k_norm = norm(weights.at("k_norm"), config.rms_norm_eps)
             self.v_norm = RMSNorm(None, config.rms_norm_eps)
 
     def __call__(self, x: mx.array, rope: Rope, context: Context) -> mx.array:
@@ -225,17 +235,17 @@ class DecoderLayer(nn.Module):
         super().__init__()
         eps = config.rms_norm_eps
         self.active_idx = config.altup_active_idx
-        self.altup = AltUp(config, weights.at("altup"))
-        self.laurel = LaurelBlock(config, weights.at("laurel"))
+        self.altup = weights.at("altup").shared() or AltUp(config, weights.at("altup"))
+        self.laurel = weights.at("laurel").shared() or LaurelBlock(config, weights.at("laurel"))
         self.self_attn = Attention(config, layer_idx, weights.at("self_attn"))
         self.mlp = MLP(config, layer_idx, weights.at("mlp"))
-        self.input_layernorm = RMSNorm(weights.at("input_layernorm"), eps)
-        self.post_attention_layernorm = RMSNorm(weights.at("post_attention_layernorm"), eps)
-        self.pre_feedforward_layernorm = RMSNorm(weights.at("pre_feedforward_layernorm"), eps)
-        self.post_feedforward_layernorm = RMSNorm(weights.at("post_feedforward_layernorm"), eps)
+        self.input_layernorm = norm(weights.at("input_layernorm"), eps)
+        self.post_attention_layernorm = norm(weights.at("post_attention_layernorm"), eps)
+        self.pre_feedforward_layernorm = norm(weights.at("pre_feedforward_layernorm"), eps)
+        self.post_feedforward_layernorm = norm(weights.at("post_feedforward_layernorm"), eps)
         self.per_layer_input_gate = linear(weights.at("per_layer_input_gate"))
         self.per_layer_projection = linear(weights.at("per_layer_projection"))
-        self.post_per_layer_input_norm = RMSNorm(weights.at("post_per_layer_input_norm"), eps)
+        self.post_per_layer_input_norm = norm(weights.at("post_per_layer_input_norm"), eps)
         # 0 for stream 0 and 1 for the others: the PLE result goes to streams 1.. whatever the active one is.
         self._others = mx.array([[0.0]] + [[1.0]] * (config.altup_num_inputs - 1), dtype=weights.dtype)
 
@@ -277,11 +287,11 @@ class LanguageModel(nn.Module):
         ]
         self.embed_tokens_per_layer = weights.at("embed_tokens_per_layer").rows()
         self.per_layer_model_projection = linear(weights.at("per_layer_model_projection"))
-        self.per_layer_projection_norm = RMSNorm(weights.at("per_layer_projection_norm"), config.rms_norm_eps)
+        self.per_layer_projection_norm = norm(weights.at("per_layer_projection_norm"), config.rms_norm_eps)
         others = range(config.altup_num_inputs - 1)
         self.altup_projections = [linear(weights.at(f"altup_projections.{i}")) for i in others]
         self.altup_unembed_projections = [linear(weights.at(f"altup_unembed_projections.{i}")) for i in others]
-        self.norm = RMSNorm(weights.at("norm"), config.rms_norm_eps)
+        self.norm = norm(weights.at("norm"), config.rms_norm_eps)
         # mx.fast.rope takes the periods, not the frequencies.
         self._periods = {kind: mx.array(1.0 / values) for kind, values in config.rope_frequencies().items()}
         # Rounded to the weights' dtype, as the reference has it: sqrt(2048) is 45.25 in bfloat16.

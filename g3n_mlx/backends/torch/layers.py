@@ -1,4 +1,10 @@
-"""Linear layers over dense and quantized weights; a quantized one is held once, in the form that its kernel takes."""
+"""Linear layers over dense and quantized weights; a quantized one is held once, in the form that its kernel takes.
+
+`narrowed` gives a layer over the first rows and columns of a weight, in the same memory: what a MatFormer slice of a
+loaded model multiplies by.
+"""
+
+import copy
 
 import torch
 from torch import Tensor, nn
@@ -6,27 +12,37 @@ from torch.nn import functional as F
 
 from g3n_mlx.backends.torch.kernels import stored
 from g3n_mlx.backends.torch.kernels.dense import blockwise_product, padded, unpacked
-from g3n_mlx.backends.torch.kernels.packed import EMBED_BLOCK_ROWS, PackedLinear, packs
+from g3n_mlx.backends.torch.kernels.packed import (
+    EMBED_BLOCK_ROWS,
+    PackedLinear,
+    SlabLinear,
+    Slabs,
+    packed_linear,
+    packs,
+)
 from g3n_mlx.backends.torch.weights import Weights
 from g3n_mlx.checkpoint.quantization import Quantization
 
 
 def linear(weights: Weights) -> "Linear | QuantizedLinear | PackedLinear":
-    """The layer for a weight [N, K] in whatever form it is stored."""
+    """The layer for a weight [N, K] in whatever form it is stored, or in which a slice shares it."""
+    shared = weights.shared()
+    if shared is not None:
+        return shared
     quantization = weights.quantization()
     if quantization is None:
-        return Linear(weights)
+        return Linear(weights.tensor())
     if not stored.multiplies(weights, quantization) and packs(weights, quantization):
-        return PackedLinear(weights, quantization)
+        return packed_linear(weights, quantization)
     return QuantizedLinear(weights, quantization)
 
 
 class Linear(nn.Module):
     """y = x W^T with a dense W [N, K]."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weights.tensor(), requires_grad=False)
+        self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, K] -> [T, N]."""
@@ -35,6 +51,10 @@ class Linear(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         """Rows of the weight, [T] -> [T, K], in its dtype."""
         return F.embedding(ids, self.weight)
+
+    def narrowed(self, rows: int | None, columns: int | None) -> "Linear":
+        """The layer over the first rows and columns; None is all of them."""
+        return Linear(self.weight[:rows, :columns])
 
 
 class QuantizedLinear(nn.Module):
@@ -77,6 +97,25 @@ class QuantizedLinear(nn.Module):
         scales, biases = self.scales[chosen].float(), self.biases[chosen].float()
         codes = codes.view(codes.shape[0], -1, self.group_size)
         return torch.addcmul(biases[..., None], codes.float(), scales[..., None]).flatten(1).to(dtype)
+
+    def narrowed(self, rows: int | None, columns: int | None) -> "QuantizedLinear":
+        """The layer over the first rows and columns, the latter whole groups; None is all of them."""
+        other = copy.copy(self)
+        words = None if columns is None else columns * self.bits // 32
+        groups = None if columns is None else columns // self.group_size
+        other.weight = self.weight[:rows, :words]
+        other.scales, other.biases = self.scales[:rows, :groups], self.biases[:rows, :groups]
+        if self.kernel is not None:
+            other.kernel = self.kernel.over(other.weight, other.scales, other.biases)
+        return other
+
+
+def sliceable(layer: nn.Module, of_rows: bool) -> nn.Module:
+    """The layer in a form whose first rows, or else columns, are views: most layers as they are."""
+    if not isinstance(layer, PackedLinear):
+        return layer
+    slabs = Slabs(layer, of_rows)
+    return SlabLinear(slabs, slabs.size)
 
 
 def gives_rows(layer: "Linear | QuantizedLinear | PackedLinear") -> bool:

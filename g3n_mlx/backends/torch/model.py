@@ -30,6 +30,8 @@ from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.config.vision import VisionConfig
 from g3n_mlx.interface import KVArrays
 from g3n_mlx.kernels.library import instructions
+from g3n_mlx.matformer.loaded import LoadedLayers
+from g3n_mlx.matformer.plan import SlicePlan
 from g3n_mlx.sampling import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -62,22 +64,96 @@ class MultimodalEmbedder(nn.Module):
         return self.embedding_post_projection_norm(self.embedding_projection(normed))
 
 
-class Gemma3nModel(nn.Module):
-    """A loaded checkpoint on one device."""
+class Towers:
+    """The vision and the audio tower with their embedders, read at their first use.
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+    A model shares them with its slices. They keep the files open for themselves, whichever of these is closed first.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self.config: ModelConfig = weights.checkpoint.config
+        self.weights = weights
+        self.embedders: dict[str, MultimodalEmbedder] = {}
+        self.vision_tower: VisionTower | None = None
+        self.audio_tower: AudioTower | None = None
+
+    def embed_image(self, pixels: np.ndarray) -> Tensor:
+        """An image [h, w, 3] as soft tokens [n, D]."""
+        config = self.config.vision
+        assert config is not None
+        if self.vision_tower is None:
+            self.vision_tower = VisionTower(config, self.weights.at("vision_tower"))
+        image = torch.from_numpy(pixels).to(self.weights.device, self.weights.dtype).permute(2, 0, 1)[None]
+        features = self.vision_tower(image)  # [1, C, h', w'] of [1, 3, h, w]
+        rows = features.flatten(2)[0].T * config.hidden_size**0.5  # [h' * w', C], row by row of the image
+        return self.embedder("embed_vision").soft(rows)
+
+    def embed_audio(self, frames: np.ndarray, mask: np.ndarray) -> Tensor:
+        """A clip's log-mel frames [T, mel], of which the mask says which are real, as soft tokens [n, D].
+
+        Padded positions and what the clip leaves over of the n are the embedding of the audio range's last id.
+        """
+        config, device = self.config.audio, self.weights.device
+        assert config is not None
+        if self.audio_tower is None:
+            self.audio_tower = AudioTower(config, self.weights.at("audio_tower"))
+        mel = torch.from_numpy(frames).to(device, self.weights.dtype)[None]
+        encodings, valid = self.audio_tower(mel, torch.from_numpy(mask).to(device)[None])
+        embedder = self.embedder("embed_audio")
+        filler = embedder(np.array([config.vocab_offset + config.vocab_size - 1]))  # [1, D]
+        rows = torch.where(valid[0, :, None], embedder.soft(encodings[0]), filler)
+        return torch.cat([rows, filler.expand(config.soft_tokens - rows.shape[0], -1)])
+
+    def embedder(self, name: str) -> MultimodalEmbedder:
+        """An embedder, read at its first use."""
+        if name not in self.embedders:
+            config = self.config.vision if name == "embed_vision" else self.config.audio
+            assert config is not None
+            self.embedders[name] = MultimodalEmbedder(config, self.weights.at(name))
+        return self.embedders[name]
+
+    def drop(self) -> None:
+        """Frees both towers; the next image or clip reads them again."""
+        self.vision_tower = None
+        self.audio_tower = None
+        self.weights.checkpoint.release_pages()
+
+
+class Gemma3nModel(nn.Module):
+    """A loaded checkpoint on one device, or a slice of one."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        loaded: LoadedLayers | None = None,
+    ) -> None:
+        """loaded: for a slice, the layers that it shares with the model from which it is taken."""
         super().__init__()
         self.config: ModelConfig = checkpoint.config
         self.device = device
         self.weights = Weights(checkpoint, Placement(dtype, device))
-        self.language_model = LanguageModel(self.config.text, self.weights.at("language_model"))
+        weights = self.weights if loaded is None else self.weights.sharing(loaded.at)
+        self.language_model = LanguageModel(self.config.text, weights.at("language_model"))
         self.decode_steps = DecodeSteps(self.language_model, self.config)
         self.fused = fused_model(self.language_model)
         path = "PyTorch's operations" if self.fused is None else f"the kernels in C ({instructions()})"
         logger.info("decode steps on %s run through %s", device, path)
-        self.embedders: dict[str, MultimodalEmbedder] = {}
-        self.vision_tower: VisionTower | None = None
-        self.audio_tower: AudioTower | None = None
+        self.is_sliceable = loaded is not None
+        self.towers: Towers = Towers(self.weights.reopened()) if loaded is None else loaded.model.towers
+
+    def slice(self, checkpoint: Checkpoint, plan: SlicePlan) -> "Gemma3nModel":
+        """The slice that a plan for this model takes from it, in the same memory; each is closed by itself.
+
+        checkpoint: this model's, viewed through the plan.
+        """
+        if not self.is_sliceable:
+            self.is_sliceable = True
+            for layer in self.language_model.layers:
+                layer.mlp.make_sliceable()
+        loaded = LoadedLayers(self, self.config.text, plan)
+        return Gemma3nModel(checkpoint, self.weights.dtype, self.device, loaded)
 
     @property
     def kv_arrays(self) -> KVArrays:
@@ -114,31 +190,12 @@ class Gemma3nModel(nn.Module):
     @torch.no_grad()
     def embed_image(self, pixels: np.ndarray) -> Tensor:
         """An image [h, w, 3] as soft tokens [n, D]."""
-        config = self.config.vision
-        assert config is not None
-        if self.vision_tower is None:
-            self.vision_tower = VisionTower(config, self.weights.at("vision_tower"))
-        image = torch.from_numpy(pixels).to(self.device, self.weights.dtype).permute(2, 0, 1)[None]  # [1, 3, h, w]
-        features = self.vision_tower(image)  # [1, C, h', w']
-        rows = features.flatten(2)[0].T * config.hidden_size**0.5  # [h' * w', C], row by row of the image
-        return self.embedder("embed_vision").soft(rows)
+        return self.towers.embed_image(pixels)
 
     @torch.no_grad()
     def embed_audio(self, frames: np.ndarray, mask: np.ndarray) -> Tensor:
-        """A clip's log-mel frames [T, mel], of which the mask says which are real, as soft tokens [n, D].
-
-        Padded positions and what the clip leaves over of the n are the embedding of the audio range's last id.
-        """
-        config = self.config.audio
-        assert config is not None
-        if self.audio_tower is None:
-            self.audio_tower = AudioTower(config, self.weights.at("audio_tower"))
-        mel = torch.from_numpy(frames).to(self.device, self.weights.dtype)[None]
-        encodings, valid = self.audio_tower(mel, torch.from_numpy(mask).to(self.device)[None])
-        embedder = self.embedder("embed_audio")
-        filler = embedder(np.array([config.vocab_offset + config.vocab_size - 1]))  # [1, D]
-        rows = torch.where(valid[0, :, None], embedder.soft(encodings[0]), filler)
-        return torch.cat([rows, filler.expand(config.soft_tokens - rows.shape[0], -1)])
+        """A clip's log-mel frames [T, mel], of which the mask says which are real, as soft tokens [n, D]."""
+        return self.towers.embed_audio(frames, mask)
 
     def numpy(self, array: Tensor) -> np.ndarray:
         """Soft tokens or logits on the host, float32."""
@@ -146,20 +203,18 @@ class Gemma3nModel(nn.Module):
 
     def drop_towers(self) -> None:
         """Frees both towers; the next image or clip reads them again."""
-        self.vision_tower = None
-        self.audio_tower = None
-        self.weights.checkpoint.release_pages()
+        self.towers.drop()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def close(self) -> None:
-        """Frees all weights; no call may follow."""
+        """Frees all weights but those that another slice shares; no call may follow."""
         if self.fused is not None:
             self.fused.close()
-        del self.language_model, self.decode_steps, self.fused
-        self.embedders.clear()
+        del self.language_model, self.decode_steps, self.fused, self.towers, self.weights
         gc.collect()  # compiled steps and the modules that they belong to refer to each other
-        self.drop_towers()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def peak_memory_bytes(self) -> int:
         """Most memory allocated on a GPU so far; 0 on the CPU."""
@@ -171,13 +226,5 @@ class Gemma3nModel(nn.Module):
         for start, rows in soft:
             embeddings[start : start + len(rows)] = rows  # pyright: ignore[reportArgumentType] (ours)
         for name, rows in embedder_rows(self.config, token_ids, soft).items():
-            embeddings[torch.from_numpy(rows).to(self.device)] = self.embedder(name)(token_ids[rows])
+            embeddings[torch.from_numpy(rows).to(self.device)] = self.towers.embedder(name)(token_ids[rows])
         return embeddings
-
-    def embedder(self, name: str) -> MultimodalEmbedder:
-        """An embedder, read at its first use."""
-        if name not in self.embedders:
-            config = self.config.vision if name == "embed_vision" else self.config.audio
-            assert config is not None
-            self.embedders[name] = MultimodalEmbedder(config, self.weights.at(name))
-        return self.embedders[name]

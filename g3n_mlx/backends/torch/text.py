@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from g3n_mlx.backends.torch.kernels.dense import padded
-from g3n_mlx.backends.torch.layers import gives_rows, linear
+from g3n_mlx.backends.torch.layers import gives_rows, linear, sliceable
 from g3n_mlx.backends.torch.weights import Weights, from_numpy
 from g3n_mlx.batch import Batch, Context
 from g3n_mlx.config.text import SLIDING, TextConfig
@@ -46,6 +46,11 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
+def norm(weights: Weights, eps: float, scale: float = 1.0) -> RMSNorm:
+    """The norm with a weight, which a slice shares."""
+    return weights.shared() or RMSNorm(weights, eps, scale)
+
+
 class LaurelBlock(nn.Module):
     """Learned augmented residual layer: x + norm(right(left(x)))."""
 
@@ -53,7 +58,7 @@ class LaurelBlock(nn.Module):
         super().__init__()
         self.linear_left = linear(weights.at("linear_left"))
         self.linear_right = linear(weights.at("linear_right"))
-        self.post_laurel_norm = RMSNorm(weights.at("post_laurel_norm"), config.rms_norm_eps)
+        self.post_laurel_norm = norm(weights.at("post_laurel_norm"), config.rms_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
@@ -79,6 +84,11 @@ class MLP(nn.Module):
             gate = gaussian_topk(gate, self.cutoff)
         return self.down_proj(F.gelu(gate, approximate="tanh") * self.up_proj(x))
 
+    def make_sliceable(self) -> None:
+        """Brings the weights into forms of which a slice takes views."""
+        self.gate_proj, self.up_proj = sliceable(self.gate_proj, True), sliceable(self.up_proj, True)
+        self.down_proj = sliceable(self.down_proj, False)
+
 
 def gaussian_topk(gate: Tensor, cutoff: Tensor) -> Tensor:
     """relu(gate - (mean + cutoff * std)) by row, with the biased std."""
@@ -100,7 +110,7 @@ class AltUp(nn.Module):
         self.prediction_coefs = linear(weights.at("prediction_coefs"))
         self.correction_coefs = linear(weights.at("correction_coefs"))
         # The router's input scale 1 / D is folded into the norm's weight.
-        self.router_norm = RMSNorm(weights.at("router_norm"), config.rms_norm_eps, scale=1.0 / config.hidden_size)
+        self.router_norm = norm(weights.at("router_norm"), config.rms_norm_eps, scale=1.0 / config.hidden_size)
         scale = weights.tensor("correct_output_scale") if config.altup_correct_scale else None
         self.correct_output_scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
 
@@ -148,12 +158,12 @@ class Attention(nn.Module):
         self.kind = config.layer_types[layer_idx]
         self.window = config.sliding_window if self.kind == SLIDING else None
         self.q_proj = linear(weights.at("q_proj"))
-        self.q_norm = RMSNorm(weights.at("q_norm"), config.rms_norm_eps)
+        self.q_norm = norm(weights.at("q_norm"), config.rms_norm_eps)
         self.o_proj = linear(weights.at("o_proj"))
         if self.owner_idx == layer_idx:
             self.k_proj = linear(weights.at("k_proj"))
             self.v_proj = linear(weights.at("v_proj"))
-            self.k_norm = RMSNorm(weights.at("k_norm"), config.rms_norm_eps)
+            self.k_norm = norm(weights.at("k_norm"), config.rms_norm_eps)
             self.v_norm = RMSNorm(None, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rope: Rope, context: Context) -> Tensor:
@@ -228,17 +238,17 @@ class DecoderLayer(nn.Module):
         super().__init__()
         eps = config.rms_norm_eps
         self.active_idx = config.altup_active_idx
-        self.altup = AltUp(config, weights.at("altup"))
-        self.laurel = LaurelBlock(config, weights.at("laurel"))
+        self.altup = weights.at("altup").shared() or AltUp(config, weights.at("altup"))
+        self.laurel = weights.at("laurel").shared() or LaurelBlock(config, weights.at("laurel"))
         self.self_attn = Attention(config, layer_idx, weights.at("self_attn"))
         self.mlp = MLP(config, layer_idx, weights.at("mlp"))
-        self.input_layernorm = RMSNorm(weights.at("input_layernorm"), eps)
-        self.post_attention_layernorm = RMSNorm(weights.at("post_attention_layernorm"), eps)
-        self.pre_feedforward_layernorm = RMSNorm(weights.at("pre_feedforward_layernorm"), eps)
-        self.post_feedforward_layernorm = RMSNorm(weights.at("post_feedforward_layernorm"), eps)
+        self.input_layernorm = norm(weights.at("input_layernorm"), eps)
+        self.post_attention_layernorm = norm(weights.at("post_attention_layernorm"), eps)
+        self.pre_feedforward_layernorm = norm(weights.at("pre_feedforward_layernorm"), eps)
+        self.post_feedforward_layernorm = norm(weights.at("post_feedforward_layernorm"), eps)
         self.per_layer_input_gate = linear(weights.at("per_layer_input_gate"))
         self.per_layer_projection = linear(weights.at("per_layer_projection"))
-        self.post_per_layer_input_norm = RMSNorm(weights.at("post_per_layer_input_norm"), eps)
+        self.post_per_layer_input_norm = norm(weights.at("post_per_layer_input_norm"), eps)
 
     def forward(self, streams: Tensor, per_layer_input: Tensor, rope: Rope, context: Context) -> Tensor:
         """Streams [T, A, D] and the layer's PLE input [T, P] -> streams [T, A, D]."""
@@ -280,13 +290,13 @@ class LanguageModel(nn.Module):
         )
         self.embed_tokens_per_layer = weights.at("embed_tokens_per_layer").rows()
         self.per_layer_model_projection = linear(weights.at("per_layer_model_projection"))
-        self.per_layer_projection_norm = RMSNorm(weights.at("per_layer_projection_norm"), config.rms_norm_eps)
+        self.per_layer_projection_norm = norm(weights.at("per_layer_projection_norm"), config.rms_norm_eps)
         others = range(config.altup_num_inputs - 1)
         self.altup_projections = nn.ModuleList(linear(weights.at(f"altup_projections.{i}")) for i in others)
         self.altup_unembed_projections = nn.ModuleList(
             linear(weights.at(f"altup_unembed_projections.{i}")) for i in others
         )
-        self.norm = RMSNorm(weights.at("norm"), config.rms_norm_eps)
+        self.norm = norm(weights.at("norm"), config.rms_norm_eps)
         self.inverse_frequencies = {
             kind: from_numpy(frequencies).to(self.device) for kind, frequencies in config.rope_frequencies().items()
         }

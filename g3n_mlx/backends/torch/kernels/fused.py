@@ -45,7 +45,7 @@ def fused_model(network: LanguageModel) -> "FusedModel | None":
 def is_covered(layer: torch.nn.Module) -> bool:
     """Whether the kernels read a linear layer's weight."""
     if isinstance(layer, Linear):
-        return layer.weight.is_contiguous()
+        return layer.weight.stride(1) == 1
     return isinstance(layer, QuantizedLinear) and layer.kernel is not None
 
 
@@ -180,15 +180,11 @@ class FusedModel:
         ):
             return library.Units()
         assert down_proj.kernel is not None
-        hidden, units = down_proj.kernel.out_features, down_proj.kernel.in_features
-        if hidden % UNIT_COLUMNS:
+        if down_proj.kernel.out_features % UNIT_COLUMNS:
             return library.Units()
-        codes = torch.empty(units, hidden // 2, dtype=torch.uint8)
-        scales, biases = (torch.empty(units // down_proj.group_size, hidden, dtype=torch.bfloat16) for _ in range(2))
-        self.kept_alive += [codes, scales, biases]
-        addresses = [x.data_ptr() for x in (codes, scales, biases)]
-        self.calls.g3n_units(down_proj.kernel.matrix, *addresses)
-        return library.Units(*addresses)
+        units = down_proj.kernel.units()
+        self.kept_alive += units
+        return library.Units(*(x.data_ptr() for x in units))
 
     def _model(self) -> library.Model:
         network, config = self.network, self.config

@@ -6,10 +6,11 @@ product, which is faster there (measured: 512 rows of an 8192 x 2048 product tak
 AVX-512 and AMX). The packed layouts belong to torch and the CPU, so they are learned by packing a probe.
 """
 
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from g3n_mlx.backends.torch.kernels.dense import blockwise_product, dense_product_rows, unpacked
 from g3n_mlx.backends.torch.weights import Weights
@@ -20,31 +21,19 @@ PACK_ROWS = 1024
 
 CUDA_INNER_K_TILES = 8
 
+# Pieces of a weight of which slices are taken: E4B's published slices have halves of its FFN, users' own any eighth.
+MAX_SLABS = 8
+
 
 class PackedLinear(nn.Module):
     """y = x W^T with a 4-bit W in the form of torch's int4 kernels."""
 
-    def __init__(self, weights: Weights, quantization: Quantization) -> None:
+    def __init__(self, packed: Tensor, scales_and_zeros: Tensor, group_size: int) -> None:
+        """packed: see `empty_packed`. scales_and_zeros: [K / group size, N, 2] in the activations' dtype."""
         super().__init__()
-        self.group_size = quantization.group_size
-        self.out_features = weights.shape()[0]
-        self.in_features = weights.shape("scales")[1] * self.group_size
-        self.dtype = weights.dtype
-        self.packed = empty_packed(self.out_features, self.in_features, weights.device)
-        # [K / group size, N, 2]: scale and zero of every group, the kernels' order
-        shape = (self.in_features // self.group_size, self.out_features, 2)
-        self.scales_and_zeros = torch.empty(shape, dtype=weights.dtype, device=weights.device)
-        for start in range(0, self.out_features, PACK_ROWS):
-            self._pack(weights, start, min(start + PACK_ROWS, self.out_features))
-
-    def _pack(self, weights: Weights, start: int, stop: int) -> None:
-        """Reads, packs and places the rows [start, stop)."""
-        per_row = self.packed.numel() // self.out_features
-        packed = packed_codes(unpacked(weights.stored("weight", start, stop), 4))
-        self.packed.view(-1)[start * per_row : stop * per_row] = packed.view(-1)
-        scales, biases = (weights.stored(name, start, stop).float() for name in ("scales", "biases"))
-        self.scales_and_zeros[:, start:stop, 0] = scales.t()
-        self.scales_and_zeros[:, start:stop, 1] = (biases + 8 * scales).t()
+        self.packed, self.scales_and_zeros, self.group_size = packed, scales_and_zeros, group_size
+        self.out_features, self.in_features = scales_and_zeros.shape[1], scales_and_zeros.shape[0] * group_size
+        self.dtype = scales_and_zeros.dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, K] -> [T, N]."""
@@ -91,6 +80,88 @@ class PackedLinear(nn.Module):
         return (
             torch.addcmul(zeros.t()[..., None].float(), codes, scales.t()[..., None].float()).flatten(1).to(self.dtype)
         )
+
+
+def packed_linear(weights: Weights, quantization: Quantization) -> PackedLinear:
+    """The layer for a 4-bit weight; reads and packs some rows at a time."""
+    rows, group_size = weights.shape()[0], quantization.group_size
+    groups = weights.shape("scales")[1]
+    packed = empty_packed(rows, groups * group_size, weights.device)
+    per_row = packed.numel() // rows
+    scales_and_zeros = torch.empty(groups, rows, 2, dtype=weights.dtype, device=weights.device)
+    for start in range(0, rows, PACK_ROWS):
+        stop = min(start + PACK_ROWS, rows)
+        codes = packed_codes(unpacked(weights.stored("weight", start, stop), 4))
+        packed.view(-1)[start * per_row : stop * per_row] = codes.view(-1)
+        scales, biases = (weights.stored(name, start, stop).float() for name in ("scales", "biases"))
+        scales_and_zeros[:, start:stop, 0] = scales.t()
+        scales_and_zeros[:, start:stop, 1] = (biases + 8 * scales).t()
+    return PackedLinear(packed, scales_and_zeros, group_size)
+
+
+class Slabs:
+    """The rows or the columns of a packed weight in pieces of equal width, which the packed form as a whole has not.
+
+    The first pieces are a smaller weight: what slices of a model share with it. Where the weight has a form that can't
+    be taken apart, it is one piece.
+    """
+
+    def __init__(self, layer: PackedLinear, of_rows: bool) -> None:
+        self.of_rows = of_rows
+        self._layer: PackedLinear | None = layer
+        block_rows, unit = blocks(layer.packed.device)
+        step = block_rows if of_rows else max(unit, layer.group_size)
+        self.size = layer.out_features if of_rows else layer.in_features
+        counts = [n for n in range(1, MAX_SLABS + 1) if self.size % (n * step) == 0]
+        self.count = max(counts, default=1) if layer.out_features % block_rows == 0 else 1
+        self.width = self.size // self.count
+
+    @cached_property
+    def pieces(self) -> list[PackedLinear]:
+        """The pieces, made at the first use."""
+        layer, self._layer = self._layer, None
+        assert layer is not None
+        if self.count == 1:
+            return [layer]
+        scales = layer.scales_and_zeros.chunk(self.count, dim=1 if self.of_rows else 0)
+        if self.of_rows:
+            packed = layer.packed.chunk(self.count)
+        else:
+            shape, block_rows = layer.packed.shape, blocks(layer.packed.device)[0]
+            tiles = layer.packed.view(layer.out_features // block_rows, self.count, -1).transpose(0, 1).contiguous()
+            packed = tiles.view(self.count, shape[0], shape[1] // self.count, *shape[2:])
+        return [
+            PackedLinear(codes, both.contiguous(), layer.group_size) for codes, both in zip(packed, scales, strict=True)
+        ]
+
+
+class SlabLinear(nn.Module):
+    """y = x W^T with the first rows or columns of a packed W."""
+
+    def __init__(self, slabs: Slabs, size: int) -> None:
+        """size: how many rows or columns."""
+        super().__init__()
+        self.slabs, self.size = slabs, size
+        self.count = -(-size // slabs.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, K] -> [T, N]; sums over pieces are float32."""
+        pieces, width = self.slabs.pieces[: self.count], self.slabs.width
+        if self.slabs.of_rows:
+            return torch.cat([piece(x) for piece in pieces], dim=-1)[:, : self.size]
+        x = F.pad(x, (0, self.count * width - self.size))
+        parts = [piece(x[:, n * width : (n + 1) * width]) for n, piece in enumerate(pieces)]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0, dtype=torch.float32).to(x.dtype)
+
+    def narrowed(self, rows: int | None, columns: int | None) -> "SlabLinear":
+        """The layer over the first rows or columns; None is all of them."""
+        size = rows if self.slabs.of_rows else columns
+        return self if size is None else SlabLinear(self.slabs, size)
+
+
+def blocks(device: torch.device) -> tuple[int, int]:
+    """Rows and columns that the packed form keeps together."""
+    return (8, 16 * CUDA_INNER_K_TILES) if device.type == "cuda" else (packing_block_rows(), 1)
 
 
 def packs(weights: Weights, quantization: Quantization) -> bool:

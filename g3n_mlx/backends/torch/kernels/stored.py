@@ -57,6 +57,8 @@ class StoredProduct:
     def __init__(self, codes: Tensor, scales: Tensor, biases: Tensor, quantization: Quantization) -> None:
         """codes [N, K * bits / 32] int32, scales and biases [N, K / group size]: rows may lie apart."""
         self.tensors = codes, scales, biases  # kept alive for the pointers
+        self.quantization = quantization
+        self._units: tuple[Tensor, Tensor, Tensor] | None = None
         self.out_features, groups = scales.shape
         self.in_features = groups * quantization.group_size
         self.matrix = library.Matrix(
@@ -71,6 +73,26 @@ class StoredProduct:
             group=quantization.group_size,
             scale_bits=SCALE_BITS[scales.dtype],
         )
+
+    def over(self, codes: Tensor, scales: Tensor, biases: Tensor) -> "StoredProduct":
+        """The product with the first rows and columns of W, given as views of these tensors."""
+        other = StoredProduct(codes, scales, biases, self.quantization)
+        if other.out_features == self.out_features:
+            other._units = self._units
+        return other
+
+    def units(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A 4-bit W of whole blocks of 128 rows once more, column by column: codes, scales and biases.
+
+        [K, N / 2], and twice [K / group size, N], of which the first K serve a W of fewer columns.
+        """
+        if self._units is None:
+            codes = torch.empty(self.in_features, self.out_features // 2, dtype=torch.uint8)
+            shape = self.in_features // self.quantization.group_size, self.out_features
+            scales, biases = (torch.empty(shape, dtype=torch.bfloat16) for _ in range(2))
+            calls().g3n_units(self.matrix, codes.data_ptr(), scales.data_ptr(), biases.data_ptr())
+            self._units = codes, scales, biases
+        return self._units
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, K] -> [T, N] in x's dtype; sums are float32."""

@@ -1,0 +1,45 @@
+"""The layers of a loaded model as a slice of it takes them: shared, or narrowed to views of the same memory."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from g3n_mlx.checkpoint.source import Ranges
+from g3n_mlx.config.text import TextConfig
+from g3n_mlx.matformer.plan import PROJECTION, Cut, SlicePlan, cut
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedLayers:
+    """What a slice shares with the model that it is taken from."""
+
+    model: Any  # a backend's Gemma3nModel
+    config: TextConfig  # of that model
+    plan: SlicePlan
+    _found: dict[str, Any] = field(default_factory=dict[str, Any])  # modules by their paths
+
+    def at(self, path: str) -> Any:
+        """The module at a path of the slice, as it is or narrowed; None for what the slice reads for itself.
+
+        That is per_layer_model_projection, 0.2 % of E4B at 4 bits, where layers are skipped: the rows that are kept lie
+        in several places.
+        """
+        name = self.plan.base_name(path)
+        found = self._module(name)
+        kept = cut(self.plan, self.config, name)
+        if kept == Cut():
+            return found
+        return None if name == PROJECTION else found.narrowed(_end(kept.rows), _end(kept.columns))
+
+    def _module(self, name: str) -> Any:
+        if not name:
+            return self.model
+        if name not in self._found:
+            parent, _, last = name.rpartition(".")
+            within = self._module(parent)
+            self._found[name] = within[int(last)] if last.isdigit() else getattr(within, last)
+        return self._found[name]
+
+
+def _end(ranges: Ranges | None) -> int | None:
+    """How many of the first rows or columns of an FFN's matrix are kept; None for all."""
+    return None if ranges is None else ranges[0][1]
