@@ -114,6 +114,16 @@ def load_from(arguments: argparse.Namespace, tell: "Callable[[str], None] | None
     )
 
 
+def add_draft_flag(add: Callable[..., argparse.Action], default: str) -> None:
+    """Adds --draft. add: `add_argument` of a parser or group."""
+    add(
+        "--draft",
+        choices=["off", "auto", "lookup"],
+        default=default,
+        help=f"compute several tokens at once where it pays, which changes no text; default: {default}",
+    )
+
+
 def positive(text: str) -> int:
     """A flag's whole number from 1 on."""
     value = int(text)

@@ -12,7 +12,16 @@ from collections.abc import Sequence
 from g3n_mlx.chat import attachments
 from g3n_mlx.chat.session import SETTINGS, Session
 from g3n_mlx.chat.terminal import message_lines, typed_messages
-from g3n_mlx.commands import INTERRUPTED, add_model_flags, command_parser, load_from, log_to_stderr, run_command, say
+from g3n_mlx.commands import (
+    INTERRUPTED,
+    add_draft_flag,
+    add_model_flags,
+    command_parser,
+    load_from,
+    log_to_stderr,
+    run_command,
+    say,
+)
 from g3n_mlx.failures import BadValue
 
 NAME = "g3n-chat"
@@ -51,6 +60,7 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     answer.add_argument("--top-k", type=int, metavar="N")
     answer.add_argument("--min-p", type=float, metavar="X")
     answer.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
+    add_draft_flag(answer.add_argument, "auto")
     answer.add_argument("--prefill-step-size", type=int, metavar="N", help="prompt tokens read at once")
     parser.add_argument("--verbose", action="store_true", help="log lines, and figures after every answer")
     return parser
@@ -64,7 +74,7 @@ def _run(arguments: argparse.Namespace) -> int:
     SamplingParams(**settings)
     prompt = _one_shot_prompt(arguments.prompt)
     model = load_from(arguments)
-    session = Session(model, arguments.system_prompt, settings, verbose=arguments.verbose)
+    session = Session(model, arguments.system_prompt, settings, draft=arguments.draft, verbose=arguments.verbose)
     if prompt is None:
         say(f"{model.name} on {model.backend} ({model.device}); /help lists the commands, Ctrl-D ends")
     for part in arguments.attached:

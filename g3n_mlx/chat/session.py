@@ -20,6 +20,7 @@ from g3n_mlx.config.fields import parse_json
 from g3n_mlx.failures import BadValue, FileProblem, check_folder_of, is_expected, one_line, size_in_words
 
 if TYPE_CHECKING:
+    from g3n_mlx.engine.drafts import Mode
     from g3n_mlx.engine.results import Usage
     from g3n_mlx.model import Gemma3n
     from g3n_mlx.prompt.prompt import Prompt
@@ -51,9 +52,18 @@ class Reply:
 class Session:
     """One conversation with one model: its messages, its settings and the commands that change them."""
 
-    def __init__(self, model: "Gemma3n", system: str | None, settings: dict[str, Any], *, verbose: bool = False):
+    def __init__(
+        self,
+        model: "Gemma3n",
+        system: str | None,
+        settings: dict[str, Any],
+        *,
+        draft: "Mode" = "auto",
+        verbose: bool = False,
+    ) -> None:
         """settings: sampling keywords that differ from the model's defaults."""
         self.model, self.system, self.settings, self.verbose = model, system, dict(settings), verbose
+        self._draft: Mode = draft
         self.messages: list[dict[str, Any]] = []  # user and assistant in turn, without the system message
         self.failures = 0
         self._usage: Usage | None = None
@@ -163,7 +173,7 @@ class Session:
         parts: list[str] = []
         finish_reason, usage, stopped = None, None, False
         with attachments.errors_by_name(messages), Interruption() as interruption:
-            chunks = self.model.stream(self._opened.in_messages(messages), **self.settings)
+            chunks = self.model.stream(self._opened.in_messages(messages), draft=self._draft, **self.settings)
             try:
                 for chunk in chunks:
                     interruption.answering = True
@@ -295,6 +305,7 @@ class Session:
             f"{usage.prompt_tokens} prompt tokens ({usage.cached_tokens} of them cached), "
             f"{usage.completion_tokens} in the answer; first token after {usage.time_to_first_token_s:.2f} s, "
             f"prefill {usage.avg_prompt_tok_per_sec:.1f} tok/s, decode {usage.avg_compl_tok_per_sec:.1f} tok/s, "
+            f"{usage.accepted_tokens} of {usage.drafted_tokens} drafted tokens accepted, "
             f"peak memory {size_in_words(usage.peak_memory_bytes)}"
         )
 

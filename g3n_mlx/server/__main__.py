@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from g3n_mlx.commands import (
     Terminated,
+    add_draft_flag,
     add_model_flags,
     command_parser,
     count,
@@ -76,6 +77,7 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     )
     load = parser.add_argument_group("load")
     load.add_argument("--parallel", type=positive, default=4, metavar="N", help="answers in progress; default: 4")
+    add_draft_flag(load.add_argument, "auto")
     load.add_argument("--max-queue", type=count, default=64, metavar="N", help="requests behind them; default: 64")
     load.add_argument("--cache-memory", type=positive_float, default=4.0, metavar="GB", help="of caches; default: 4")
     load.add_argument("--request-timeout", type=positive_float, default=600.0, metavar="S", help="default: 600")
@@ -127,7 +129,11 @@ def _serve(arguments: argparse.Namespace) -> int:
     metrics = Metrics()
     model = _load(arguments)
     scheduler = Scheduler(
-        model, parallel=arguments.parallel, cache_bytes=int(arguments.cache_memory * 1e9), metrics=metrics
+        model,
+        parallel=arguments.parallel,
+        cache_bytes=int(arguments.cache_memory * 1e9),
+        metrics=metrics,
+        draft=arguments.draft,
     )
     engine = Engine(model, scheduler, limits, metrics)
     table = ModelTable(arguments.served_model_name or model.name, _short_name(model, arguments.matformer_config))

@@ -48,7 +48,8 @@ async def _tasks(body: ChatRequest, offered: Tools | None, place: Place) -> list
         for choice in range(body.num_choices)
     ]
     prompt = await place.prepared(template_messages(body.messages, offered and offered.system_text()))
-    return [Task(prompt, each, await _constraint(body, offered, place)) for each in params]
+    may_draft = body.draft is not False
+    return [Task(prompt, each, await _constraint(body, offered, place), draft=may_draft) for each in params]
 
 
 def _check_formats(body: ChatRequest) -> None:

@@ -61,7 +61,7 @@ async def _tasks(body: CompletionRequest, place: Place) -> list[Task]:
                     # local-completions): it has to be there also when it is the end of the text.
                     ignore_eos=scored is not None and body.max_tokens == 1,
                 )
-            tasks.append(Task(prompt, params, scored=scored))
+            tasks.append(Task(prompt, params, scored=scored, draft=body.draft is not False))
     return tasks
 
 

@@ -23,6 +23,7 @@ from g3n_mlx.server.schemas import (
     ChatChoice,
     Completion,
     CompletionChoice,
+    CompletionTokensDetails,
     GenerationRequest,
     PromptTokensDetails,
     RequestUsage,
@@ -106,6 +107,9 @@ class Choices(Generic[C]):
             prompt_tokens=sum(len(task.prompt.token_ids) for task in tasks[:: body.num_choices]),
             completion_tokens=0,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=0),
+            completion_tokens_details=CompletionTokensDetails(
+                accepted_prediction_tokens=0, rejected_prediction_tokens=0
+            ),
             avg_prompt_tok_per_sec=0.0,
             avg_compl_tok_per_sec=0.0,
             time_to_first_token_s=None,
@@ -148,6 +152,9 @@ class Choices(Generic[C]):
         if chunk.usage is None:
             return
         usage.completion_tokens += chunk.usage.completion_tokens
+        details, accepted = usage.completion_tokens_details, chunk.usage.accepted_tokens
+        details.accepted_prediction_tokens += accepted
+        details.rejected_prediction_tokens += chunk.usage.drafted_tokens - accepted
         if index % self._body.num_choices == 0:  # a prompt counts once, however many choices it has
             usage.prompt_tokens_details.cached_tokens += chunk.usage.cached_tokens
         if index == 0:

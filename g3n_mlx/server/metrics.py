@@ -19,6 +19,8 @@ class Metrics:
             "g3n_cached_tokens", "Tokens of prompts found in the prefix cache", registry=self.registry
         )
         self.completion_tokens = Counter("g3n_completion_tokens", "Tokens of responses", registry=self.registry)
+        self.drafted_tokens = Counter("g3n_drafted_tokens", "Tokens that were drafted", registry=self.registry)
+        self.accepted_tokens = Counter("g3n_accepted_tokens", "Drafted tokens that stayed", registry=self.registry)
         self.cache_hits = Counter(
             "g3n_prefix_cache_hits", "Prompts whose beginning was in the prefix cache", registry=self.registry
         )

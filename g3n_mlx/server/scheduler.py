@@ -1,7 +1,8 @@
 """Which answers are in progress: each takes a step in every round, the others wait in a queue.
 
-In a round everyone who decodes gets a token, all in one call of the model, and one other a part of its prompt; so a
-short question does not wait for a long answer to end, and what a request is given depends on its own prompt alone.
+In a round everyone who decodes gets a token, or several of a draft, all in one call of the model, and one other a part
+of its prompt; so a short question does not wait for a long answer to end, and what a request is given depends on its
+own prompt alone.
 Every answer reserves at its start what its cache can grow to, so that the caches stay below their limit; idle ones in
 the prefix cache give way.
 """
@@ -15,6 +16,7 @@ from typing import Any, Final
 
 from g3n_mlx.engine.answer import Answer
 from g3n_mlx.engine.conversation import Conversation
+from g3n_mlx.engine.drafts import Mode
 from g3n_mlx.engine.prefix_cache import PrefixCache
 from g3n_mlx.engine.results import Chunk
 from g3n_mlx.engine.runner import Failure, Rounds
@@ -44,6 +46,7 @@ class Task:
     params: SamplingParams | None  # None: no answer
     constraint: Constraint | None = None
     scored: int | None = None  # how many of the most likely tokens come with every score; None: no scores
+    draft: bool = True  # whether tokens may be drafted, as the server does it
 
     def tokens(self, context_tokens: int) -> int:
         """The most tokens that its cache will hold."""
@@ -87,12 +90,15 @@ class Running:
 class Scheduler:
     """Runs the jobs of a model, in a thread of its own."""
 
-    def __init__(self, model: Gemma3n, *, parallel: int, cache_bytes: int, metrics: Metrics) -> None:
+    def __init__(
+        self, model: Gemma3n, *, parallel: int, cache_bytes: int, metrics: Metrics, draft: Mode = "auto"
+    ) -> None:
         """The model answers once here: proof that it can, and the measure of what caches will take."""
         self._model = model
         self._parallel = parallel
         self._cache_bytes = cache_bytes
         self._metrics = metrics
+        self._draft: Mode = draft
         self._size = measured_cache(model)
         self._prefixes = PrefixCache(model.conversation)
         self._changed = threading.Condition()
@@ -196,7 +202,9 @@ class Scheduler:
             if task.params is not None:
                 others = [one.conversation for one in self._rounds.tasks if one.conversation is not None]
                 conversation = model.runner.call(lambda: self._prefixes.take(task.prompt.identity, others))
-                running.answer = model.answer(conversation, task.prompt, task.params, task.constraint)
+                running.answer = model.answer(
+                    conversation, task.prompt, task.params, task.constraint, self._draft if task.draft else "off"
+                )
         except BaseException as error:  # noqa: BLE001 - whatever befalls one request, a panic in Rust say, others go on
             self._remove(running, error)
             return
@@ -275,6 +283,8 @@ class Scheduler:
         if chunk.usage is not None:
             metrics.prompt_tokens.inc(chunk.usage.prompt_tokens)
             metrics.cached_tokens.inc(chunk.usage.cached_tokens)
+            metrics.drafted_tokens.inc(chunk.usage.drafted_tokens)
+            metrics.accepted_tokens.inc(chunk.usage.accepted_tokens)
             (metrics.cache_hits if chunk.usage.cached_tokens else metrics.cache_misses).inc()
 
 

@@ -178,6 +178,7 @@ class GenerationRequest(RequestBody, SamplingFields):
     }
 
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    draft: bool | None = None  # False: no tokens are drafted; the text is the same
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -428,12 +429,20 @@ class PromptTokensDetails(BaseModel):
     cached_tokens: int
 
 
+class CompletionTokensDetails(BaseModel):
+    """What became of drafted tokens, in OpenAI's words; the rejected ones are in no other count."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class RequestUsage(BaseModel):
     """Counts of all choices together, and the speeds of the first one; times begin when the request came."""
 
     prompt_tokens: int
     completion_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
     avg_prompt_tok_per_sec: float
     avg_compl_tok_per_sec: float
     time_to_first_token_s: float | None

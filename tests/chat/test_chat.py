@@ -40,6 +40,8 @@ class Usage:
     avg_prompt_tok_per_sec: float = 10.0
     avg_compl_tok_per_sec: float = 5.0
     peak_memory_bytes: int = 2**30
+    drafted_tokens: int = 4
+    accepted_tokens: int = 1
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,8 @@ def test_undo_retry_and_clear(session, echo, capsys):
 
 def test_settings(session, echo, capsys):
     talk(session, "/set temperature 0.7", "/set top-k 5", "/set", "a", "/set top_k default", "b")
-    assert echo.asked[0][1] == {"temperature": 0.7, "top_k": 5}
-    assert echo.asked[1][1] == {"temperature": 0.7}
+    assert echo.asked[0][1] == {"temperature": 0.7, "top_k": 5, "draft": "auto"}
+    assert echo.asked[1][1] == {"temperature": 0.7, "draft": "auto"}
     assert "temperature 0.7, top_k 5\n" in capsys.readouterr().err
     talk(session, "/set top_p 3", "/set colour red", "/set seed", "/set seed x", "c")
     errors = capsys.readouterr().err.splitlines()
@@ -137,7 +139,7 @@ def test_settings(session, echo, capsys):
     assert errors[1].startswith("error: there is no setting 'colour'; there are temperature, ")
     assert errors[2] == "error: /set seed needs a value, a number or 'default'"
     assert errors[3].startswith("error: ")
-    assert echo.asked[2][1] == {"temperature": 0.7}
+    assert echo.asked[2][1] == {"temperature": 0.7, "draft": "auto"}
 
 
 def test_every_setting_is_a_sampling_keyword():
@@ -229,7 +231,7 @@ def test_stats(session, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("no figures")
     assert "prompt tokens (0 of them cached), 3 in the answer; first token after 0.25 s" in lines[1]
-    assert "peak memory 1.07 GB" in lines[1]
+    assert "1 of 4 drafted tokens accepted, peak memory 1.07 GB" in lines[1]
 
 
 def test_a_failed_answer_keeps_the_conversation_and_can_be_retried(session, echo, capsys):

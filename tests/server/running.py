@@ -70,7 +70,7 @@ def started(folder: Path, **options: Any) -> Server:
         return {name: options.pop(name, default) for name, default in names.items()}
 
     parallel = options.pop("parallel", 4)
-    scheduling = given({"cache_bytes": 64 << 20})
+    scheduling = given({"cache_bytes": 64 << 20, "draft": "auto"})
     limits = given({"max_queue": 64, "request_timeout_s": 300.0})
     gate = given({"api_key": None, "hosts": frozenset(), "cors_origins": frozenset(), "max_body_bytes": 4 << 20})
     names = given({"name": "tiny", "slice_name": None})
