@@ -22,7 +22,17 @@ from g3n_mlx.bench import report
 from g3n_mlx.bench.engines import OURS, PEERS, engine
 from g3n_mlx.bench.measure import SHORT_PROMPT, Request, Run
 from g3n_mlx.checkpoint.hub import resolve
-from g3n_mlx.commands import add_model_flags, command_parser, count, model_of, positive, run_command, say, tell
+from g3n_mlx.commands import (
+    add_draft_flag,
+    add_model_flags,
+    command_parser,
+    count,
+    model_of,
+    positive,
+    run_command,
+    say,
+    tell,
+)
 from g3n_mlx.config.model import ModelConfig, read_config
 from g3n_mlx.convert import cached_conversion, plan_for
 from g3n_mlx.failures import BadValue, MissingPackage, WorkerFailed, check_folder_of
@@ -51,6 +61,7 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     add("--generation-tokens", type=positive, default=128, metavar="N", help="decoded at each depth; default: 128")
     add("--depth", type=_list_of(count), metavar="N,...", help="tokens before decode begins; default: the prompt's")
     add("--sequences", type=_list_of(positive), default=(), metavar="N,...", help="decode so many together, too")
+    add_draft_flag(add, "off")
     add("--num-trials", type=positive, default=3, metavar="N", help="of which the median counts; default: 3")
     add("--threads", type=positive, metavar="N", help="of every engine, on a CPU; default: each engine's own choice")
     add = parser.add_argument_group("beside a peer").add_argument
@@ -145,6 +156,7 @@ def _requests(arguments: argparse.Namespace, folder: Path, config: ModelConfig) 
         q_bits=arguments.q_bits,
         device=arguments.device,
         dtype=arguments.dtype,
+        draft=arguments.draft,
     )
     if not arguments.against:
         return [ours]

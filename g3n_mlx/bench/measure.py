@@ -40,6 +40,7 @@ class Request:
     matformer_config: str | None = None  # a CSV file
     q_bits: int | None = None  # of a conversion that is in the cache already
     dtype: str | None = None  # of the activations
+    draft: str = "off"  # how tokens are drafted in answers of their own; all other figures are without drafts
     started_at: float = 0.0  # time.monotonic() when the process was started: the system's clock, not the process's
 
 
@@ -60,6 +61,8 @@ class Run:
     kv_element_bytes: int = 2  # of a stored key's or value's number
     graph_operations: int | None = None  # nodes in one decode step's MLX graph
     graph_kernels: int | None = None  # of them, those that are not mere views
+    drafted: list[dict[str, Any]] | None = None  # fields of drafts.Drafted; None: not measured
+    row_seconds: list[tuple[int, float]] | None = None  # rows of a call, and how long it took
     description: str = ""  # engine, backend, dtype, device
     other_cpu_s: float | None = None  # of the processors, used by others during the run; None: the system does not tell
 
@@ -80,6 +83,8 @@ class Loaded:
     kv_element_bytes: int = 2
     batches: bool = True  # whether `generate` takes several prompts
     decode_graph: Callable[[], tuple[int, int]] | None = None  # Run's graph_operations and graph_kernels
+    # Run's drafted and row_seconds.
+    drafts: Callable[[], tuple[list[dict[str, Any]], list[tuple[int, float]]]] | None = None
 
 
 def measure(load: Callable[[Request], Loaded], request: Request) -> Run:
@@ -107,6 +112,7 @@ def measure(load: Callable[[Request], Loaded], request: Request) -> Run:
         prompts = [[*warm_up[:-1], token] for token in request.prompt_ids[: max(request.sequences, default=0)]]
         together = [n * _rate(_moments(loaded, prompts[:n], request.generation_tokens)) for n in request.sequences]
 
+    drafted, row_seconds = loaded.drafts() if request.draft != "off" and loaded.drafts else (None, None)
     host, device = peak_process_bytes() or None, _peak_device_bytes(loaded)
     operations, kernels = loaded.decode_graph() if loaded.decode_graph else (None, None)
     return Run(
@@ -124,6 +130,8 @@ def measure(load: Callable[[Request], Loaded], request: Request) -> Run:
         kv_element_bytes=loaded.kv_element_bytes,
         graph_operations=operations,
         graph_kernels=kernels,
+        drafted=drafted,
+        row_seconds=row_seconds,
         description=loaded.description,
     )
 

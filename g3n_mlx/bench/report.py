@@ -68,6 +68,8 @@ def _figures(request: Request, runs: list[Run], config: ModelConfig) -> dict[str
         "prompt_tps": _spread([run.prompt_tps for run in runs]),
         "decode": decode,
         "together": together,
+        "drafts": _drafts(runs),
+        "row_seconds": _row_seconds(runs),
         "peak_memory_bytes": _largest([run.peak_memory_bytes for run in runs]),
         "peak_device_bytes": _largest([run.peak_device_bytes for run in runs]),
         "weight_bytes_per_token": weights,
@@ -76,6 +78,30 @@ def _figures(request: Request, runs: list[Run], config: ModelConfig) -> dict[str
         "graph_operations": runs[0].graph_operations,
         "graph_kernels": runs[0].graph_kernels,
     }
+
+
+def _drafts(runs: list[Run]) -> list[dict[str, Any]] | None:
+    """For each task speeds with drafts and without, their ratio in each run, and what became of the drafts."""
+    if any(run.drafted is None for run in runs):
+        return None
+    found: list[dict[str, Any]] = []
+    for entries in zip(*(run.drafted or [] for run in runs), strict=True):
+        spreads = {name: _spread([entry[name] for entry in entries]) for name in ("plain_tps", "tps")}
+        counts = {
+            name: statistics.median([entry[name] for entry in entries])
+            for name in ("drafted_tokens", "accepted_tokens", "tokens_per_call")
+        }
+        ratio = _spread([entry["tps"] / entry["plain_tps"] for entry in entries])
+        found.append({"task": entries[0]["task"], **spreads, "ratio": ratio, **counts})
+    return found
+
+
+def _row_seconds(runs: list[Run]) -> list[dict[str, Any]] | None:
+    """Times of calls by their rows, the best of all runs."""
+    if any(run.row_seconds is None for run in runs):
+        return None
+    columns = zip(*(run.row_seconds or [] for run in runs), strict=True)
+    return [{"rows": column[0][0], "seconds": min(seconds for _, seconds in column)} for column in columns]
 
 
 def kv_bytes(config: ModelConfig, depth: int, element_bytes: int) -> int:
@@ -144,6 +170,19 @@ def _block(summary: dict[str, Any], figures: dict[str, Any]) -> Iterator[tuple[s
         yield name, _words(entry["tps"], "tok/s")
     if figures["together"] is None:
         yield "sequences together", "not measured"
+    for entry in figures["drafts"] or []:
+        yield entry["task"], _words(entry["plain_tps"], "tok/s")
+        accepted = f"{entry['accepted_tokens']:g} of {entry['drafted_tokens']:g} drafted tokens accepted"
+        yield (
+            "  with drafts",
+            (
+                f"{_words(entry['tps'], 'tok/s')}  {entry['ratio']['median']:.2f} x, {accepted}, "
+                f"{entry['tokens_per_call']:.2f} a call"
+            ),
+        )
+    if figures["row_seconds"]:
+        times = [f"{entry['rows']} {1000 * entry['seconds']:.3g} ms" for entry in figures["row_seconds"]]
+        yield "a call of so many rows", ", ".join(times)
     yield "peak memory", _size(figures["peak_memory_bytes"])
     if figures["peak_device_bytes"] is not None:
         yield "peak device memory", _size(figures["peak_device_bytes"])

@@ -42,6 +42,7 @@ def test_figures(backend, tiny_folder, capsys):
     assert decode["bandwidth"] == pytest.approx(decode["tps"]["median"] * decode["bytes_per_token"])
     assert figures["start_to_first_token_s"]["min"] > figures["load_s"]["min"]
     assert figures["together"] == []
+    assert figures["drafts"] is figures["row_seconds"] is None
     assert figures["other_cpu_s"] is None or figures["other_cpu_s"] >= 0
     assert f"g3n_mlx, {backend}, " in figures["engine"]
     assert "float32" in figures["engine"]
@@ -49,6 +50,26 @@ def test_figures(backend, tiny_folder, capsys):
     assert figures["read_bandwidth"] > 1e8
     if backend == "mlx":
         assert 0 < figures["graph_kernels"] <= figures["graph_operations"]
+
+
+def test_drafts(backend, tiny_folder, capsys):
+    """A copy is drafted whatever the weights; times of calls grow with their rows, on a CPU."""
+    flags = ("--backend", backend, "--device", "cpu", *FLOAT32, "--draft", "lookup", "--prompt-tokens", 20)
+    flags = (*flags, "--generation-tokens", 60, "--num-trials", 2)
+    code, out, err = bench(capsys, "--model", tiny_folder, *flags, "--json")
+    assert code == 0, err
+    figures = json.loads(out)["engines"]["g3n_mlx"]
+    tasks = {entry["task"]: entry for entry in figures["drafts"]}
+    copy = tasks["a copy of the prompt"]
+    assert 20 < copy["accepted_tokens"] <= copy["drafted_tokens"]
+    assert copy["tokens_per_call"] > 1.5
+    for entry in tasks.values():
+        assert entry["plain_tps"]["median"] > 0
+        assert entry["ratio"]["min"] <= entry["tps"]["max"] / entry["plain_tps"]["min"]
+    if importlib.util.find_spec("llguidance") is not None:
+        assert tasks["an object with long keys"]["accepted_tokens"] > 10
+    assert [entry["rows"] for entry in figures["row_seconds"]] == [1, 2, 4, 8, 16]
+    assert all(entry["seconds"] > 0 for entry in figures["row_seconds"])
 
 
 def test_depths_sequences_and_a_plot(backend, tiny_folder, tmp_path, capsys):

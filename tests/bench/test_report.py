@@ -1,6 +1,7 @@
 """What runs add up to: medians, ratios, one table and one plot of several peers."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -74,3 +75,18 @@ def test_a_file_that_is_no_summary_is_one_line(tmp_path, capsys):
     (tmp_path / "x.json").write_text("not JSON")
     assert report.main([str(tmp_path / "x.json")]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_drafts_in_the_table(config):
+    entry = {"task": "a copy", "drafted_tokens": 40, "accepted_tokens": 30, "tokens_per_call": 3.0}
+    drafted = [{**entry, "plain_tps": 10.0, "tps": 20.0}, {**entry, "plain_tps": 10.0, "tps": 30.0}]
+    runs = [
+        replace(run(60), drafted=[one], row_seconds=[(1, 0.04), (4, seconds)])
+        for one, seconds in zip(drafted, (0.06, 0.05), strict=True)
+    ]
+    found = report.summary([Request("g3n_mlx", "folder", (), 20, 5, (0, 40))], {"g3n_mlx": runs}, config)
+    (copy,) = found["engines"]["g3n_mlx"]["drafts"]
+    assert copy["ratio"] == {"median": 2.5, "min": 2.0, "max": 3.0}
+    table = report.table(found)
+    assert "25 tok/s  (min 20, max 30)  2.50 x, 30 of 40 drafted tokens accepted, 3.00 a call" in table
+    assert "1 40 ms, 4 50 ms" in table

@@ -1,11 +1,13 @@
 """g3n_mlx itself."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from g3n_mlx.batch import Draw, Rows
+from g3n_mlx.bench.drafts import drafted, row_seconds
 from g3n_mlx.bench.engines.mlx_graph import count_graph
 from g3n_mlx.bench.measure import SHORT_PROMPT, Loaded, Request, Run
 from g3n_mlx.bench.measure import measure as measure_here
@@ -63,6 +65,11 @@ def _load(request: Request) -> Loaded:
         run(network, [Rows(cache, np.array(request.prompt_ids[:SHORT_PROMPT]))])
         return count_graph(network.decode_graph(request.prompt_ids[-1], cache))
 
+    def drafts() -> tuple[list[dict[str, Any]], list[tuple[int, float]]]:
+        prompt = list(request.prompt_ids[: request.prompt_tokens])
+        found = drafted(model, request.draft, prompt, request.generation_tokens)
+        return [asdict(one) for one in found], row_seconds(model, prompt)
+
     return Loaded(
         description=f"g3n_mlx, {model.backend}, {model.dtype}, {model.device}",
         generate=generate,
@@ -70,5 +77,6 @@ def _load(request: Request) -> Loaded:
         framework=model.backend,
         device=model.device,
         kv_element_bytes=4 if model.dtype == "float32" else 2,
+        drafts=drafts,
         decode_graph=(lambda: model.runner.call(decode_graph)) if model.backend == "mlx" else None,
     )
