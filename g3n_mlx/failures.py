@@ -14,6 +14,9 @@ _OUT_OF_MEMORY = re.compile(
     re.IGNORECASE,
 )
 
+# What MLX says when macOS ends a command that has kept a GPU for seconds.
+_GPU_TIMEOUT = re.compile(r"Impacting Interactivity|GPUCommandBufferCallbackError(Timeout|ImpactingInter|Hang)", re.I)
+
 
 class Error(Exception):
     """The base of all errors that the package raises on purpose; the message says what to do."""
@@ -65,7 +68,8 @@ class WorkerFailed(Error, ChildProcessError):
 
 def is_expected(error: BaseException) -> bool:
     """Whether a user, a file, a network or too little memory caused it; all else is a bug whose traceback is wanted."""
-    return isinstance(error, OSError | ValueError | ImportError) or is_out_of_memory(error)
+    known = isinstance(error, OSError | ValueError | ImportError)
+    return known or is_out_of_memory(error) or is_gpu_timeout(error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -75,6 +79,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def is_gpu_timeout(error: BaseException) -> bool:
+    """Whether the system has ended work on the GPU because it took too long."""
+    return isinstance(error, RuntimeError) and _GPU_TIMEOUT.search(str(error)) is not None
+
+
 def one_line(error: BaseException) -> str:
     """An error's message, folded to one line; its type's name when it has none."""
     if is_out_of_memory(error):
@@ -82,6 +91,12 @@ def one_line(error: BaseException) -> str:
         return (
             f"out of memory{f' ({words:.160})' if words else ''}: a smaller slice (matformer), fewer bits (q_bits) or "
             "a shorter prompt needs less"
+        )
+    if is_gpu_timeout(error):
+        words = " ".join(str(error).split())
+        return (
+            f"the system ended work on the GPU that took too long ({words:.160}): close other programs that use the "
+            "GPU, or read prompts in smaller parts (prefill_step_size=128)"
         )
     if isinstance(error, OSError) and error.strerror and str(error).startswith(("[Errno ", "[WinError ")):
         words = error.strerror[:1].lower() + error.strerror[1:]

@@ -32,7 +32,11 @@ class KVArrays(Protocol):
         ...
 
     def copied(self, rows: Any, start: int, end: int, /) -> Any:
-        """Rows [start, end) in memory of their own."""
+        """Rows [start, end) in memory of their own, once they are evaluated."""
+        ...
+
+    def evaluate(self, arrays: Sequence[Any], /) -> None:
+        """Computes what an array framework may have put off, of all the arrays at once."""
         ...
 
 

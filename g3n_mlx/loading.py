@@ -80,7 +80,7 @@ def load(
     defect = cache(partial(_defect, checkpoint, devices.dtype_name(activations)))
 
     def built() -> Model:
-        devices.claim(place)
+        devices.claim(place, checkpoint.nbytes_in_memory(4 if devices.dtype_name(activations) == "float32" else 2))
         model: Model = model_file.Gemma3nModel(checkpoint, activations, place)
         if not model.has_finite_head():
             raise defect()

@@ -44,6 +44,8 @@ from g3n_mlx.sampling import SamplingOptions, SamplingParams, check_option_names
 ACTIVATION_BYTES = {"bfloat16": 2, "float32": 4}
 # Answers in progress at once, of many prompts.
 PARALLEL = 4
+# Of the prompt that warms up: more than one row, as prompts have.
+WARM_UP_TOKENS = 16
 
 PromptLike = str | Sequence[int] | Sequence[Mapping[str, Any]] | Prompt
 
@@ -379,6 +381,23 @@ class Gemma3n:
             params,
             lambda: max(peak_process_bytes(), model.peak_memory_bytes()),
         )
+
+    def warm_up(self) -> None:
+        """Starts on a short answer that nobody reads, and returns at once.
+
+        What the first answer would wait for, GPU kernels that are compiled at their first use say, is done meanwhile.
+        """
+
+        def answered() -> None:
+            params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+            answer = self.answer(
+                self.conversation(), of_token_ids([0] * WARM_UP_TOKENS, self.config.text.vocab_size), params
+            )
+            while not answer.finished:
+                self.runner.advance([answer])
+
+        # Its failure is the first answer's as well, which reports it.
+        self.runner.thread.submit(answered)
 
     def reset(self) -> None:
         """Forgets the cached conversation and frees its memory."""

@@ -64,6 +64,27 @@ def test_out_of_memory_says_what_to_do(error, capsys):
     assert written.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[METAL] Command buffer execution failed: Impacting Interactivity (0000000e:kIOGPUCommandBufferCallbackError"
+        "ImpactingInteractivity)",
+        "[METAL] Command buffer execution failed: Caused GPU Timeout Error (00000002:kIOGPUCommandBufferCallbackError"
+        "Timeout)",
+        "[METAL] Command buffer execution failed: GPU Hang Error (00000003:kIOGPUCommandBufferCallbackErrorHang)",
+    ],
+)
+def test_work_that_kept_the_gpu_too_long_says_what_to_do(words, capsys):
+    def fail() -> int:
+        raise RuntimeError(words)
+
+    assert run_command("g3n-x", fail) == 1
+    written = capsys.readouterr().err
+    assert written.startswith("g3n-x: the system ended work on the GPU")
+    assert "prefill_step_size" in written
+    assert written.count("\n") == 1
+
+
 def test_what_torch_says_when_memory_runs_out():
     torch = pytest.importorskip("torch")
     with pytest.raises(RuntimeError) as caught:

@@ -357,12 +357,42 @@ def test_claim_on_metal(monkeypatch):
     assert [name for name, _ in calls] == ["default"]
 
 
+def test_a_model_that_nearly_fills_the_gpus_memory_is_a_warning(monkeypatch, caplog):
+    mx = pytest.importorskip("mlx.core")
+    from g3n_mlx.backends.mlx import device
+
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda *device: {"max_recommended_working_set_size": 10 << 30})
+    monkeypatch.setattr(mx, "get_active_memory", lambda: 1 << 30)
+    for name in ("set_default_device", "set_wired_limit", "set_cache_limit"):
+        monkeypatch.setattr(mx, name, lambda value: None)
+    device.claim(mx.Device(mx.gpu, 0), 8 << 30)
+    assert caplog.text == ""
+    device.claim(mx.Device(mx.gpu, 0), (8 << 30) + 1)
+    assert "the weights take 9.66 GB of the 10.7 GB" in caplog.text
+
+
+def test_one_models_device_is_not_the_next_ones_default(monkeypatch, tiny_folder):
+    mx = pytest.importorskip("mlx.core")
+    from g3n_mlx.backends.mlx import device
+
+    found = []
+    monkeypatch.setattr(mx, "set_default_device", found.append)
+    model = load(tiny_folder, backend="mlx", device="cpu")
+    loading = len(found)
+    model.logits([2, 5, 7])
+    assert len(found) > loading  # asked for anew at each call: a model on another device may have run before
+    monkeypatch.setattr(mx, "default_device", lambda: "what that load has set")
+    assert device.device_of(None) == device.DEFAULT
+    assert found == [mx.Device(mx.cpu, 0)] * len(found) != []
+
+
 def test_defaults_on_metal(monkeypatch):
     mx = pytest.importorskip("mlx.core")
     from g3n_mlx.backends.mlx import device
 
     gpu = mx.Device(mx.gpu, 0)
-    monkeypatch.setattr(mx, "default_device", lambda: gpu)
+    monkeypatch.setattr(device, "DEFAULT", gpu)
     assert device.device_of(None) == gpu
     assert device.dtype_of(None, gpu, True) == device.dtype_of(None, gpu, False) == mx.bfloat16
 

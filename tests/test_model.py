@@ -1,6 +1,7 @@
 """Gemma3n as users hold it, on the tiny checkpoint, in both backends: text, tokens, stops, turns, streams."""
 
 import re
+import threading
 import weakref
 
 import numpy as np
@@ -546,3 +547,13 @@ def test_a_notebook_shows_an_answer_as_markdown(model):
     assert re.search(r"\n\n---\n\*12 tokens, [\d.]+ tokens/s, truncated\*$", shown)
     ended = model.generate(USER, temperature=0, logit_bias={106: 100.0})
     assert ended._repr_markdown_() == "\n\n---\n*0 tokens*"
+
+
+def test_a_model_warms_up_in_its_own_thread(backend):
+    with load("demo", backend=backend, device="cpu", dtype="float32") as model:
+        expected = model.generate("What is 3 + 4?", temperature=0).text
+        model.reset()
+        before = threading.active_count()
+        model.warm_up()
+        assert model.generate("What is 3 + 4?", temperature=0).text == expected
+        assert threading.active_count() == before

@@ -17,6 +17,8 @@ What the pair is allowed to have differently:
 
 Names that one of them alone has:
 
+- MLX reads how it multiplies from the environment: `__init__.py:ops_per_buffer`, `__init__.py:chip_name`,
+  `__init__.py:configure`.
 - MLX evaluates lazily: `weights.py:evaluated`; it has no log-softmax, and its CPU device adds in sequence, in float32:
   `sampling.py:log_softmax`, `sampling.py:cumulated`.
 - Compiled decode steps, in halves of layers: `steps.py:between`, `steps.py:before_attention`,

@@ -76,6 +76,7 @@ def _run(arguments: argparse.Namespace) -> int:
     model = load_from(arguments)
     session = Session(model, arguments.system_prompt, settings, draft=arguments.draft, verbose=arguments.verbose)
     if prompt is None:
+        model.warm_up()  # while the user reads and types
         say(f"{model.name} on {model.backend} ({model.device}); /help lists the commands, Ctrl-D ends")
     for part in arguments.attached:
         session.attach(part, quiet=prompt is not None)

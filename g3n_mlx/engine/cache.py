@@ -52,7 +52,7 @@ class KVCache:
         self.offset -= n
 
     def fork(self, length: int) -> "KVCache":
-        """A cache of its own that holds the first `length` tokens."""
+        """A cache of its own that holds the first `length` tokens, not evaluated yet."""
         other = KVCache(self._arrays)
         if self.keys is not None and length:
             rows = self._arrays.copied(self.keys, 0, length), self._arrays.copied(self.values, 0, length)
@@ -136,7 +136,7 @@ class SlidingKVCache:
         self.length -= n
 
     def saved(self) -> "Window":
-        """A copy of the rows that stay when older ones are dropped, to come back to this offset."""
+        """A copy of the rows that stay when older ones are dropped, to come back to this offset; not evaluated yet."""
         if self.keys is None:
             return Window(self.offset, None, None)
         first = max(0, self.length - self.kept_rows)
@@ -227,6 +227,8 @@ class Cache:
     def snapshot(self) -> Snapshot:
         """The present offset with copies of the sliding windows, to come back to it."""
         windows = {idx: layer.saved() for idx, layer in self.layers.items() if isinstance(layer, SlidingKVCache)}
+        # All at once: on a GPU every evaluation is waited for.
+        self._arrays.evaluate([rows for w in windows.values() if w.keys is not None for rows in (w.keys, w.values)])
         spare = min(self.spare, MAX_TRIM_TOKENS) if windows else self.spare  # a saved window has no more
         return Snapshot(self.offset, spare, windows)
 
@@ -246,6 +248,8 @@ class Cache:
                 other.layers[layer_idx] = layer.restored(snapshot.windows[layer_idx])
             else:
                 other.layers[layer_idx] = layer.fork(snapshot.offset)
+        filled = [layer for layer in other.layers.values() if layer.keys is not None]
+        self._arrays.evaluate([rows for layer in filled for rows in (layer.keys, layer.values)])
         return other
 
 

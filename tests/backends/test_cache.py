@@ -282,6 +282,24 @@ def test_a_fork_goes_on_alone(network, before):
     np.testing.assert_array_equal(logits_of(network, last, source), logits_of(network, last, plain))
 
 
+def test_snapshots_and_forks_are_evaluated_at_once(network, framework, monkeypatch):
+    """Layer by layer a GPU would be waited for 2 x 16 times at E4B's shape."""
+    cache = make_cache(network)
+    prefill(network, ids_of(20, 0), cache)
+    calls, evaluate = [], network.kv_arrays.evaluate
+    monkeypatch.setattr(network.kv_arrays, "evaluate", lambda arrays: (calls.append(len(arrays)), evaluate(arrays)))
+    if framework.name == "mlx":
+        import mlx.core as mx
+
+        found = mx.eval
+        monkeypatch.setattr(mx, "eval", lambda *arrays: (calls.append("eval"), found(*arrays)))
+    snapshot = cache.snapshot()
+    cache.fork(snapshot)
+    sliding = sum(isinstance(layer, SlidingKVCache) for layer in cache.layers.values())
+    counts = [2 * sliding, 2 * len(cache.layers)]
+    assert calls == ([counts[0], "eval", counts[1], "eval"] if framework.name == "mlx" else counts)
+
+
 def test_a_fork_at_nothing_is_an_empty_cache(network):
     cache = make_cache(network)
     snapshot = cache.snapshot()

@@ -1,5 +1,7 @@
 """What a decode step costs in operations, on E4B's layers at small widths, and that it is the model's forward."""
 
+import io
+import re
 import subprocess
 import sys
 
@@ -8,6 +10,7 @@ import pytest
 from calls import decode, make_cache, prefill
 
 from g3n_mlx.batch import Batch, Draw, Rows
+from g3n_mlx.bench.engines.mlx_graph import MLX_VIEWS
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.engine.runner import run
 from g3n_mlx.sampling import SamplingParams
@@ -39,19 +42,48 @@ def test_operations_of_an_mlx_step(overhead, frameworks):
     assert kernels < operations <= MLX_OPERATIONS
 
 
-def test_no_product_of_weights_alone_is_left_in_an_mlx_step(overhead, frameworks):
-    """Norm weights are scaled at load: right after it, nothing of the model waits to be computed."""
+def weights_only(network, cache, monkeypatch):
+    """The operations of a decode step, by kind, that depend on nothing but weights and constants."""
+    import mlx.core as mx
+
+    steps, ids = network.decode_steps, np.array([7])
+    named = {"tokens": mx.array(ids), "rows": network.language_model.per_layer_rows(ids)}
+    mx.eval(list(named.values()))
+    monkeypatch.setattr(network.language_model, "per_layer_rows", lambda _: named["rows"])
+    for layer_idx, layer in cache.layers.items():
+        named |= {f"keys{layer_idx}": layer.keys, f"values{layer_idx}": layer.values}
+    begun = steps.started(named["tokens"], np.array([cache.offset], dtype=np.int32))
+    named["positions"] = next(iter(begun.rope.values()))[0]
+    # RoPE is a kernel on a GPU; the CPU device takes the periods' inverses in every step.
+    named |= {kind: periods for kind, (_, periods) in begun.rope.items()}
+    dot = io.StringIO()
+    mx.export_to_dot(dot, network.language_model.logits(steps.finished(begun, ids, [cache])), **named)
+    monkeypatch.undo()
+    kinds = dict(re.findall(r'(\d+) \[label ="(\w+)", shape=rectangle', dot.getvalue()))
+    inputs = {}
+    for source, target in re.findall(r'^\{? ?"?(\w+)"? -> "?(\w+)"?', dot.getvalue(), re.MULTILINE):
+        inputs.setdefault(target, []).append(source)
+    reached, fresh = set(named), set(named)
+    while fresh:
+        fresh = {target for target, sources in inputs.items() if fresh & set(sources)} - reached
+        reached |= fresh
+    assert set(named) <= {source for sources in inputs.values() for source in sources}
+    return [kind for node, kind in kinds.items() if node not in reached and node in inputs and kind not in MLX_VIEWS]
+
+
+def test_no_product_of_weights_alone_is_left_in_an_mlx_step(overhead, frameworks, monkeypatch):
+    """Norm weights are scaled at load: a step that is compiled with a lazy product computes it for every token."""
     if "mlx" not in frameworks:
         pytest.skip("mlx is not installed")
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-
-    from g3n_mlx.bench.engines.mlx_graph import count_graph
-
     network = frameworks["mlx"].model(Checkpoint.open(overhead))
-    lazy = [name for name, array in tree_flatten(network.language_model.parameters()) if count_graph(array) != (0, 0)]
-    assert lazy == []
-    assert count_graph(mx.ones(3) * 2) != (0, 0)  # what a lazy product would look like
+    cache = make_cache(network)
+    prefill(network, np.arange(16), cache)
+    assert weights_only(network, cache, monkeypatch) == []
+    norm = network.language_model.layers[20].pre_feedforward_layernorm
+    norm.weight = norm.weight * 2
+    lazy = type(network.decode_steps)(network.language_model, network.config)
+    network.decode_steps = lazy
+    assert weights_only(network, cache, monkeypatch) != []
 
 
 def test_operations_of_a_torch_step(overhead, frameworks):

@@ -1,5 +1,6 @@
 """The chat: a session over a small fake model, the real program, and the real program in a real terminal."""
 
+import io
 import json
 import os
 import re
@@ -64,6 +65,10 @@ class Echo:
     asked: list[tuple[list[dict], dict[str, Any]]] = field(default_factory=list)
     interrupt_at: int | None = None  # sends itself Ctrl-C before this token
     closed: int = 0
+    warmed_up: int = 0
+
+    def warm_up(self) -> None:
+        self.warmed_up += 1
 
     def prepare(self, messages: list[dict]) -> Prompt:
         return Preparer(self.tokenizer, self.opener, 10_000).prepare(messages)
@@ -267,9 +272,18 @@ def test_ctrl_c_before_the_answer_gives_up_the_question(session, echo, capsys):
     assert capsys.readouterr().out == "NEVER MIND\n"
 
 
-def test_lines_from_a_pipe(monkeypatch):
-    import io
+def test_the_model_warms_up_before_a_chat_and_not_for_one_question(echo, monkeypatch, capsys):
+    monkeypatch.setattr(command, "load_from", lambda arguments: echo)
+    monkeypatch.setattr(command, "message_lines", lambda: iter(["hello"]))
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    assert command.main(["--prompt", "hello"]) == 0
+    assert echo.warmed_up == 0
+    assert command.main([]) == 0
+    assert echo.warmed_up == 1
+    assert capsys.readouterr().out == "HELLO\nHELLO\n"
 
+
+def test_lines_from_a_pipe(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\\\nthree\n\nfour\\"))
     assert list(console.message_lines()) == ["one", "two\nthree", "", "four\n"]
 

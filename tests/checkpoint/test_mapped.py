@@ -161,3 +161,23 @@ def test_a_closed_model_leaves_no_map(backend: str, quantized_folder: Path) -> N
     del model
     gc.collect()
     assert maps_of(quantized_folder) == before
+
+
+@pytest.mark.parametrize(("system", "released"), [("linux", 3), ("darwin", 0), ("win32", 0)])
+def test_pages_are_released_on_linux_alone(
+    system: str, released: int, quantized_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On macOS it would look at every page of the PLE table, every five tokens, and free nothing."""
+    table = Checkpoint.open(quantized_folder).rows("language_model.embed_tokens_per_layer")
+    advised = []
+
+    class Map:
+        def madvise(self, option: int) -> None:
+            advised.append(option)
+
+    for mapped in table._maps:
+        monkeypatch.setattr(mapped, "_map", Map())
+    monkeypatch.setattr(sys, "platform", system)
+    expected = table.gather(np.arange(5))
+    assert len(advised) == released
+    assert expected.shape == (5, table.width)

@@ -6,9 +6,15 @@ from typing import Any
 
 import mlx.core as mx
 
-from g3n_mlx.failures import BadValue
+from g3n_mlx.backends import mlx as backend
+from g3n_mlx.failures import BadValue, size_in_words
 
 logger = logging.getLogger(__name__)
+
+# Metal, else CUDA, else the CPU, or what the program has made it: asked before a model changes it for its own device.
+DEFAULT = mx.default_device()
+_TIGHT = 0.9  # of the memory that Metal recommends to use, as in mlx-lm
+_LATE = "MLX was imported before g3n_mlx, which sets how it multiplies: import g3n_mlx.backends.mlx first"
 
 DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}
 
@@ -19,7 +25,7 @@ def device_of(name: str | None) -> mx.Device:
     Raises ValueError when the machine has no such device or the backend does not run on it.
     """
     if name is None:
-        return mx.default_device()
+        return DEFAULT
     kind, _, index = name.partition(":")
     if kind == "cuda" and (index.isdigit() or index == "") and ":" not in index:
         found = mx.device_count(mx.gpu) if mx.cuda.is_available() else 0
@@ -54,18 +60,27 @@ def dtype_name(dtype: mx.Dtype) -> str:
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
-def claim(device: mx.Device) -> None:
+def claim(device: mx.Device, weight_bytes: int = 0) -> None:
     """Makes the device MLX's default and, on Metal, keeps its memory wired: as mlx-lm does around a generation.
 
     Wired memory is not paged out between two answers. The cache of freed buffers is held to an eighth of it, so that
-    the buffers of a long prefill are not kept until the next one.
+    the buffers of a long prefill are not kept until the next one. weight_bytes: that a model will take, for a warning.
     """
     mx.set_default_device(device)
+    if backend.IMPORTED_LATE:
+        logger.info("%s", _LATE)
     if device.type == mx.gpu and mx.metal.is_available():
         limit = int(mx.device_info()["max_recommended_working_set_size"])
         mx.set_wired_limit(limit)
         mx.set_cache_limit(limit // 8)
         logger.debug("wired limit %d bytes", limit)
+        if weight_bytes + mx.get_active_memory() > _TIGHT * limit:
+            logger.warning(
+                "the weights take %s of the %s that the GPU should use at most, so answers may be slow: take a smaller "
+                "slice (matformer) or fewer bits (q_bits), or raise `sudo sysctl iogpu.wired_limit_mb`",
+                size_in_words(weight_bytes + mx.get_active_memory()),
+                size_in_words(limit),
+            )
 
 
 def leave() -> None:
@@ -96,5 +111,5 @@ def describe() -> dict[str, Any]:
         "devices": devices,
         "default_device": kind,
         "default_dtype": str(dtype_of(None, place, quantized=True)).removeprefix("mlx.core."),
-        "products": f"quantized_matmul on {kind}",
+        "products": f"quantized_matmul on {kind}{f' ({_LATE})' if backend.IMPORTED_LATE else ''}",
     }

@@ -1,5 +1,7 @@
 """What a KV cache asks of MLX (g3n_mlx/engine/cache.py). Arrays are [1, K, S, H]; updates are functional inside."""
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 
@@ -19,6 +21,9 @@ def joined(first: mx.array, second: mx.array) -> mx.array:
 def copied(rows: mx.array, start: int, end: int) -> mx.array:
     """Rows [start, end) of [1, K, S, H] in memory of their own."""
     # A product, since a slice alone would keep the whole buffer alive; times one is exact.
-    copy = rows[:, :, start:end] * mx.array(1, rows.dtype)
-    mx.eval(copy)
-    return copy
+    return rows[:, :, start:end] * mx.array(1, rows.dtype)
+
+
+def evaluate(arrays: Sequence[mx.array]) -> None:
+    """Computes arrays whose work was put off, all in one go: a GPU is waited for once."""
+    mx.eval(list(arrays))

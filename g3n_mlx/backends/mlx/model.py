@@ -163,6 +163,7 @@ class Gemma3nModel(nn.Module):
 
     def __call__(self, batch: Batch) -> mx.array | None:
         """Appends a batch to its sequences' caches; logits [R, V] of the rows that are kept, None where R is 0."""
+        mx.set_default_device(self.device)  # another model may run on another one
         if self.decode_steps.takes(batch):
             hidden = self.decode_steps(batch)
         else:
@@ -186,10 +187,12 @@ class Gemma3nModel(nn.Module):
 
     def embed_image(self, pixels: np.ndarray) -> mx.array:
         """An image [h, w, 3] as soft tokens [n, D]."""
+        mx.set_default_device(self.device)
         return self.towers.embed_image(pixels)
 
     def embed_audio(self, frames: np.ndarray, mask: np.ndarray) -> mx.array:
         """A clip's log-mel frames [T, mel], of which the mask says which are real, as soft tokens [n, D]."""
+        mx.set_default_device(self.device)
         return self.towers.embed_audio(frames, mask)
 
     def numpy(self, array: mx.array) -> np.ndarray:

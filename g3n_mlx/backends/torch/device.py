@@ -43,7 +43,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
-def claim(device: torch.device) -> None:
+def claim(device: torch.device, weight_bytes: int = 0) -> None:
     """Nothing to set up: memory is the framework's own affair."""
 
 
