@@ -89,8 +89,13 @@ def model_of(arguments: argparse.Namespace, tell: "Callable[[str], None] | None"
     return folder
 
 
-def load_from(arguments: argparse.Namespace, tell: "Callable[[str], None] | None" = None) -> "Gemma3n":
-    """Loads the model that the flags of `add_model_flags` describe. tell: see `model_of`."""
+def load_from(
+    arguments: argparse.Namespace, tell: "Callable[[str], None] | None" = None, *, slices_later: bool = False
+) -> "Gemma3n":
+    """Loads the model that the flags of `add_model_flags` describe. tell: see `model_of`.
+
+    slices_later: --matformer-config may be given for slices that are taken of the loaded model alone.
+    """
     # Imports make some 300,000 objects that live as long as the process. The collector looks through them again and
     # again while they come, which takes 0.2 s, and once more at the end, which takes 0.5 s.
     gc.disable()
@@ -105,7 +110,7 @@ def load_from(arguments: argparse.Namespace, tell: "Callable[[str], None] | None
         model_of(arguments, tell),
         backend=arguments.backend,
         matformer=arguments.matformer,
-        matformer_config=arguments.matformer_config,
+        matformer_config=None if slices_later and arguments.matformer is None else arguments.matformer_config,
         q_bits=arguments.q_bits,
         dtype=arguments.dtype,
         device=arguments.device,

@@ -23,7 +23,8 @@ Names that one of them alone has:
   `sampling.py:log_softmax`, `sampling.py:cumulated`.
 - Compiled decode steps, in halves of layers: `steps.py:between`, `steps.py:before_attention`,
   `steps.py:after_attention`,
-  `steps.py:same`, `steps.py:DecodeSteps.started`, `steps.py:DecodeSteps.finished`, `steps.py:DecodeSteps.first`,
+  `steps.py:same`, `steps.py:DecodeSteps.compile`,
+  `steps.py:DecodeSteps.started`, `steps.py:DecodeSteps.finished`, `steps.py:DecodeSteps.first`,
   `steps.py:DecodeSteps.last`, `model.py:Gemma3nModel.decode_graph`.
 - MLX multiplies no columns of a weight by themselves, so a model of which slices are taken keeps down_proj in pieces:
   `layers.py:Slabs`, `layers.py:Slabs.__init__`, `layers.py:Slabs.arrays`, `layers.py:SlabLinear`,

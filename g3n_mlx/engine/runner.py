@@ -201,22 +201,26 @@ class Runner:
 class Rounds(Generic[T]):
     """Tasks that take turns: in every round each of those that decode gets a token, and one other a part of its prompt.
 
-    So at most one part of a prompt comes between two tokens of an answer, and long prompts are read in turn.
+    So at most one part of a prompt comes between two tokens of an answer, and long prompts are read in turn. Those that
+    decode with the same model do so in one call.
     """
 
-    def __init__(self, decoding: Callable[[T], bool]) -> None:
-        """decoding: whether a task's next wish is one token."""
+    def __init__(self, decoding: Callable[[T], bool], model: Callable[[T], Hashable] = lambda task: None) -> None:
+        """decoding: whether a task's next wish is one token. model: what runs it."""
         self.tasks: list[T] = []
-        self._decoding = decoding
+        self._decoding, self._model = decoding, model
 
     def calls(self) -> list[list[T]]:
         """The tasks of the calls of one round."""
-        tokens = [task for task in self.tasks if self._decoding(task)]
+        tokens: dict[Hashable, list[T]] = {}
+        for task in self.tasks:
+            if self._decoding(task):
+                tokens.setdefault(self._model(task), []).append(task)
         reading = [task for task in self.tasks if not self._decoding(task)][:1]
         for task in reading:
             self.tasks.remove(task)
             self.tasks.append(task)
-        return [call for call in (tokens, reading) if call]
+        return [call for call in (*tokens.values(), reading) if call]
 
 
 def _attempt(work: Callable[[], T]) -> "T | Failure":

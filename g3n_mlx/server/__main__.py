@@ -58,6 +58,13 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     model = parser.add_argument_group("model")
     add_model_flags(model.add_argument)
     model.add_argument("--served-model-name", metavar="NAME", help="id in /v1/models; default: the folder's name")
+    model.add_argument(
+        "--slices",
+        type=_names,
+        default=["all"],
+        metavar="NAMES",
+        help="slices that requests may name as MODEL:SLICE, with commas between; all or none; default: all",
+    )
     access = parser.add_argument_group("access")
     access.add_argument("--host", default="127.0.0.1", help="address to listen at; default: 127.0.0.1, this machine")
     access.add_argument("--port", type=_port, default=8080, help="0 takes a free one; default: 8080")
@@ -83,6 +90,12 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     load.add_argument("--request-timeout", type=positive_float, default=600.0, metavar="S", help="default: 600")
     load.add_argument("--drain-timeout", type=count, default=60, metavar="S", help="at shutdown; default: 60")
     load.add_argument("--max-body", type=positive, default=64, metavar="MB", help="of a request; default: 64")
+    load.add_argument(
+        "--shed", type=_names, default=[], metavar="SLICES", help="under load, answer with these instead of waiting"
+    )
+    load.add_argument(
+        "--shed-after", type=positive_float, default=1.0, metavar="S", help="once requests wait so long; default: 1"
+    )
     parser.add_argument("--log-level", choices=LOG_LEVELS, default="info")
     return parser
 
@@ -92,6 +105,13 @@ def _port(text: str) -> int:
     if not 0 <= value < 2**16:
         raise argparse.ArgumentTypeError(f"{value} is not from 0 to 65535")
     return value
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty name")
+    return names
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -106,7 +126,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     from g3n_mlx.server.gate import GatePolicy
     from g3n_mlx.server.metrics import Metrics
     from g3n_mlx.server.models import ModelTable
+    from g3n_mlx.server.offer import largest_first, offered
     from g3n_mlx.server.scheduler import Scheduler
+    from g3n_mlx.server.shedding import Shedding
 
     listener = _bound(arguments.host, arguments.port)
     if arguments.api_key is None and not _is_loopback(arguments.host):
@@ -128,15 +150,22 @@ def _serve(arguments: argparse.Namespace) -> int:
     )
     metrics = Metrics()
     model = _load(arguments)
+    slices = offered(model, arguments.slices, arguments.shed, arguments.matformer_config)
+    shedding = None
+    if arguments.shed:
+        shedding = Shedding(largest_first(model, slices, arguments.shed), arguments.shed_after)
     scheduler = Scheduler(
         model,
         parallel=arguments.parallel,
         cache_bytes=int(arguments.cache_memory * 1e9),
         metrics=metrics,
         draft=arguments.draft,
+        slices=slices,
+        shedding=shedding,
     )
     engine = Engine(model, scheduler, limits, metrics)
-    table = ModelTable(arguments.served_model_name or model.name, _short_name(model, arguments.matformer_config))
+    name, loaded = arguments.served_model_name or model.name, _short_name(model, arguments.matformer_config)
+    table = ModelTable(name, loaded, list(slices))
     policy = GatePolicy(
         api_key=arguments.api_key,
         hosts=frozenset(name.lower() for name in [*arguments.allow_host, arguments.host]),
@@ -178,7 +207,7 @@ def _bound(host: str, port: int) -> socket.socket:
 
 
 def _load(arguments: argparse.Namespace) -> "Gemma3n":
-    return load_from(arguments, tell=lambda line: log.info("%s", line))
+    return load_from(arguments, tell=lambda line: log.info("%s", line), slices_later=True)
 
 
 def _short_name(model: "Gemma3n", table: Path | None) -> str | None:

@@ -24,14 +24,14 @@ router = APIRouter()
 @router.post("/v1/chat/completions", response_model=Completion[ChatChoice])
 async def create_chat_completion(body: ChatRequest, request: Request, place: PlaceOf) -> Response:
     """A response to messages, `n` of them; in a stream, as server-sent events."""
-    served = request.app.state.models.find(body.model)
+    place.served = request.app.state.models.find(body.model)
     _check_formats(body)
     offered = Tools.from_request(body)
     tasks = await unless_gone(request, _tasks(body, offered, place))
     is_json = _schema(body) is not None
     parsers = [offered and offered.parser(content_is_json=is_json) for _ in tasks]
     shape = _ChatShape(place.engine.model, parsers, logprobs=bool(body.logprobs))
-    return await respond(request, Choices(body, place, served, tasks, shape), stream=bool(body.stream))
+    return await respond(request, Choices(body, place, tasks, shape), stream=bool(body.stream))
 
 
 async def _tasks(body: ChatRequest, offered: Tools | None, place: Place) -> list[Task]:

@@ -25,11 +25,13 @@ router = APIRouter()
 @router.post("/v1/completions", response_model=Completion[CompletionChoice])
 async def create_completion(body: CompletionRequest, request: Request, place: PlaceOf) -> Response:
     """What follows each prompt, `n` times; in a stream, as server-sent events."""
-    served = request.app.state.models.find(body.model)
+    place.served = request.app.state.models.find(body.model)
+    if body.echo:  # its scores are to be the named model's, and the echo is sent before anything runs
+        place.served.is_open = False
     _check(body)
     tasks = await unless_gone(request, _tasks(body, place))
     shape = _CompletionShape(place.engine.model, body, tasks)
-    return await respond(request, Choices(body, place, served, tasks, shape), stream=bool(body.stream))
+    return await respond(request, Choices(body, place, tasks, shape), stream=bool(body.stream))
 
 
 def _check(body: CompletionRequest) -> None:

@@ -23,7 +23,7 @@ from g3n_mlx.model import Gemma3n
 from g3n_mlx.prompt.prompt import Prompt, PromptTooLong
 from g3n_mlx.server.errors import CLIENT_GONE, ApiError
 from g3n_mlx.server.metrics import Metrics
-from g3n_mlx.server.scheduler import DONE, Ended, Expired, Job, Scheduler, Task
+from g3n_mlx.server.scheduler import DONE, Ended, Expired, Job, Scheduler, Served, Task
 
 T = TypeVar("T")
 
@@ -100,6 +100,7 @@ class Place:
         self.engine = engine
         self.arrived = time.monotonic()
         self.deadline = self.arrived + engine.limits.request_timeout_s
+        self.served = Served()  # set by the route, which knows what was asked for
         self.constrained_by = "response_format"  # the field to blame when a grammar fails during generation
         self.jobs: list[Job] = []  # in progress or waiting
         self._holds_audio = False
@@ -177,7 +178,8 @@ class Place:
                 loop.call_soon_threadsafe(steps.put_nowait, (index, step))
 
         jobs = [
-            Job(task, partial(deliver, index), self.arrived, self.deadline, self) for index, task in enumerate(tasks)
+            Job(task, partial(deliver, index), self.arrived, self.deadline, self, self.served)
+            for index, task in enumerate(tasks)
         ]
         self.jobs += jobs
         for job in jobs:

@@ -37,6 +37,11 @@ C = TypeVar("C", ChatChoice, CompletionChoice)
 class Exchange(Protocol[P]):
     """One request and what is sent for it."""
 
+    @property
+    def place(self) -> Place:
+        """Where it runs."""
+        ...
+
     def pieces(self) -> AsyncIterator[P]:
         """The response as it comes, at least one piece; the first decides the status."""
         ...
@@ -54,9 +59,13 @@ async def respond(request: Request, exchange: Exchange[P], *, stream: bool) -> R
     """The response, whole or as a stream; an ApiError after a stream's first piece becomes its last event."""
     pieces = exchange.pieces()
     if not stream:
-        return await unless_gone(request, exchange.whole(pieces))
-    first = await unless_gone(request, anext(pieces))
-    return StreamingResponse(_sent(exchange.events(_chained(first, pieces))), media_type="text/event-stream")
+        response = await unless_gone(request, exchange.whole(pieces))
+    else:
+        first = await unless_gone(request, anext(pieces))
+        response = StreamingResponse(_sent(exchange.events(_chained(first, pieces))), media_type="text/event-stream")
+    # Known by now: the first piece has been computed.
+    response.headers.update(request.app.state.models.headers(exchange.place.served))
+    return response
 
 
 async def _sent(events: AsyncIterator[str]) -> AsyncIterator[str]:
@@ -97,12 +106,11 @@ class Shape(Protocol[C]):
 class Choices(Generic[C]):
     """The exchange of chat and completions: tasks, their choices, their usage."""
 
-    def __init__(
-        self, body: GenerationRequest, place: Place, served: str, tasks: Sequence[Task], shape: Shape[C]
-    ) -> None:
+    def __init__(self, body: GenerationRequest, place: Place, tasks: Sequence[Task], shape: Shape[C]) -> None:
         """tasks: `n` for each prompt."""
-        self._body, self._place, self._tasks, self._shape = body, place, tasks, shape
-        self._id, self._created, self._served = f"{shape.id_prefix}-{uuid.uuid4().hex}", now(), served
+        self.place = place
+        self._body, self._tasks, self._shape = body, tasks, shape
+        self._id, self._created = f"{shape.id_prefix}-{uuid.uuid4().hex}", now()
         self._usage = RequestUsage(
             prompt_tokens=sum(len(task.prompt.token_ids) for task in tasks[:: body.num_choices]),
             completion_tokens=0,
@@ -135,12 +143,17 @@ class Choices(Generic[C]):
 
     def _completion(self, kind: str, choices: list[C], usage: RequestUsage | None = None) -> str:
         completion = Completion[Any](
-            id=self._id, object=kind, created=self._created, model=self._served, choices=choices, usage=usage
+            id=self._id,
+            object=kind,
+            created=self._created,
+            model=self.place.served.model_id,
+            choices=choices,
+            usage=usage,
         )
         return completion.model_dump_json(exclude_unset=True)
 
     async def _steps(self) -> AsyncIterator[tuple[int, Any]]:
-        async for index, step in self._place.run(self._tasks):
+        async for index, step in self.place.run(self._tasks):
             if isinstance(step, Chunk):
                 self._count(index, step)
             yield index, step
@@ -148,7 +161,7 @@ class Choices(Generic[C]):
     def _count(self, index: int, chunk: Chunk) -> None:
         usage = self._usage
         if chunk.token is not None and usage.time_to_first_token_s is None:
-            usage.time_to_first_token_s = time.monotonic() - self._place.arrived
+            usage.time_to_first_token_s = time.monotonic() - self.place.arrived
         if chunk.usage is None:
             return
         usage.completion_tokens += chunk.usage.completion_tokens

@@ -27,6 +27,12 @@ class Metrics:
         self.cache_misses = Counter(
             "g3n_prefix_cache_misses", "Prompts whose beginning was not", registry=self.registry
         )
+        self.shed = Counter(
+            "g3n_shed", "Requests that got a smaller slice under load", ["slice"], registry=self.registry
+        )
+        self.shed_level = Gauge(
+            "g3n_shed_level", "Which slice of --shed requests get; 0 is the model itself", registry=self.registry
+        )
         self.cache_bytes = Gauge(
             "g3n_prefix_cache_bytes", "Bytes of idle caches kept for later prompts", registry=self.registry
         )

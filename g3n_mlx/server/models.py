@@ -1,11 +1,14 @@
 """The models, their state and their tokens: /v1/models, /health, /metrics, /v1/tokenize, /v1/detokenize."""
 
+from collections.abc import Sequence
+
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from g3n_mlx.server.engine import Engine, PlaceOf
 from g3n_mlx.server.errors import ApiError
 from g3n_mlx.server.messages import template_messages
+from g3n_mlx.server.scheduler import Served
 from g3n_mlx.server.schemas import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -19,27 +22,51 @@ from g3n_mlx.server.schemas import (
 # What clients of other local servers send when there is but one model: LM Studio's, mistral.rs's, and none at all.
 ALIASES = ("default", "ignore", "")
 
+# The model without a slice, where slices have names too.
+WHOLE = "whole"
+SLICE_HEADER = "x-g3n-slice"
+
 router = APIRouter()
 
 
 class ModelTable:
-    """The ids that requests may name; all of them are the loaded model."""
+    """The ids that requests may name: the loaded model's, and those of its slices."""
 
-    def __init__(self, name: str, slice_name: str | None) -> None:
-        """name: as served. slice_name: of the slice that was taken at load, None for the whole model."""
+    def __init__(self, name: str, slice_name: str | None, slices: Sequence[str] = ()) -> None:
+        """name: as served. slice_name: of the slice that was taken at load, None for the whole model.
+
+        slices: short names of what is offered beside it.
+        """
         self.created = now()
-        self.ids = [name] if slice_name is None else [name, f"{name}:{slice_name}"]
+        self._name = name
+        self.loaded = slice_name or WHOLE
+        self._slices: dict[str, str | None] = {}  # by id; None is the model as it was loaded
+        if slice_name is not None or slices:
+            self._slices[f"{name}:{self.loaded}"] = None
+        self._slices |= {f"{name}:{short_name}": short_name for short_name in slices}
 
-    def find(self, name: str) -> str:
-        """The id of the model that a request names; raises ApiError 404 with the ids there are."""
-        if name in ALIASES:
-            return self.ids[0]
-        if name not in self.ids:
+    @property
+    def ids(self) -> list[str]:
+        """What requests may name; the first is what they get that name nothing."""
+        return [self._name, *self._slices]
+
+    def find(self, name: str) -> Served:
+        """What serves a request that names a model; raises ApiError 404 with the ids there are.
+
+        The name alone leaves the slice open; a name with a slice is served by that one whatever happens.
+        """
+        if name in ALIASES or name == self._name:
+            return Served(self._name, is_open=True)
+        if name not in self._slices:
             known = ", ".join(map(repr, self.ids))
             raise ApiError(
                 404, f"the model {name!r:.200} does not exist; there are {known}", param="model", code="model_not_found"
             )
-        return name
+        return Served(name, self._slices[name])
+
+    def headers(self, served: Served) -> dict[str, str]:
+        """What a response says of the slice that made it."""
+        return {SLICE_HEADER: served.slice or self.loaded} if self._slices else {}
 
 
 @router.get("/v1/models")
@@ -54,7 +81,7 @@ async def list_models(request: Request) -> ModelList:
 async def get_model(name: str, request: Request) -> ServedModel:
     """One of the ids, or a 404."""
     table: ModelTable = request.app.state.models
-    return _described(request, table.find(name))
+    return _described(request, table.find(name).model_id)
 
 
 @router.get("/health")

@@ -4,14 +4,15 @@ In a round everyone who decodes gets a token, or several of a draft, all in one 
 of its prompt; so a short question does not wait for a long answer to end, and what a request is given depends on its
 own prompt alone.
 Every answer reserves at its start what its cache can grow to, so that the caches stay below their limit; idle ones in
-the prefix cache give way.
+the prefix cache give way. Slices of the model are made when the first request for them starts, and take part in the
+same rounds, with a call for each of them.
 """
 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from g3n_mlx.engine.answer import Answer
@@ -22,10 +23,12 @@ from g3n_mlx.engine.results import Chunk
 from g3n_mlx.engine.runner import Failure, Rounds
 from g3n_mlx.engine.scores import TokenScore
 from g3n_mlx.engine.sequence import Constraint
+from g3n_mlx.matformer.plan import SlicePlan
 from g3n_mlx.model import Gemma3n
 from g3n_mlx.prompt.prompt import Prompt
 from g3n_mlx.sampling import SamplingParams
 from g3n_mlx.server.metrics import Metrics
+from g3n_mlx.server.shedding import Shedding
 
 DONE: Final = object()
 
@@ -55,6 +58,15 @@ class Task:
 
 
 @dataclass(slots=True, eq=False)
+class Served:
+    """Which model answers a request: the one that it named, or what the scheduler chooses when it starts."""
+
+    model_id: str = ""  # as the response names it
+    slice: str | None = None  # by short name; None: the model as it was loaded
+    is_open: bool = False  # whether the scheduler may still choose a smaller slice
+
+
+@dataclass(slots=True, eq=False)
 class Job:
     """A task on its way through the scheduler. `stopped` may be set by any thread, the rest is the scheduler's."""
 
@@ -63,7 +75,9 @@ class Job:
     arrived: float  # time.monotonic()
     deadline: float
     request: Any = None  # what it belongs to; several jobs may belong to one
+    served: Served = field(default_factory=Served)  # the same object for all jobs of a request
     stopped: bool = False
+    queued: float = 0.0  # time.monotonic()
 
 
 @dataclass(slots=True, eq=False)
@@ -71,6 +85,7 @@ class Running:
     """A job in progress."""
 
     job: Job
+    model: Gemma3n
     reserved_bytes: int
     scores: Iterator[list[TokenScore]] | None = None  # None: none were asked for, or all are delivered
     answer: Answer | None = None
@@ -91,21 +106,34 @@ class Scheduler:
     """Runs the jobs of a model, in a thread of its own."""
 
     def __init__(
-        self, model: Gemma3n, *, parallel: int, cache_bytes: int, metrics: Metrics, draft: Mode = "auto"
+        self,
+        model: Gemma3n,
+        *,
+        parallel: int,
+        cache_bytes: int,
+        metrics: Metrics,
+        draft: Mode = "auto",
+        slices: Mapping[str, SlicePlan] | None = None,
+        shedding: Shedding | None = None,
     ) -> None:
-        """The model answers once here: proof that it can, and the measure of what caches will take."""
+        """The model answers once here: proof that it can, and the measure of what caches will take.
+
+        slices: what may be asked for, by short name. shedding: chooses one of them for requests that leave it open.
+        """
         self._model = model
+        self._slices, self._shedding = slices or {}, shedding
+        self._models: dict[str | None, Gemma3n] = {None: model}  # and the slices in use
         self._parallel = parallel
         self._cache_bytes = cache_bytes
         self._metrics = metrics
         self._draft: Mode = draft
         self._size = measured_cache(model)
-        self._prefixes = PrefixCache(model.conversation)
+        self._prefixes = PrefixCache(lambda name: self._models[name].conversation())
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._closing = self._ended = False
         self._started: dict[int, float] = {}  # when a request whose jobs wait had one started, by its id
-        self._rounds: Rounds[Running] = Rounds(lambda running: running.decoding)
+        self._rounds: Rounds[Running] = Rounds(lambda running: running.decoding, lambda running: running.model)
         self._thread = threading.Thread(target=self._live, name="scheduler", daemon=True)
         self._thread.start()
 
@@ -121,6 +149,7 @@ class Scheduler:
 
     def submit(self, job: Job) -> None:
         """Puts a job into the queue."""
+        job.queued = time.monotonic()
         with self._changed:
             if not self._ended:
                 self._waiting.append(job)
@@ -157,6 +186,9 @@ class Scheduler:
             self._waiting.clear()
         for job in jobs:
             job.deliver(Ended())
+        for name, model in self._models.items():
+            if name is not None:
+                model.close()
 
     def _admit(self) -> None:
         """Starts waiting jobs, as many as the limits allow; one always.
@@ -182,11 +214,31 @@ class Scheduler:
                 reserved += wanted
                 self._started[id(job.request)] = time.monotonic()
                 self._waiting.remove(job)
-                admitted.append(Running(job, wanted))
+                self._choose(job)
+                admitted.append(Running(job, self._model, wanted))
             self._metrics.waiting.set(len(self._waiting))
         for running in admitted:
             self._rounds.tasks.append(running)
             self._begin(running)
+
+    def _choose(self, job: Job) -> None:
+        """Gives a request that left it open a slice, by what others had to wait."""
+        served = job.served
+        if self._shedding is None or not served.is_open:
+            return
+        chosen = self._shedding.chosen(time.monotonic() - job.queued)
+        self._metrics.shed_level.set(self._shedding.level)
+        served.is_open = False
+        if chosen is not None:
+            served.slice, served.model_id = chosen, f"{served.model_id}:{chosen}"
+            self._metrics.shed.labels(chosen).inc()
+
+    def _model_of(self, slice_name: str | None) -> Gemma3n:
+        """The model, or a slice of it, which is made at its first use."""
+        if slice_name not in self._models:
+            assert slice_name is not None
+            self._models[slice_name] = self._model.slice(self._slices[slice_name])
+        return self._models[slice_name]
 
     def _drop_late_ones(self) -> None:
         now = time.monotonic()
@@ -195,13 +247,15 @@ class Scheduler:
             job.deliver(Expired())
 
     def _begin(self, running: Running) -> None:
-        model, task = self._model, running.job.task
+        task, of = running.job.task, running.job.served.slice
         try:
+            model = running.model = self._model_of(of)
             if task.scored is not None:
                 running.scores = model.score(task.prompt, task.scored)
             if task.params is not None:
-                others = [one.conversation for one in self._rounds.tasks if one.conversation is not None]
-                conversation = model.runner.call(lambda: self._prefixes.take(task.prompt.identity, others))
+                others = [one for one in self._rounds.tasks if one.model is model]
+                running_ones = [one.conversation for one in others if one.conversation is not None]
+                conversation = model.runner.call(lambda: self._prefixes.take(task.prompt.identity, running_ones, of))
                 running.answer = model.answer(
                     conversation, task.prompt, task.params, task.constraint, self._draft if task.draft else "off"
                 )
@@ -223,7 +277,7 @@ class Scheduler:
                 self._score(first)
                 continue
             answers = [running.answer for running in tasks if running.answer is not None]
-            for running, outcome in zip(tasks, self._model.runner.advance(answers), strict=True):
+            for running, outcome in zip(tasks, first.model.runner.advance(answers), strict=True):
                 self._hand_out(running, outcome)
 
     def _score(self, running: Running) -> None:
@@ -255,7 +309,7 @@ class Scheduler:
         """Ends a job that is complete, stopped or late; its cache is kept."""
         conversation, job = running.conversation, running.job
         if conversation is not None:
-            self._model.runner.call(lambda: self._prefixes.put(conversation))
+            self._model.runner.call(lambda: self._prefixes.put(conversation, job.served.slice))
         done = running.scores is None and (running.answer is None or running.answer.finished)
         self._remove(running, DONE if done or job.stopped else Expired())
 
@@ -276,6 +330,9 @@ class Scheduler:
         if chunk.token is not None:
             if running.last_token is None:
                 metrics.first_token.observe(now - running.job.arrived)
+                if self._shedding is not None and len(self._rounds.tasks) > 1:
+                    self._shedding.first_token(running.job.served.slice, now - running.job.queued)
+                    metrics.shed_level.set(self._shedding.level)
             else:
                 metrics.next_token.observe(now - running.last_token)
             running.last_token = now

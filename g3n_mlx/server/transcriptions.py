@@ -82,7 +82,7 @@ async def create_translation(request: Request, place: PlaceOf, form: Annotated[A
 
 async def _respond(request: Request, transcript: "_Transcript") -> Response:
     form = transcript.form
-    request.app.state.models.find(form.model)
+    transcript.place.served = request.app.state.models.find(form.model)
     if form.stream and form.response_format not in ("json", "text"):
         raise ApiError(400, f"{form.response_format} can't be streamed: use json", param="stream")
     return await respond(request, transcript, stream=form.stream)

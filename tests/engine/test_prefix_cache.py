@@ -26,10 +26,20 @@ class Idle:
 
 
 def test_a_prompt_that_shares_nothing_leaves_the_order_alone():
-    cache = PrefixCache(Idle)
+    cache = PrefixCache(lambda of: Idle())
     old, middle, recent = Idle(1, 2), Idle(3, 4), Idle(5, 6)
     for conversation in (old, middle, recent):
         cache.put(conversation)
     assert cache.take([9, 9, 9], []).token_ids == []
     cache.shrink(10)
     assert cache.take([5, 6, 7], []) is recent
+
+
+def test_a_slice_finds_its_own_conversations_alone():
+    cache = PrefixCache(lambda of: Idle())
+    whole, half = Idle(1, 2), Idle(1, 2)
+    cache.put(whole)
+    cache.put(half, "half")  # the same ids; neither replaces the other
+    assert cache.take([1, 2, 3], [], "quarter").token_ids == []
+    assert cache.take([1, 2, 3], [], "half") is half
+    assert cache.take([1, 2, 3], []) is whole

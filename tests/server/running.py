@@ -29,6 +29,7 @@ from g3n_mlx.server.engine import Engine, ServerLimits
 from g3n_mlx.server.gate import GatePolicy
 from g3n_mlx.server.metrics import Metrics
 from g3n_mlx.server.models import ModelTable
+from g3n_mlx.server.offer import offered
 from g3n_mlx.server.scheduler import Scheduler
 
 STRICT = {"paths": None, "private_hosts": False, "max_bytes": 8 << 20, "timeout_s": 20.0}
@@ -74,14 +75,16 @@ def started(folder: Path, **options: Any) -> Server:
     limits = given({"max_queue": 64, "request_timeout_s": 300.0})
     gate = given({"api_key": None, "hosts": frozenset(), "cors_origins": frozenset(), "max_body_bytes": 4 << 20})
     names = given({"name": "tiny", "slice_name": None})
+    offer, shedding = options.pop("slices", ["none"]), options.pop("shedding", None)
     metrics = Metrics()
     backend = options.pop("backend", "torch")
     # In float32 an answer is the same whether its prompt was cached or not: what differs, no draw sees.
     model = load(folder, backend=backend, dtype="float32")
-    scheduler = Scheduler(model, parallel=parallel, metrics=metrics, **scheduling)
+    slices = offered(model, offer, ())
+    scheduler = Scheduler(model, parallel=parallel, metrics=metrics, slices=slices, shedding=shedding, **scheduling)
     policy = MediaPolicy(**{**STRICT, **options})
     engine = Engine(model, scheduler, ServerLimits(parallel=parallel, policy=policy, **limits), metrics)
-    app = create_app(engine, ModelTable(**names), GatePolicy(**gate))
+    app = create_app(engine, ModelTable(**names, slices=list(slices)), GatePolicy(**gate))
     listener = socket.create_server(("127.0.0.1", 0))
     runner = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=120))
     thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]})

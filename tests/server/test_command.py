@@ -50,9 +50,11 @@ class Process:
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGTERM")
 def test_a_process_of_its_own(demo, tmp_path):
     """It says where it is, answers, and ends what it has begun before it goes."""
-    process = Process(demo, "--served-model-name", "gemma", "--api-key", "k", "--log-level", "info", cwd=tmp_path)
+    flags = ["--served-model-name", "gemma", "--slices", "half,skip", "--shed", "quarter", "--shed-after", "60"]
+    process = Process(demo, *flags, "--api-key", "k", "--log-level", "info", cwd=tmp_path)
     client = openai.OpenAI(api_key="k", base_url=f"{process.url}/v1", max_retries=0, timeout=120)
-    assert [entry.id for entry in client.models.list()] == ["gemma"]
+    ids = [entry.id for entry in client.models.list()]
+    assert ids == ["gemma", "gemma:whole", "gemma:half", "gemma:quarter", "gemma:skip"]
     manual = (REPOSITORY / "docs" / "server.md").read_text("utf-8")
     (code,) = re.findall(r"<!-- test: openai -->\n```python\n(.*?)```", manual, re.DOTALL)
     code = code.replace("http://127.0.0.1:8080", process.url).replace('"none"', '"k"')
@@ -78,7 +80,7 @@ def test_help_names_every_flag(capsys):
     for flag in ("--model", "--matformer", "--host", "--api-key", "--media-root", "--allow-media-host", "--max-queue"):
         assert flag in told
     known = set(re.findall(r"--[a-z][a-z-]*", told))
-    assert len(known) <= 26  # 25 and --help
+    assert len(known) <= 32
     manual = (REPOSITORY / "docs" / "server.md").read_text("utf-8")
     others = {"--tasks", "--model_args"}  # of lm_eval
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", manual)) - others <= known
@@ -101,6 +103,7 @@ def test_the_manual_has_every_endpoint(server):
         (["--cache-memory", "nan"], "number above 0"),
         (["--media-root", "nowhere"], "is no folder"),
         (["--request-timeout", "x"], "invalid"),
+        (["--shed", "e2b,"], "empty name"),
     ],
 )
 def test_wrong_flags(flags, words, capsys):
@@ -117,6 +120,8 @@ def test_failures_are_one_line(demo, capsys, tmp_path):
         (["--model", str(demo), "--port", port], "can't listen at"),
         (["--model", str(tmp_path / "nowhere"), "--port", "0"], "nowhere"),
         (["--model", str(demo), "--matformer", "e9b", "--port", "0"], "e9b"),
+        (["--model", str(demo), "--slices", "halv", "--port", "0"], "did you mean 'half'"),
+        (["--model", str(demo), "--matformer", "quarter", "--shed", "half", "--port", "0"], "no slices to answer with"),
         (["--model", str(demo), "--host", "no.such.host.invalid"], "no.such.host.invalid"),
     ):
         assert main(flags) == 1

@@ -44,7 +44,7 @@ class Linear(nn.Module):
 
     def narrowed(self, rows: int | None, columns: int | None) -> "Linear":
         """The layer over the first rows and columns; None is all of them."""
-        return Linear(evaluated(self.weight[:rows, :columns]))
+        return Linear(self.weight[:rows, :columns])
 
 
 class QuantizedLinear(nn.Module):
@@ -72,9 +72,7 @@ class QuantizedLinear(nn.Module):
         """The layer over the first rows; of fewer columns there is no view (see SlabLinear)."""
         assert columns is None, columns
         other = copy.copy(self)
-        other.weight, other.scales, other.biases = (
-            evaluated(x[:rows]) for x in (self.weight, self.scales, self.biases)
-        )
+        other.weight, other.scales, other.biases = self.weight[:rows], self.scales[:rows], self.biases[:rows]
         return other
 
 

@@ -143,9 +143,11 @@ class Gemma3nModel(nn.Module):
             self.is_sliceable = True
             for layer in self.language_model.layers:
                 layer.mlp.make_sliceable()
-            self.decode_steps = DecodeSteps(self.language_model, self.config)  # compiled, they hold what was there
+            self.decode_steps.compile()  # the steps hold what was there
         loaded = LoadedLayers(self, self.config.text, plan)
-        return Gemma3nModel(checkpoint, self.weights.dtype, self.device, loaded)
+        model = Gemma3nModel(checkpoint, self.weights.dtype, self.device, loaded)
+        mx.eval(model.language_model.parameters())  # all views at once
+        return model
 
     @property
     def kv_arrays(self) -> KVArrays:

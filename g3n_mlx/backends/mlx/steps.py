@@ -40,10 +40,14 @@ class DecodeSteps:
 
     def __init__(self, network: LanguageModel, config: ModelConfig) -> None:
         self.network, self.config = network, config
+        self.compile()
+
+    def compile(self) -> None:
+        """Compiles all steps anew: compiled functions hold the arrays of the layers that they were traced with."""
+        layers = self.network.layers
         self.begun: Begun | None = None
         self._first = mx.compile(self.first)
-        pairs = zip(network.layers, [*network.layers[1:], None], strict=True)
-        self._between = [mx.compile(between(*pair)) for pair in pairs]
+        self._between = [mx.compile(between(*pair)) for pair in zip(layers, [*layers[1:], None], strict=True)]
         self._last = mx.compile(self.last)
 
     def takes(self, batch: Batch) -> bool:
