@@ -4,18 +4,20 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from g3n_mlx.commands import command_parser, run_command, tell
-from g3n_mlx.failures import one_line, size_in_words
+from g3n_mlx.commands import command_parser, run_command, say, tell
+from g3n_mlx.failures import check_folder_of, one_line, size_in_words
 
 NAME = "g3n doctor"
 
 
 def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
-    """Examines everything, prints it; returns 0 when a backend answers, else 1."""
+    """Examines everything, prints it; returns 0 when a backend answers and computes what it should, else 1."""
     arguments = command_line(prog).parse_args(argv)
-    return run_command(prog, lambda: _run(arguments.json))
+    return run_command(prog, lambda: _run(arguments.json, arguments.report))
 
 
 def command_line(prog: str = NAME) -> argparse.ArgumentParser:
@@ -25,11 +27,30 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
         "Shows chip, memory, backends, extras, models and slices that fit; exits with 1 when no backend works.",
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="also write it all to a file, with a short bench",
+    )
     return parser
 
 
-def _run(as_json: bool) -> int:
+def _run(as_json: bool, path: Path | None) -> int:
+    if path is not None:
+        check_folder_of(path)
     report = examine()
+    if path is not None:
+        from g3n_mlx.doctor.backends import benchmarked
+
+        benches = {
+            backend["name"]: _examined(partial(benchmarked, backend["name"]))
+            for backend in _items(report["backends"])
+            if "answer" in backend
+        }
+        text = json.dumps(report | {"bench": benches}, indent=2, ensure_ascii=False)
+        path.write_text(text + "\n", "utf-8")
+        say(f"wrote {path}")
     text = json.dumps(report, indent=2, ensure_ascii=False) if as_json else "\n".join(_lines(report))
     tell(text)
     return 0 if report["works"] else 1
@@ -49,7 +70,7 @@ def examine() -> dict[str, Any]:
         "caches": _examined(models.caches),
     }
     report["fits"] = _examined(lambda: models.fitting(_limits(report)))
-    report["works"] = any("answer" in backend for backend in _items(report["backends"]))
+    report["works"] = any("answer" in backend and "error" not in backend for backend in _items(report["backends"]))
     return report
 
 
@@ -119,7 +140,13 @@ def _backends(found: list[dict[str, Any]]) -> list[str]:
         if "products" in backend:
             lines.append(f"  runs on {backend['default_device']} in {backend['default_dtype']}")
             lines.append(f"  4-bit products: {backend['products']}")
-        if "answer" in backend:
+        for figures in backend.get("parity", []):
+            worst = max(figures["differences"].values())
+            lines.append(
+                f"  {figures['dtype']}: {worst:.1e} off at most, allowed {figures['limit']:g}; "
+                f"{figures['equal_answers']} of {len(figures['answers'])} answers equal"
+            )
+        if "error" not in backend:
             lines.append(f"  works: the demo model answered in {backend['answer_s']:.2f} s")
         else:
             lines.append(f"  does not work: {backend['error']}")

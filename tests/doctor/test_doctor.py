@@ -9,7 +9,7 @@ import tomllib
 import pytest
 
 from g3n_mlx.doctor import backends as backend_probes
-from g3n_mlx.doctor import machine, models, software
+from g3n_mlx.doctor import machine, models, parity, software
 from g3n_mlx.doctor.__main__ import examine, main
 from g3n_mlx.installation import install_command
 
@@ -26,6 +26,9 @@ def answering(monkeypatch):
 def test_a_backend_answers(backend):
     facts = backend_probes._asked(backend)
     assert facts["answer"].endswith("7"), facts
+    assert "error" not in facts, facts
+    assert facts["parity"][0]["dtype"] == "float32"
+    assert all(figures["equal_answers"] == 3 for figures in facts["parity"])
     assert facts["default_dtype"] in ("bfloat16", "float32")
     assert facts["products"]
     assert "cpu" in [device["name"] for device in facts["devices"]]
@@ -57,6 +60,42 @@ def test_table(answering, capsys):
     cell = four_bits[header.index("cuda:0") :].split(",")[0]
     fitting = [row for row in models.fitting({"cuda:0": 3_000_000_000}) if row["bits"] == 4 and row["fits"]]
     assert cell == max(fitting, key=lambda row: row["mmlu"])["slice"]
+
+
+def test_wrong_numbers_are_an_error(backend, monkeypatch):
+    """What a wrong kernel would do: an answer comes, and the logits are a little off."""
+    computed = parity.computed
+
+    def off(model):
+        found = computed(model)
+        return found | {"logits": found["logits"] * (1 + 10 * parity.LIMITS[model.dtype])}
+
+    monkeypatch.setattr(parity, "computed", off)
+    facts = backend_probes.probe(backend)
+    assert "answer" in facts
+    assert facts["error"].startswith("wrong numbers: in float32 the logits of the demo model are 0.01 of their")
+
+
+def test_numbers_decide_the_exit_code(answering, monkeypatch, capsys):
+    (facts,) = backend_probes.backends()
+    monkeypatch.setattr(backend_probes, "backends", lambda: [facts | {"error": "wrong numbers: some"}])
+    assert main([]) == 1
+    assert "does not work: wrong numbers: some" in capsys.readouterr().out
+
+
+def test_report(answering, monkeypatch, tmp_path, capsys):
+    path = tmp_path / "report.json"
+    monkeypatch.setattr(backend_probes, "_TIMEOUT_S", 300.0)
+    assert main(["--report", str(path)]) == 0
+    report = json.loads(path.read_text("utf-8"))
+    assert report["bench"]["torch"]["engines"], report["bench"]
+    assert report["chip"]["name"]
+    assert main(["--report", str(tmp_path / "absent" / "report.json")]) == 1
+    assert "there is no folder" in capsys.readouterr().err
+
+
+def test_the_golden_is_small(repository):
+    assert (repository / "g3n_mlx" / "demo" / parity.FILE).stat().st_size <= 200_000
 
 
 def test_the_best_slice_is_not_the_largest_that_fits():
