@@ -1,5 +1,6 @@
 """The tiny checkpoint, the goldens, and the two backends, for every test."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoint_files
+import devices
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -20,6 +22,9 @@ from g3n_mlx.kernels import library
 # is imported, and for the commands that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Sets what MLX reads from the environment, before a test imports MLX by itself.
+importlib.import_module("g3n_mlx.backends.mlx")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 BACKEND_PACKAGES = {"mlx": "mlx.core", "torch": "torch"}
@@ -27,6 +32,19 @@ BACKEND_PACKAGES = {"mlx": "mlx.core", "torch": "torch"}
 # A busy machine takes any time, for an example as well as for making it up.
 settings.register_profile("any-machine", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any-machine")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--mlx-device", choices=("cpu", "gpu"), default="cpu", help="where MLX's tests run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    chosen = config.getoption("--mlx-device")
+    if chosen == "gpu":
+        mx = importlib.import_module("mlx.core")
+        if mx.default_device() != mx.Device(mx.gpu, 0):
+            raise pytest.UsageError("--mlx-device gpu: MLX finds no GPU here")
+    devices.choose(chosen)
 
 
 def installed(package: str) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import random_schemas
+from devices import device_for, tolerance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,7 @@ from g3n_mlx.engine.results import Result
 from g3n_mlx.engine.runner import all_logits
 from g3n_mlx.sampling import SamplingParams
 
-TOLERANCE = 1e-4
+TOLERANCE = tolerance(1e-4)
 MAX_TOKENS = 40
 COPY = "Say this again: one two three four five six, one two three four five six"
 SCHEMA = {
@@ -35,12 +36,12 @@ SCHEMA = {
 def model(request, backend, tiny_folder):
     """Random weights with a window of 16 tokens, which every answer here crosses; and a model that answers."""
     folder = tiny_folder if request.param == "tiny" else demo_folder()
-    return load(folder, backend=backend, device="cpu", dtype="float32")
+    return load(folder, backend=backend, device=device_for(backend), dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def demo(backend):
-    return load(demo_folder(), backend=backend, device="cpu", dtype="float32")
+    return load(demo_folder(), backend=backend, device=device_for(backend), dtype="float32")
 
 
 def answered(model, prompt, params, constraint=None, draft="off"):

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import checkpoint_files as files
 import numpy as np
 import pytest
+from devices import device_for
 
 from g3n_mlx import load
 from g3n_mlx.checkpoint import hub
@@ -29,7 +30,7 @@ def open_model(backend):
     """open_model(folder, ...): load in float32 on the CPU, by the backend under test."""
 
     def opened(folder, **options):
-        return load(folder, backend=backend, device="cpu", **{"dtype": "float32", **options})
+        return load(folder, backend=backend, device=device_for(backend), **{"dtype": "float32", **options})
 
     return opened
 

@@ -4,6 +4,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
+from devices import device_for
 
 from g3n_mlx import load
 from g3n_mlx.checkpoint.hub import demo_folder
@@ -17,7 +18,7 @@ OPTIONS = {"temperature": 0.9, "max_tokens": 12}
 
 @pytest.fixture(scope="module")
 def model(backend):
-    return load(demo_folder(), backend=backend, device="cpu", dtype="float32")
+    return load(demo_folder(), backend=backend, device=device_for(backend), dtype="float32")
 
 
 def alone(model, prompts, **options):

@@ -5,6 +5,7 @@ import weakref
 
 import numpy as np
 import pytest
+from devices import device_for
 from image_files import drawn, encoded
 from media_files import sound_file, tones, video_file
 
@@ -18,7 +19,7 @@ SHORT = {"temperature": 0, "ignore_eos": True, "max_tokens": 5}
 
 @pytest.fixture(scope="module")
 def model(backend, tiny_folder):
-    return load(tiny_folder, backend=backend, dtype="float32", device="cpu")
+    return load(tiny_folder, backend=backend, dtype="float32", device=device_for(backend))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import weakref
 
 import numpy as np
 import pytest
+from devices import device_for, tolerance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +21,7 @@ GREEDY = {"temperature": 0, "ignore_eos": True, "max_tokens": 12}
 
 
 def opened(folder, backend):
-    return load(folder, backend=backend, dtype="float32", device="cpu")
+    return load(folder, backend=backend, dtype="float32", device=device_for(backend))
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +92,16 @@ def test_logprobs_are_the_log_softmax_of_the_logits(model, logprobs):
     ids = model.prepare(USER).token_ids
     rows = log_softmax(model.logits([*ids, *result.token_ids[:-1]])[len(ids) - 1 :])
     chosen = rows[np.arange(12), result.token_ids]
-    np.testing.assert_allclose(result.logprobs, chosen, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(result.logprobs, chosen, rtol=0, atol=tolerance(1e-4))
     count = logprobs.get("top_logprobs", 0)
     if not count:
         assert result.top_logprobs is None
         return
     assert [len(top) for top in result.top_logprobs] == [count] * 12
     for row, top in zip(rows, result.top_logprobs, strict=True):
-        np.testing.assert_allclose([value for _, value in top], np.sort(row)[::-1][:count], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(
+            [value for _, value in top], np.sort(row)[::-1][:count], rtol=0, atol=tolerance(1e-4)
+        )
 
 
 def test_no_logprobs_unless_asked(model):
@@ -111,7 +114,7 @@ def test_logits_of_a_long_prompt_come_in_chunks_and_agree(model, golden_arrays):
     golden = golden_arrays("text_logits")
     logits = model.logits(golden["input_ids"][0].tolist())
     assert logits.dtype == np.float32
-    np.testing.assert_allclose(logits, golden["logits"][0], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logits, golden["logits"][0], rtol=0, atol=tolerance(1e-4))
 
 
 def test_logits_leave_the_conversation_alone(model):
@@ -313,7 +316,7 @@ def assert_as_fresh(model, prompt):
     assert none == 0
     # A token may differ where two are as near as rounding; none is here.
     assert tokens == fresh_tokens
-    np.testing.assert_allclose(rows, fresh_rows, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(rows, fresh_rows, rtol=0, atol=tolerance(1e-4))
     return cached
 
 
@@ -388,7 +391,7 @@ def test_prompt_chunks_change_nothing(model):
         result = model.generate(USER, **{**GREEDY, "max_tokens": 10}, prefill_step_size=size, logprobs=True)
         assert list(result.token_ids) == whole[0]
         chosen = whole[1][np.arange(10), whole[0]]
-        np.testing.assert_allclose(result.logprobs, chosen, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(result.logprobs, chosen, rtol=0, atol=tolerance(1e-4))
 
 
 def test_a_prompt_without_its_own_end_as_border(model):
@@ -474,7 +477,7 @@ def test_the_repr_says_which_model_runs_where(model, tiny_folder, backend):
 
 
 def test_the_repr_of_a_quantized_slice(backend):
-    with load("demo", backend=backend, matformer="half", device="cpu") as model:
+    with load("demo", backend=backend, matformer="half", device=device_for(backend)) as model:
         assert repr(model).startswith(f"Gemma3n(demo, slice Half, 4 and 8 bits, {backend} on cpu, ")
 
 
@@ -482,7 +485,7 @@ def test_the_memory_of_the_repr_is_what_the_weights_take(tiny_folder, backend):
     """Of the layers and the embeddings, whatever the width of the activations."""
     sizes = []
     for dtype in ("float32", "bfloat16"):
-        with load(tiny_folder, backend=backend, dtype=dtype, device="cpu") as model:
+        with load(tiny_folder, backend=backend, dtype=dtype, device=device_for(backend)) as model:
             network = model.runner.model.language_model
             if backend == "mlx":
                 from mlx.utils import tree_flatten
@@ -550,7 +553,7 @@ def test_a_notebook_shows_an_answer_as_markdown(model):
 
 
 def test_a_model_warms_up_in_its_own_thread(backend):
-    with load("demo", backend=backend, device="cpu", dtype="float32") as model:
+    with load("demo", backend=backend, device=device_for(backend), dtype="float32") as model:
         expected = model.generate("What is 3 + 4?", temperature=0).text
         model.reset()
         before = threading.active_count()

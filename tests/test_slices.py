@@ -5,6 +5,7 @@ import weakref
 
 import numpy as np
 import pytest
+from devices import device_for
 
 from g3n_mlx import load
 from g3n_mlx.matformer.plan import SlicePlan
@@ -18,7 +19,7 @@ NAMES = ("half", "quarter", "skip", "half-skip")
 @pytest.fixture(scope="module")
 def whole(backend):
     """The demo model: 4 bits, with slices of its own."""
-    with load("demo", backend=backend, dtype="float32", device="cpu") as model:
+    with load("demo", backend=backend, dtype="float32", device=device_for(backend)) as model:
         yield model
 
 
@@ -27,7 +28,7 @@ def test_a_slice_answers_as_the_one_that_is_taken_at_load(whole, backend):
     before = whole.generate(QUESTION, **GREEDY).token_ids
     slices = {name: whole.slice(name) for name in NAMES}
     for name, ours in slices.items():
-        with load("demo", backend=backend, dtype="float32", device="cpu", matformer=name) as theirs:
+        with load("demo", backend=backend, dtype="float32", device=device_for(backend), matformer=name) as theirs:
             assert ours.generate(QUESTION, **GREEDY).token_ids == theirs.generate(QUESTION, **GREEDY).token_ids
             assert (ours.slice_name, ours.config) == (theirs.slice_name, theirs.config)
             assert ours.checkpoint.nbytes_per_token == theirs.checkpoint.nbytes_per_token
@@ -42,11 +43,16 @@ def test_a_slice_answers_as_the_one_that_is_taken_at_load(whole, backend):
 def test_slices_of_a_dense_checkpoint(tiny_folder, backend, dtype, tmp_path):
     rows = [["Narrow", 9, "", "", str([64] * 8 + [128]), "[6]"], ["Wide", 10, "", "", str([256] * 10), ""]]
     table = write_table(tmp_path / "own.csv", rows)
-    with load(tiny_folder, backend=backend, dtype=dtype, device="cpu") as model:
+    with load(tiny_folder, backend=backend, dtype=dtype, device=device_for(backend)) as model:
         assert [entry.short_name for entry in model.slices(table)] == ["narrow", "wide"]
         with (
             load(
-                tiny_folder, backend=backend, dtype=dtype, device="cpu", matformer="narrow", matformer_config=table
+                tiny_folder,
+                backend=backend,
+                dtype=dtype,
+                device=device_for(backend),
+                matformer="narrow",
+                matformer_config=table,
             ) as theirs,
             model.slice("Narrow", matformer_config=table) as ours,
         ):
@@ -86,7 +92,7 @@ def test_streams_of_the_whole_and_of_slices_go_on_beside_each_other(whole):
 
 
 def test_each_is_closed_by_itself_and_the_last_frees_the_weights(backend):
-    whole = load("demo", backend=backend, dtype="float32", device="cpu")
+    whole = load("demo", backend=backend, dtype="float32", device=device_for(backend))
     half, other = whole.slice("half"), whole.slice("quarter")
     expected = [model.generate(QUESTION, **GREEDY).token_ids for model in (half, other)]
     picture = np.zeros((16, 16, 3), np.uint8)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from devices import device_for
 
 from g3n_mlx.checkpoint.folder import Checkpoint
 
@@ -25,16 +26,16 @@ class Framework:
         return importlib.import_module(f"g3n_mlx.backends.{self.name}.{name}")
 
     def weights(self, checkpoint: Checkpoint, dtype: str = "float32", quantized: bool = False, path: str = "") -> Any:
-        """A checkpoint's weights below a path, on the CPU."""
+        """A checkpoint's weights below a path, where the tests run."""
         device, weights = self.module("device"), self.module("weights")
-        place = device.device_of("cpu")
+        place = device.device_of(device_for(self.name))
         device.claim(place)
         return weights.Weights(checkpoint, weights.Placement(device.dtype_of(dtype, place, quantized), place), path)
 
     def model(self, checkpoint: Checkpoint, dtype: str = "float32") -> Any:
-        """A Gemma3nModel on the CPU."""
+        """A Gemma3nModel where the tests run."""
         device = self.module("device")
-        place = device.device_of("cpu")
+        place = device.device_of(device_for(self.name))
         device.claim(place)
         return self.module("model").Gemma3nModel(checkpoint, device.dtype_of(dtype, place, False), place)
 

@@ -10,11 +10,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoint_files import read_config, read_folder
+from devices import tolerance
 from random_audio import write_audio
 
 from g3n_mlx.checkpoint.folder import Checkpoint
 
-TOLERANCE = 1e-4  # of the largest value
+TOLERANCE = tolerance(1e-4)  # of the largest value
 CLIPS = ("clip0", "clip1")
 LENGTHS = (1, 2, 7, 16, 17, 75)
 PREFIX = "model.audio_tower."

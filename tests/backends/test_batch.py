@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from calls import decode, logits_of, make_cache, prefill
+from devices import tolerance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,7 +11,7 @@ from g3n_mlx.batch import Draw, Rows
 from g3n_mlx.engine.runner import run
 from g3n_mlx.sampling import SamplingParams
 
-TOLERANCE = 1e-4
+TOLERANCE = tolerance(1e-4)
 GREEDY = SamplingParams(temperature=0)
 MARGIN = 1e-3  # between the two best logits: below, rounding may rightly choose
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from calls import decode, logits_of, make_cache, prefill
+from devices import tolerance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -189,7 +190,7 @@ def test_the_way_also_leads_to_the_tokens_before_a_snapshot(network, before, bac
     cache.trim(back_by)
     for back in (cache, fork):
         assert back.offset == before - back_by
-        np.testing.assert_allclose(logits_of(network, last, back), expected, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(logits_of(network, last, back), expected, rtol=0, atol=tolerance(1e-4))
 
 
 # What is done to a sequence's whole cache, and to the forks and snapshots that were taken of it.
@@ -236,7 +237,9 @@ def test_any_way_to_a_cache_is_as_good_as_the_straight_one(network, moves):
     last, fresh = ids_of(20, 9), make_cache(network)
     if ids:
         prefill(network, np.array(ids), fresh)
-    np.testing.assert_allclose(logits_of(network, last, cache), logits_of(network, last, fresh), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        logits_of(network, last, cache), logits_of(network, last, fresh), rtol=0, atol=tolerance(1e-4)
+    )
 
 
 def test_a_snapshot_of_nothing(network):

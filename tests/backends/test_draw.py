@@ -7,6 +7,7 @@ stands that near to the border of a filter: there the two roundings may rightly 
 import ml_dtypes
 import numpy as np
 import pytest
+from devices import device_for
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reference_draw import candidates, draw, masked, penalize
@@ -18,7 +19,9 @@ MARGIN = 1e-5
 
 def sampler_of(framework, params, prompt_ids, vocab_size):
     device = framework.module("device")
-    return framework.module("sampling").Sampler(params, prompt_ids, vocab_size, device.device_of("cpu"))
+    return framework.module("sampling").Sampler(
+        params, prompt_ids, vocab_size, device.device_of(device_for(framework.name))
+    )
 
 
 def near_a_filter(scores, params):

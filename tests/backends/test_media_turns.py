@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoint_files import copy_sidecars
+from devices import device_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_vision import er, uir, write_random_vision
@@ -28,7 +29,7 @@ MEDIA = [
 
 @pytest.fixture(scope="module")
 def models(backends, tiny_folder) -> list[Any]:
-    return [load(tiny_folder, backend=backend, dtype="float32", device="cpu") for backend in backends]
+    return [load(tiny_folder, backend=backend, dtype="float32", device=device_for(backend)) for backend in backends]
 
 
 parts = st.lists(st.one_of(st.sampled_from(MEDIA), st.sampled_from(["Look", " and listen:", "\n\nWhy?"])), min_size=1)
@@ -134,7 +135,7 @@ def test_dropped_towers_leave_the_process(backend, tiny_folder, tmp_path):
     wide = [uir(512, 3, 0, stride=2), *[uir(512, 3, 0, ratio=4.0)] * 12]  # few places, many weights
     folder = write_random_vision(tmp_path, tiny_folder, {"block_args": [*narrow, wide], "msfa_output_resolution": 2})
     copy_sidecars(tiny_folder, folder)
-    model = load(folder, backend=backend, dtype="float32", device="cpu")
+    model = load(folder, backend=backend, dtype="float32", device=device_for(backend))
     tower = [name for name in model.checkpoint.names if name.startswith("vision_tower.")]
     weights = sum(4 * math.prod(model.checkpoint.info(name).shape) for name in tower)
     assert weights > 100e6  # so much that nothing else in the process comes near

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from devices import device_for
 
 from g3n_mlx import Audio, Image, load
 from g3n_mlx.engine.soft_tokens import EmbeddedMedia
@@ -12,7 +13,7 @@ SYSTEM = {"role": "system", "content": [{"type": "text", "text": "You are a help
 
 @pytest.fixture(scope="module")
 def model(backend, tiny_folder):
-    return load(tiny_folder, backend=backend, dtype="float32", device="cpu")
+    return load(tiny_folder, backend=backend, dtype="float32", device=device_for(backend))
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +135,8 @@ def test_a_border_follows_every_media_block(model, golden):
 
 
 def test_bfloat16_stays_bfloat16(backend, tiny_folder, golden):
-    model = load(tiny_folder, backend=backend, dtype="bfloat16", device="cpu")
-    exact = load(tiny_folder, backend=backend, dtype="float32", device="cpu")
+    model = load(tiny_folder, backend=backend, dtype="bfloat16", device=device_for(backend))
+    exact = load(tiny_folder, backend=backend, dtype="float32", device=device_for(backend))
     for prepared in conversations(golden).values():
         for span in model.prepare(prepared).media:
             soft = model._embedded(span.features)

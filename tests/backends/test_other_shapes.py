@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from calls import decode, logits_of, make_cache, prefill
 from checkpoint_files import read_config
+from devices import tolerance
 from random_checkpoint import BASE, pattern, write_random
 
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.text import FULL, SLIDING
 from g3n_mlx.sampling import SamplingParams
 
-TOLERANCE = 1e-4
+TOLERANCE = tolerance(1e-4)
 LENGTH = 23  # past every window below but the widest
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from calls import decode, logits_of, make_cache, prefill
 from checkpoint_files import read_config, read_folder, write_folder
+from devices import tolerance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_checkpoint import write_random
@@ -82,11 +83,15 @@ def test_products_and_rows_in_float32(framework, quantized, shape):
     generator = np.random.default_rng(0)
     for rows in (1, 2, 50, 130):
         x = generator.standard_normal((rows, weight.shape[1])).astype(np.float32)
-        np.testing.assert_allclose(framework.numpy(layer(framework.array(x))), x @ weight.T, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(
+            framework.numpy(layer(framework.array(x))), x @ weight.T, rtol=0, atol=tolerance(1e-4)
+        )
     if framework.name == "torch" and not framework.module("layers").gives_rows(layer):
         return
     ids = generator.integers(0, weight.shape[0], 9)
-    np.testing.assert_allclose(framework.numpy(layer.embed(framework.array(ids))), weight[ids], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        framework.numpy(layer.embed(framework.array(ids))), weight[ids], rtol=0, atol=tolerance(1e-6)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +201,7 @@ def assert_quantized_equals_dense(frameworks, folder, target, ids, new_tokens):
     for name, framework in frameworks.items():
         network = framework.model(Checkpoint.open(folder))
         np.testing.assert_allclose(
-            logits_of(network, ids, make_cache(network)), expected, rtol=0, atol=1e-3, err_msg=f"{name}"
+            logits_of(network, ids, make_cache(network)), expected, rtol=0, atol=tolerance(1e-3), err_msg=f"{name}"
         )
         cache, sampler = make_cache(network), network.make_sampler(SamplingParams(temperature=0), ids)
         step, tokens = prefill(network, ids, cache, sampler), []

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from calls import decode, make_cache, prefill
+from devices import tolerance
 
 from g3n_mlx.batch import Batch, Draw, Rows
 from g3n_mlx.bench.engines.mlx_graph import MLX_VIEWS
@@ -125,4 +126,4 @@ def test_a_decode_step_is_the_models_forward(network, framework, sequences):
         wishes = [Rows(c, s, draw=Draw(sampler, 1)) for c, s, sampler in zip(caches, steps, samplers, strict=True)]
         steps = [step for (step,) in run(network, wishes)]
         found = np.stack([framework.numpy(step.logits) for step in steps])
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance(1e-4))

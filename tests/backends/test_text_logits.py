@@ -5,13 +5,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from calls import decode, logits_of, make_cache, prefill
+from devices import tolerance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.sampling import SamplingParams
 
-TOLERANCE = 1e-4
+TOLERANCE = tolerance(1e-4)
 GREEDY = SamplingParams(temperature=0)
 
 

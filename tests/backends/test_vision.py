@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoint_files import mlx_vlm, read_config, read_folder, write_folder
+from devices import tolerance
 from random_vision import er, mqa, tower_tensors, uir, write_random_vision
 
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.vision import MobileAttentionConfig, VisionConfig, vision_manifest
 
-TOLERANCE = 1e-4  # of the largest value
+TOLERANCE = tolerance(1e-4)  # of the largest value
 STAGES = ["stem", "stage0", "stage1", "stage2", "stage3"]
 
 

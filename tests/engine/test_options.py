@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from devices import device_for
 
 from g3n_mlx import Audio, Gemma3n, Image, SamplingParams, load
 from g3n_mlx.engine.options import AnswerOptions, with_media
@@ -28,7 +29,7 @@ CLOSED = {
 
 @pytest.fixture(scope="module")
 def model(tiny_folder: Path, backend: str) -> Gemma3n:
-    return load(tiny_folder, backend=backend, dtype="float32", device="cpu")
+    return load(tiny_folder, backend=backend, dtype="float32", device=device_for(backend))
 
 
 # Sampling.
@@ -192,7 +193,7 @@ def test_rules_that_cannot_be_followed_are_refused_before_anything_runs(model, o
 
 def test_without_llguidance_one_clear_error(tiny_folder, backend, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    model = load(tiny_folder, backend=backend, device="cpu")
+    model = load(tiny_folder, backend=backend, device=device_for(backend))
     for options in ({"schema": CLOSED}, {"regex": "a"}, {"lark": "start: /a/"}):
         with pytest.raises(ImportError, match=r"schema, regex and lark need the package llguidance, .*pip install"):
             model.generate("hi", **options)

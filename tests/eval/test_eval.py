@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from devices import device_for
 
 from g3n_mlx import load
 from g3n_mlx.checkpoint.hub import demo_folder
@@ -105,7 +106,7 @@ def figures(capsys, tmp_path, *flags):
 
 
 def test_answers_of_text_image_and_audio(backend, stopping_folder, media, tmp_path, capsys):
-    model = load(stopping_folder, backend=backend, dtype="float32", device="cpu")
+    model = load(stopping_folder, backend=backend, dtype="float32", device=device_for(backend))
     said = {kind: model.generate(messages(media, kind), temperature=0.0, max_tokens=40).text for kind in QUESTIONS}
     assert all(text.strip() for text in said.values()), said
     uri = "data:image/png;base64," + base64.b64encode((media / "media" / "noise.png").read_bytes()).decode()
@@ -136,7 +137,7 @@ def test_answers_of_text_image_and_audio(backend, stopping_folder, media, tmp_pa
 
 def test_a_draft_is_said_exactly_when_it_is_what_would_be_decoded(backend, stopping_folder, media):
     """Up to the end: shorter, longer and other drafts are not."""
-    model = load(stopping_folder, backend=backend, dtype="float32", device="cpu")
+    model = load(stopping_folder, backend=backend, dtype="float32", device=device_for(backend))
     for kind in QUESTIONS:
         prompt = model.prepare(messages(media, kind))
         said = list(model.generate(prompt, temperature=0.0, max_tokens=40).token_ids)
@@ -293,7 +294,7 @@ def test_a_reference_of_its_own(tiny_folder, text_file, tmp_path, capsys):
 
 
 def test_logit_chunks_are_the_logits(backend, tiny_folder):
-    model = load(tiny_folder, backend=backend, dtype="float32", device="cpu")
+    model = load(tiny_folder, backend=backend, dtype="float32", device=device_for(backend))
     ids = [2, *range(100, 160)]
     chunks = list(model.logit_chunks(ids, 7, 16))
     assert [len(chunk) for chunk in chunks] == [16, 16, 16, 6]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from devices import served_backend
 
 from g3n_mlx import load
 from g3n_mlx.checkpoint.hub import demo_folder
@@ -31,7 +32,7 @@ def demo() -> Path:
 @pytest.fixture(scope="session")
 def model(demo: Path) -> Any:
     """The served model once more, to compare answers with."""
-    return load(demo, backend="torch", dtype="float32")
+    return load(demo, backend=served_backend(), dtype="float32")
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import numpy as np
 import openai
 import soundfile
 import uvicorn
+from devices import served_backend
 from PIL import Image
 
 from g3n_mlx import load
@@ -77,7 +78,7 @@ def started(folder: Path, **options: Any) -> Server:
     names = given({"name": "tiny", "slice_name": None})
     offer, shedding = options.pop("slices", ["none"]), options.pop("shedding", None)
     metrics = Metrics()
-    backend = options.pop("backend", "torch")
+    backend = options.pop("backend", served_backend())
     # In float32 an answer is the same whether its prompt was cached or not: what differs, no draw sees.
     model = load(folder, backend=backend, dtype="float32")
     slices = offered(model, offer, ())
