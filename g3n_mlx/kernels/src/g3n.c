@@ -71,10 +71,12 @@ void g3n_share(void *parallel, void *thread, void *threads) {
     pool_share(&openmp);
 }
 
+// Zeros on a border of 64 bytes: a vector that reaches over two lines of the cache takes twice as long to load.
 static void *zeros(size_t bytes) {
-    void *p = calloc(bytes / 64 + 1, 64);
+    size_t room = (bytes / 64 + 1) * 64;
+    void *p = aligned_alloc(64, room);
     if (!p) abort();  // a few MB at the start of a model
-    return p;
+    return memset(p, 0, room);
 }
 
 static float *floats(long rows, long width) { return zeros(rows * width * sizeof(float)); }

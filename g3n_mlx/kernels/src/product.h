@@ -81,7 +81,16 @@ INLINE float group_at(const void *p, int bits, long group) {
 }
 
 // The scale of every lane's word, from the word `first` on; a group is 2^shift words. `whole`: no lane is beyond the row.
-INLINE Floats lane_scales(const void *scales, int bits, long first, int shift, long groups, const int whole) {
+INLINE Floats lane_scales(const void *scales, const int bits, long first, const int shift, long groups, const int whole) {
+#if defined(__AVX512F__)
+    if (bits == 16 && shift == 3 && whole) {  // two groups: both bfloat16 numbers everywhere, the upper or the lower kept
+        uint32_t both;
+        memcpy(&both, (const uint16_t *)scales + (first >> 3), sizeof both);
+        const __m512i up = _mm512_setr_epi32(16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0);
+        __m512i words = _mm512_sllv_epi32(_mm512_set1_epi32((int)both), up);
+        return (Floats)_mm512_and_si512(words, _mm512_set1_epi32((int)0xffff0000));
+    }
+#endif
     if (1 << shift >= LANES) return splat(group_at(scales, bits, first >> shift));
     long group = first >> shift, count = LANES >> shift;
     if (!whole) count = at_most(count, groups - group);
@@ -109,11 +118,14 @@ INLINE Words row_words(const char *at, long count, const int whole) {
     return whole ? load_words(at) : load_some_words(at, count);
 }
 
-// Bytes by which codes are fetched ahead of their use.
-#define AHEAD 8192
+// Words of a group of 64 4-bit codes are 2^USUAL: a loop of its own, where that is a constant.
+#define USUAL 3
+
+// Bytes by which codes are fetched ahead of their use: with one row of activations that comes soon.
+#define AHEAD(M) ((M) == 1 ? 2048 : 8192)
 
 // R rows of the weight by M rows of activations: constants once inlined, so that all sums stay in registers.
-#define MOST_R 4
+#define MOST_R 2
 #define MOST_M 8
 
 typedef struct {
@@ -153,20 +165,20 @@ INLINE void finish(const Product *p, const long *which, const Places *at, const 
         UNROLLED (int i = 0; i < M; i++) p->out[(first + i) * p->out_stride + which[r]] = sum(total[r][i]);
 }
 
-#define EMPTY_TOTALS                                                                       \
+#define EMPTY_TOTALS(R, M)                                                                  \
     Floats total[MOST_R][MOST_M];                                                           \
     UNROLLED (int r = 0; r < R; r++) UNROLLED (int i = 0; i < M; i++) total[r][i] = (Floats){0};
 
 // One vector of words of each row: codes of 2, 4 or 8 bits, float32 activations in planes.
 INLINE void add_planes(const Matrix *m, const Operand *o, const Places *at, const int R, long first, const int M, const int bits,
-                       const int scale_bits, long word, const int whole, Floats (*total)[MOST_M]) {
-    const int planes = 32 / bits, shift = __builtin_ctz(m->group) - __builtin_ctz(planes);
+                       const int scale_bits, const int shift, long word, const int whole, Floats (*total)[MOST_M]) {
+    const int planes = 32 / bits;
     const float *x = (const float *)o->values + first * o->stride + word * planes;
     Words codes[MOST_R];
     Floats scale[MOST_R], part[MOST_R][MOST_M];
     UNROLLED (int r = 0; r < R; r++) {
         codes[r] = row_words(at->codes[r] + 4 * word, m->columns / planes - word, whole);
-        __builtin_prefetch(at->codes[r] + 4 * word + AHEAD);
+        __builtin_prefetch(at->codes[r] + 4 * word + AHEAD(M));
         scale[r] = lane_scales(at->scales[r], scale_bits, word, shift, m->columns / m->group, whole);
         UNROLLED (int i = 0; i < M; i++) part[r][i] = (Floats){0};
     }
@@ -182,33 +194,35 @@ INLINE void add_planes(const Matrix *m, const Operand *o, const Places *at, cons
         UNROLLED (int i = 0; i < M; i++) total[r][i] += part[r][i] * scale[r];
 }
 
-INLINE void tile_of_planes(const Product *p, const long *which, const int R, long first, const int M, const int bits, const int scale_bits) {
-    const Matrix *m = p->matrix;
-    const Places at = places_of(m, which, R);
-    const long words = m->columns / (32 / bits);
-    EMPTY_TOTALS
-    long word = 0;
-    for (; word + LANES <= words; word += LANES) add_planes(m, p->operand, &at, R, first, M, bits, scale_bits, word, 1, total);
-    if (word < words) add_planes(m, p->operand, &at, R, first, M, bits, scale_bits, word, 0, total);
-    finish(p, which, &at, R, first, M, scale_bits, total);
+// The words [word, end) of R rows; only the last words of a row may be no whole vector.
+INLINE void sweep_planes(const Product *p, const long *which, const int R, long first, const int M, const int bits, const int scale_bits,
+                         long word, long end, Floats (*total)[MOST_M]) {
+    const Matrix m = *p->matrix;
+    const Operand o = *p->operand;
+    const Places at = places_of(&m, which, R);
+    const int shift = __builtin_ctz(m.group) - __builtin_ctz(32 / bits);
+    if (shift == USUAL)
+        for (; word + LANES <= end; word += LANES) add_planes(&m, &o, &at, R, first, M, bits, scale_bits, USUAL, word, 1, total);
+    else
+        for (; word + LANES <= end; word += LANES) add_planes(&m, &o, &at, R, first, M, bits, scale_bits, shift, word, 1, total);
+    if (word < end) add_planes(&m, &o, &at, R, first, M, bits, scale_bits, shift, word, 0, total);
 }
 
 #if PAIRS
 // The same for 4-bit codes and bfloat16 activations in planes of pairs: 32 halves meet 32 columns of a plane.
 INLINE void add_pairs(const Matrix *m, const Operand *o, const Places *at, const int R, long first, const int M, const int scale_bits,
-                      long word, const int whole, Floats (*total)[MOST_M]) {
+                      const int shift, long word, const int whole, Floats (*total)[MOST_M]) {
     // The numbers 0 to 15 twice: the index is 5 bits wide, and the fifth is the next code's lowest.
     static const uint16_t numbers[32] = {
         0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170,
         0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
     const __m512i table = _mm512_loadu_si512(numbers);
-    const int shift = __builtin_ctz(m->group) - 3;
     const uint16_t *x = (const uint16_t *)o->values + first * o->stride + word * 8;
     Floats scale[MOST_R];
     __m512bh plane[MOST_R][4];
     UNROLLED (int r = 0; r < R; r++) {
         __m512i codes = (__m512i)row_words(at->codes[r] + 4 * word, m->columns / 8 - word, whole);
-        __builtin_prefetch(at->codes[r] + 4 * word + AHEAD);
+        __builtin_prefetch(at->codes[r] + 4 * word + AHEAD(M));
         scale[r] = lane_scales(at->scales[r], scale_bits, word, shift, m->columns / m->group, whole);
         plane[r][0] = (__m512bh)_mm512_permutexvar_epi16(codes, table);
         plane[r][1] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table);
@@ -226,15 +240,18 @@ INLINE void add_pairs(const Matrix *m, const Operand *o, const Places *at, const
     }
 }
 
-INLINE void tile_of_pairs(const Product *p, const long *which, const int R, long first, const int M, const int scale_bits) {
-    const Matrix *m = p->matrix;
-    const Places at = places_of(m, which, R);
-    const long words = m->columns / 8;
-    EMPTY_TOTALS
-    long word = 0;
-    for (; word + LANES <= words; word += LANES) add_pairs(m, p->operand, &at, R, first, M, scale_bits, word, 1, total);
-    if (word < words) add_pairs(m, p->operand, &at, R, first, M, scale_bits, word, 0, total);
-    finish(p, which, &at, R, first, M, scale_bits, total);
+INLINE void sweep_pairs(const Product *p, const long *which, const int R, long first, const int M, const int bits, const int scale_bits,
+                        long word, long end, Floats (*total)[MOST_M]) {
+    (void)bits;
+    const Matrix m = *p->matrix;
+    const Operand o = *p->operand;
+    const Places at = places_of(&m, which, R);
+    const int shift = __builtin_ctz(m.group) - 3;
+    if (shift == USUAL)
+        for (; word + LANES <= end; word += LANES) add_pairs(&m, &o, &at, R, first, M, scale_bits, USUAL, word, 1, total);
+    else
+        for (; word + LANES <= end; word += LANES) add_pairs(&m, &o, &at, R, first, M, scale_bits, shift, word, 1, total);
+    if (word < end) add_pairs(&m, &o, &at, R, first, M, scale_bits, shift, word, 0, total);
 }
 
 // Dense bfloat16 weights and activations.
@@ -243,7 +260,7 @@ INLINE void tile_of_dense_pairs(const Product *p, const long *which, const int R
     const Operand *o = p->operand;
     const Places at = places_of(m, which, R);
     const uint16_t *x = (const uint16_t *)o->values + first * o->stride;
-    EMPTY_TOTALS
+    EMPTY_TOTALS(R, M)
     for (long column = 0; column < m->columns; column += 32) {
         long left = m->columns - column;
         __mmask32 mask = left >= 32 ? 0xffffffff : (1u << left) - 1;
@@ -344,67 +361,124 @@ static void any_tile(const Product *p, const long *which, int R, long first, int
     }
 }
 
-// The rows [start, stop) of a product, or those of a list, R at a time while there are as many -> the first that is left.
-INLINE long strip(const Product *p, const int32_t *listed, long start, long stop, const int R, long first, const int M) {
+// Rows of a weight that stay in the cache while all rows of activations go over them.
+#define BAND 16
+
+// Columns after which 8 rows of activations start over with the next rows of a band, to stay in a first-level cache of
+// 32 KB; fewer rows fit whole.
+#define STRETCH 1024
+
+INLINE void set_rows(long *which, const int32_t *listed, long start, const int R) {
+    UNROLLED (int r = 0; r < R; r++) which[r] = listed ? listed[start + r] : start + r;
+}
+
+// Adds the words [word, end) of the rows [start, stop), R at a time while there are as many -> the first that is left.
+#define SWEEP(ROWS, KIND, ...)                                                                                  \
+    for (; row + ROWS <= stop; row += ROWS) {                                                                    \
+        long which[MOST_R];                                                                                      \
+        Floats part[MOST_R][MOST_M];                                                                             \
+        set_rows(which, listed, row, ROWS);                                                                      \
+        UNROLLED (int r = 0; r < ROWS; r++) UNROLLED (int i = 0; i < M; i++) part[r][i] = total[row - start + r][i]; \
+        KIND(p, which, ROWS, first, M, __VA_ARGS__, word, end, part);                                            \
+        UNROLLED (int r = 0; r < ROWS; r++) UNROLLED (int i = 0; i < M; i++) total[row - start + r][i] = part[r][i]; \
+    }
+
+// The rows [start, stop) of a product, at most BAND of them, or those of a list, for M rows of activations.
+INLINE void band(const Product *p, const int32_t *listed, long start, long stop, long first, const int M) {
     const Matrix *m = p->matrix;
     const Layout layout = p->operand->layout;
     const int bits = m->bits, wide = m->scale_bits == 32;
-#define STRIP(TILE, ...)                                                            \
-    for (; start + R <= stop; start += R) {                                          \
-        long which[MOST_R];                                                          \
-        UNROLLED (int r = 0; r < R; r++) which[r] = listed ? listed[start + r] : start + r; \
-        TILE(p, which, R, first, M, ##__VA_ARGS__);                                  \
-    }
+    const int R = LANES >= 16 ? 2 : 1;
+    if (layout == NATURAL || layout == NATURAL_PAIRS) {
+        for (long row = start; row < stop; row++) {
+            long which[MOST_R];
+            set_rows(which, listed, row, 1);
 #if PAIRS
-    if (layout == PLANE_PAIRS && !wide) STRIP(tile_of_pairs, 16)
-    else if (layout == PLANE_PAIRS) STRIP(tile_of_pairs, 32)
-    else if (layout == NATURAL_PAIRS) STRIP(tile_of_dense_pairs)
-    else
+            if (layout == NATURAL_PAIRS) tile_of_dense_pairs(p, which, 1, first, M);
+            else
 #endif
-    if (layout == PLANES && bits == 4 && !wide) STRIP(tile_of_planes, 4, 16)
-    else if (layout == PLANES && bits == 4) STRIP(tile_of_planes, 4, 32)
-    else if (layout == PLANES && bits == 8 && !wide) STRIP(tile_of_planes, 8, 16)
-    else if (layout == PLANES && bits == 8) STRIP(tile_of_planes, 8, 32)
-    else if (layout == PLANES && !wide) STRIP(tile_of_planes, 2, 16)
-    else if (layout == PLANES) STRIP(tile_of_planes, 2, 32)
-    else STRIP(any_tile)
-#undef STRIP
-    return start;
+                any_tile(p, which, 1, first, M);
+        }
+        return;
+    }
+    Floats total[BAND][MOST_M];
+    for (long r = 0; r < stop - start; r++) UNROLLED (int i = 0; i < M; i++) total[r][i] = (Floats){0};
+    const long words = (long)m->columns * bits / 32, step = M == 8 ? STRETCH * bits / 32 : words;
+    for (long word = 0; word < words; word += step) {
+        const long end = at_most(word + step, words);
+        long row = start;
+#define SWEEPS(KIND, BITS, SCALES) { SWEEP(R, KIND, BITS, SCALES) SWEEP(1, KIND, BITS, SCALES) }
+#if PAIRS
+        if (layout == PLANE_PAIRS && !wide) SWEEPS(sweep_pairs, 4, 16)
+        else if (layout == PLANE_PAIRS) SWEEPS(sweep_pairs, 4, 32)
+        else
+#endif
+        if (bits == 4 && !wide) SWEEPS(sweep_planes, 4, 16)
+        else if (bits == 4) SWEEPS(sweep_planes, 4, 32)
+        else if (bits == 8 && !wide) SWEEPS(sweep_planes, 8, 16)
+        else if (bits == 8) SWEEPS(sweep_planes, 8, 32)
+        else if (!wide) SWEEPS(sweep_planes, 2, 16)
+        else SWEEPS(sweep_planes, 2, 32)
+    }
+    for (long row = start; row < stop; row++) {
+        long which[MOST_R];
+        set_rows(which, listed, row, 1);
+        const Places at = places_of(m, which, 1);
+        finish(p, which, &at, 1, first, M, wide ? 32 : 16, &total[row - start]);
+    }
 }
 
-#define STRIP_OF(R, M)                                                                                              \
-    static __attribute__((noinline)) long strip_##R##x##M(const Product *p, const int32_t *listed, long start, long stop, long first) { \
-        return strip(p, listed, start, stop, R, first, M);                                                           \
+// One row of activations: nothing to keep in a cache, so whole rows of the weight, one stream of memory.
+INLINE void single(const Product *p, const int32_t *listed, long start, long stop) {
+    const Matrix *m = p->matrix;
+    const Layout layout = p->operand->layout;
+    const int bits = m->bits, wide = m->scale_bits == 32;
+    const long words = (long)m->columns * bits / 32;
+#define SINGLE(KIND, BITS, SCALES)                                  \
+    for (; start < stop; start++) {                                  \
+        long which[MOST_R];                                          \
+        set_rows(which, listed, start, 1);                           \
+        const Places at = places_of(m, which, 1);                    \
+        EMPTY_TOTALS(1, 1)                                           \
+        KIND(p, which, 1, 0, 1, BITS, SCALES, 0, words, total);      \
+        finish(p, which, &at, 1, 0, 1, SCALES, total);               \
     }
-STRIP_OF(4, 1)
-STRIP_OF(1, 1)
-STRIP_OF(2, 2)
-STRIP_OF(1, 2)
-STRIP_OF(2, 4)
-STRIP_OF(1, 4)
-STRIP_OF(1, 8)
+#if PAIRS
+    if (layout == PLANE_PAIRS && !wide) SINGLE(sweep_pairs, 4, 16)
+    else if (layout == PLANE_PAIRS) SINGLE(sweep_pairs, 4, 32)
+    else
+#endif
+    if (layout == NATURAL || layout == NATURAL_PAIRS) band(p, listed, start, stop, 0, 1);
+    else if (bits == 4 && !wide) SINGLE(sweep_planes, 4, 16)
+    else if (bits == 4) SINGLE(sweep_planes, 4, 32)
+    else if (bits == 8 && !wide) SINGLE(sweep_planes, 8, 16)
+    else if (bits == 8) SINGLE(sweep_planes, 8, 32)
+    else if (!wide) SINGLE(sweep_planes, 2, 16)
+    else SINGLE(sweep_planes, 2, 32)
+}
 
-// Rows of a weight that stay in the cache while all rows of activations go over them.
-#define BAND 32
+#define BAND_OF(M)                                                                                                      \
+    static __attribute__((noinline)) void band_of_##M(const Product *p, const int32_t *listed, long start, long stop, long first) { \
+        band(p, listed, start, stop, first, M);                                                                          \
+    }
+BAND_OF(1)
+BAND_OF(2)
+BAND_OF(4)
+BAND_OF(8)
 
 // The rows [start, stop) of a product, or those of a list, for all rows of activations: 8, 4, 2 and 1 at a time, as
 // many as the registers hold.
 static void product_rows(const Product *p, const int32_t *listed, long start, long stop, int rows) {
     if (rows == 1) {
-        // Four short rows at a time hide what a row costs beside its codes; of long ones, one is one stream of memory.
-        if (p->matrix->code_stride <= 2048) start = strip_4x1(p, listed, start, stop, 0);
-        strip_1x1(p, listed, start, stop, 0);
+        single(p, listed, start, stop);
         return;
     }
     for (; start < stop; start += BAND) {
         long end = at_most(start + BAND, stop), first = 0;
-        for (; LANES >= 16 && rows - first >= 8; first += 8) strip_1x8(p, listed, start, end, first);
-        for (; rows - first >= 4; first += 4) {
-            long left = LANES >= 16 ? strip_2x4(p, listed, start, end, first) : start;
-            strip_1x4(p, listed, left, end, first);
-        }
-        for (; rows - first >= 2; first += 2) strip_1x2(p, listed, strip_2x2(p, listed, start, end, first), end, first);
-        if (rows > first) strip_1x1(p, listed, start, end, first);
+        for (; LANES >= 16 && rows - first >= 8; first += 8) band_of_8(p, listed, start, end, first);
+        for (; rows - first >= 4; first += 4) band_of_4(p, listed, start, end, first);
+        for (; rows - first >= 2; first += 2) band_of_2(p, listed, start, end, first);
+        if (rows > first) band_of_1(p, listed, start, end, first);
     }
 }
 
