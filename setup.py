@@ -25,7 +25,7 @@ ASKED = os.environ.get("CFLAGS", "").split()  # has the last word
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 INSTRUCTIONS = {
-    "x86_64": {"plain": [], "avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]},
+    "x86_64": {"plain": [], "avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"]},
     "aarch64": {"plain": [], "neon": []},
 }
 

@@ -18,13 +18,14 @@ from g3n_mlx.failures import BadValue, Error, FileProblem, MissingPackage
 from g3n_mlx.installation import install_command
 from g3n_mlx.interface import Model
 from g3n_mlx.matformer.view import open_sliced
-from g3n_mlx.model import Gemma3n
+from g3n_mlx.model import ACTIVATION_BYTES, Gemma3n
 from g3n_mlx.prompt.own_template import OwnTemplate, chat_template_note
 from g3n_mlx.prompt.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 CHAT_TEMPLATES = ("gemma", "own")
+ACTIVATIONS = ("exact", "int8")
 PACKAGES = {"mlx": "mlx.core", "torch": "torch"}
 
 
@@ -39,6 +40,7 @@ def load(
     device: str | None = None,
     revision: str | None = None,
     chat_template: str = "gemma",
+    activations: str = "exact",
 ) -> Gemma3n:
     """Loads a Gemma 3n checkpoint of any layout from a folder or the Hugging Face hub.
 
@@ -48,13 +50,19 @@ def load(
     dtype: of the activations, "bfloat16" or "float32". device: "cpu", "cuda", "cuda:N"; None is the backend's best.
     chat_template: "gemma" makes prompts by Gemma 3n's template, "own" by the checkpoint's; a warning says where they
     differ.
+    activations: "int8" rounds what a prompt's products with quantized weights take, in groups, to 8 bits: a faster
+    approximation on a CPU (docs/performance.md).
     Raises ImportError without a backend, FileNotFoundError, ValueError and the hub's errors, each in one sentence.
     """
     for what, value in (("backend", backend), ("matformer", matformer), ("dtype", dtype), ("device", device)):
         if value is not None and not isinstance(value, str):
             raise BadValue(f"{what} is {value!r}, expected a string")
-    if chat_template not in CHAT_TEMPLATES:
-        raise BadValue(f"chat_template is {chat_template!r}, expected one of {', '.join(CHAT_TEMPLATES)}")
+    for what, value, known in (
+        ("chat_template", chat_template, CHAT_TEMPLATES),
+        ("activations", activations, ACTIVATIONS),
+    ):
+        if value not in known:
+            raise BadValue(f"{what} is {value!r}, expected one of {', '.join(known)}")
     backend = chosen_backend(backend)
     devices = importlib.import_module(f"g3n_mlx.backends.{backend}.device")
     place = devices.device_of(device)
@@ -68,7 +76,8 @@ def load(
     else:
         folder = cached_conversion(folder, q_bits=q_bits, plan=plan)
         checkpoint = Checkpoint.open(folder)
-    activations = devices.dtype_of(dtype, place, bool(checkpoint.quantizations))
+    activations_dtype = devices.dtype_of(dtype, place, bool(checkpoint.quantizations))
+    dtype_name = devices.dtype_name(activations_dtype)
     tokenizer = Tokenizer.from_folder(folder)
     own_template = _own_template(checkpoint) if chat_template == "own" else None
     if chat_template == "gemma" and (note := chat_template_note(folder, checkpoint.config.media_kinds)) is not None:
@@ -77,13 +86,15 @@ def load(
     model_file = importlib.import_module(f"g3n_mlx.backends.{backend}.model")
     thread = model_thread(backend, devices.leave)
 
-    defect = cache(partial(_defect, checkpoint, devices.dtype_name(activations)))
+    defect = cache(partial(_defect, checkpoint, dtype_name))
 
     def built() -> Model:
-        devices.claim(place, checkpoint.nbytes_in_memory(4 if devices.dtype_name(activations) == "float32" else 2))
-        model: Model = model_file.Gemma3nModel(checkpoint, activations, place)
+        devices.claim(place, checkpoint.nbytes_in_memory(ACTIVATION_BYTES[dtype_name]))
+        model: Model = model_file.Gemma3nModel(checkpoint, activations_dtype, place)
         if not model.has_finite_head():
             raise defect()
+        if activations == "int8":
+            devices.round_activations(model)
         return model
 
     return Gemma3n(
@@ -94,7 +105,7 @@ def load(
         slice_name=None if plan is None else plan.slice_name,
         backend=backend,
         device=devices.name(place),
-        dtype=devices.dtype_name(activations),
+        dtype=dtype_name,
         generation_config=read_json(generation) if generation.exists() else {},
         own_template=own_template,
     )

@@ -157,6 +157,7 @@ def _requests(arguments: argparse.Namespace, folder: Path, config: ModelConfig) 
         device=arguments.device,
         dtype=arguments.dtype,
         draft=arguments.draft,
+        activations=arguments.activations,
     )
     if not arguments.against:
         return [ours]

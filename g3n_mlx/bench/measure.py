@@ -41,6 +41,7 @@ class Request:
     q_bits: int | None = None  # of a conversion that is in the cache already
     dtype: str | None = None  # of the activations
     draft: str = "off"  # how tokens are drafted in answers of their own; all other figures are without drafts
+    activations: str = "exact"
     started_at: float = 0.0  # time.monotonic() when the process was started: the system's clock, not the process's
 
 

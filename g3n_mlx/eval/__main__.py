@@ -216,6 +216,7 @@ def _load(variant: Variant, arguments: argparse.Namespace) -> "Gemma3n":
         device=arguments.device,
         revision=variant.revision,
         chat_template=arguments.chat_template,
+        activations=arguments.activations,
     )
 
 

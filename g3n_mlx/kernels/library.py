@@ -109,6 +109,8 @@ CALLS: dict[str, tuple[object, list[object]]] = {
     "g3n_threads": (None, [c_int]),
     "g3n_share": (None, [c_void_p, c_void_p, c_void_p]),
     "g3n_product": (None, [POINTER(Matrix), c_void_p, c_int, c_int, c_void_p]),
+    "g3n_int8_bits": (c_int, []),
+    "g3n_int8_product": (None, [POINTER(Matrix), c_void_p, c_int, c_int64, c_void_p]),
     "g3n_dequantize": (None, [POINTER(Matrix), c_int64, c_int64, c_int, c_void_p]),
     "g3n_embed": (None, [POINTER(Matrix), c_void_p, c_int, c_void_p]),
     "g3n_units": (None, [POINTER(Matrix), c_void_p, c_void_p, c_void_p]),

@@ -128,6 +128,57 @@ def test_the_number_of_threads_changes_nothing(kernels, threads):
     np.testing.assert_array_equal(product(kernels, weight, x, 1), usual)
 
 
+def int8_product(calls, weight, x, rounded):
+    dtype = ml_dtypes.bfloat16 if rounded else np.float32
+    x = x.astype(dtype)
+    y = np.full((len(x), weight.matrix.rows), np.nan, dtype)
+    calls.g3n_int8_product(weight.matrix, address(x), rounded, len(x), address(y))
+    return y.astype(np.float64)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=SAME_KERNELS)
+@given(
+    count=st.sampled_from((1, 5, 17, 40, 515)),
+    rows=st.integers(1, 70),
+    groups=st.integers(1, 40),
+    bits=st.sampled_from(BITS),
+    group_size=st.sampled_from((32, 64, 128)),
+    scales=st.sampled_from((ml_dtypes.bfloat16, np.float32)),
+    margin=st.integers(0, 2),
+    rounded=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_activations_in_8_bits(kernels, count, rows, groups, bits, group_size, scales, margin, rounded, seed):
+    """The product of the dequantized weight with activations rounded to 255 levels in every group."""
+    if bits > kernels.g3n_int8_bits():
+        return
+    weight = Weight(rows, groups, bits, group_size, scales, margin, seed)
+    x = np.random.default_rng(seed).normal(0, 1, (count, groups * group_size)).astype(np.float32)
+    x[0, : min(group_size, 40)] = 0
+    used = (x.astype(ml_dtypes.bfloat16).astype(np.float64) if rounded else x).reshape(count, groups, group_size)
+    step = np.abs(used).max(2, keepdims=True) / 127
+    levels = np.round(np.divide(used, step, out=np.zeros_like(used, np.float64), where=step > 0))
+    nearest = (levels * step).reshape(count, -1)
+    found, expected = int8_product(kernels, weight, x, rounded), nearest @ weight.values.T
+    # A number between two levels may go to either; the output may be rounded to bfloat16.
+    slack = 2e-6 * (np.abs(nearest) @ np.abs(weight.values).T) + 1e-6 + (rounded * 2**-8) * np.abs(expected)
+    close = np.abs(np.abs(np.divide(used, step, out=np.zeros_like(used, np.float64), where=step > 0) - levels) - 0.5)
+    either = np.where(close < 1e-4, step, 0).reshape(count, -1) @ np.abs(weight.values).T
+    assert (np.abs(found - expected) <= slack + either).all()
+
+
+def test_activations_that_are_not_finite_stay_so_in_8_bits(kernels):
+    if not kernels.g3n_int8_bits():
+        pytest.skip("these instructions have no products of bytes")
+    weight = Weight(40, 3, 4, 64)
+    x = np.random.default_rng(0).normal(0, 1, (20, 192)).astype(np.float32)
+    usual = int8_product(kernels, weight, x, 0)
+    x[3, 70], x[5, 1], x[6, 191] = np.nan, np.inf, -np.inf
+    found = int8_product(kernels, weight, x, 0)
+    assert not np.isfinite(found[[3, 5, 6]]).any()
+    np.testing.assert_array_equal(np.delete(found, [3, 5, 6], 0), np.delete(usual, [3, 5, 6], 0))
+
+
 @settings(max_examples=30, deadline=None, suppress_health_check=SAME_KERNELS)
 @given(
     rows=st.integers(1, 40),

@@ -93,6 +93,11 @@ def leave() -> None:
     mx.clear_streams()
 
 
+def round_activations(model: object) -> None:
+    """Raises ValueError: MLX multiplies activations as they are."""
+    raise BadValue("activations='int8' is for the torch backend on a CPU; MLX multiplies activations as they are")
+
+
 def describe() -> dict[str, Any]:
     """MLX's version and devices, the default one with its dtype, and what multiplies 4-bit weights there."""
     place = device_of(None)

@@ -1,10 +1,13 @@
 """Where PyTorch computes and in which dtype."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from g3n_mlx.failures import BadValue
+
+if TYPE_CHECKING:
+    from g3n_mlx.backends.torch.model import Gemma3nModel
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -49,6 +52,25 @@ def claim(device: torch.device, weight_bytes: int = 0) -> None:
 
 def leave() -> None:
     """Nothing to free before the process ends."""
+
+
+def round_activations(model: "Gemma3nModel") -> None:
+    """Has a prefill's products with quantized weights take activations in 8 bits; a decode step stays exact.
+
+    Raises ValueError where no weight can be multiplied so.
+    """
+    from g3n_mlx.backends.torch.layers import QuantizedLinear
+
+    inner = [module for layer in model.language_model.layers for module in layer.modules()]
+    layers = [module for module in inner if isinstance(module, QuantizedLinear)]
+    able = [layer for layer in layers if layer.kernel is not None and layer.kernel.takes_int8()]
+    if not able:
+        raise BadValue(
+            "activations='int8' needs quantized weights and the kernels in C on an x86 processor with AVX2 or AVX-512; "
+            "load it without, or see `g3n doctor`"
+        )
+    for layer in able:
+        layer.int8_activations = True
 
 
 def describe() -> dict[str, Any]:

@@ -68,6 +68,7 @@ class QuantizedLinear(nn.Module):
         self.scales = weights.mapped("scales")
         self.biases = weights.mapped("biases")
         self.kernel = None
+        self.int8_activations = False  # set by device.round_activations
         if stored.multiplies(weights, quantization):
             self.scales, self.biases = stored.kernel_scales(self.scales), stored.kernel_scales(self.biases)
             self.kernel = stored.StoredProduct(self.weight, self.scales, self.biases, quantization)
@@ -76,6 +77,8 @@ class QuantizedLinear(nn.Module):
         """[T, K] -> [T, N]."""
         if self.kernel is not None and x.shape[0] <= stored.KERNEL_ROWS:
             return self.kernel(x)
+        if self.kernel is not None and self.int8_activations:
+            return self.kernel.int8(x)
         in_features = self.scales.shape[1] * self.group_size
         return blockwise_product(x, self.weight.shape[0], in_features, 1, self.dequantized)
 

@@ -35,6 +35,7 @@ def _load(request: Request) -> Loaded:
         q_bits=request.q_bits,
         device=request.device,
         dtype=request.dtype,
+        activations=request.activations,
     )
 
     def generate(prompts: Sequence[list[int]], count: int, on_token: Callable[[], None]) -> None:

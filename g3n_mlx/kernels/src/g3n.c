@@ -29,7 +29,7 @@ static int has(const Instructions *set) {
                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (set == &instructions_avx2) return avx2;
     if (set == &instructions_avx512) return avx512;
-    if (set == &instructions_avx512bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
+    if (set == &instructions_avx512bf16) return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #endif
     (void)set;
     return 1;
@@ -104,6 +104,20 @@ void g3n_embed(const Matrix *matrix, const int64_t *ids, int count, float *out) 
 void g3n_units(const Matrix *matrix, uint8_t *codes, uint16_t *scales, uint16_t *biases) {
     UnitsWork work = {matrix, codes, scales, biases};
     pool_run(chosen->units, &work);
+}
+
+int g3n_int8_bits(void) { return chosen->int8_bits; }
+
+void g3n_int8_product(const Matrix *matrix, const void *x, int rounded, int64_t rows, void *y) {
+    long groups = matrix->columns / matrix->group;
+    Int8Work work = {matrix, x, rounded, rows, .y = y};
+    work.codes = zeros(rows * matrix->columns);
+    work.scales = floats(rows, groups);
+    work.sums = floats(rows, groups);
+    pool_run(chosen->int8, &work);
+    free(work.codes);
+    free(work.scales);
+    free(work.sums);
 }
 
 // ---- Steps ----

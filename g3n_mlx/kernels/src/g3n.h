@@ -77,6 +77,9 @@ EXPORT int g3n_use(const char *instructions);
 EXPORT void g3n_threads(int count);
 EXPORT void g3n_share(void *parallel, void *thread, void *threads);
 EXPORT void g3n_product(const Matrix *matrix, const float *x, int rounded, int rows, float *y);
+// The widest codes that g3n_int8_product takes with these instructions; 0: none.
+EXPORT int g3n_int8_bits(void);
+EXPORT void g3n_int8_product(const Matrix *matrix, const void *x, int rounded, int64_t rows, void *y);
 EXPORT void g3n_dequantize(const Matrix *matrix, int64_t start, int64_t stop, int rounded, void *out);
 EXPORT void g3n_embed(const Matrix *matrix, const int64_t *ids, int count, float *out);
 EXPORT void g3n_units(const Matrix *matrix, uint8_t *codes, uint16_t *scales, uint16_t *biases);

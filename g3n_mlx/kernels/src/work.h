@@ -26,4 +26,14 @@ typedef struct {
     uint16_t *scales, *biases;
 } UnitsWork;
 
+typedef struct {
+    const Matrix *matrix;
+    const void *x;  // [rows, columns]
+    int rounded;    // x and y are bfloat16, else float32
+    int64_t rows;
+    int8_t *codes;         // [rows, columns], room for x in 8 bits
+    float *scales, *sums;  // [rows, columns / group]
+    void *y;               // [rows, matrix->rows]
+} Int8Work;
+
 #endif

@@ -104,6 +104,18 @@ class StoredProduct:
             found.g3n_product(self.matrix, some.data_ptr(), rounded, some.shape[0], out.data_ptr())
         return y.to(x.dtype)
 
+    def takes_int8(self) -> bool:
+        """Whether the processor has instructions for `int8` with codes of these bits."""
+        return self.matrix.bits <= calls().g3n_int8_bits()
+
+    def int8(self, x: Tensor) -> Tensor:
+        """[T, K] -> [T, N] in x's dtype, from x rounded to 8 bits in the weight's groups; T of any size."""
+        x = x.contiguous()
+        y = x.new_empty(x.shape[0], self.out_features)
+        rounded = x.dtype == torch.bfloat16
+        calls().g3n_int8_product(self.matrix, x.data_ptr(), rounded, x.shape[0], y.data_ptr())
+        return y
+
     def dequantized(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows [start, stop) of W: [stop - start, K]."""
         out = torch.empty(stop - start, self.in_features, dtype=dtype)
