@@ -14,7 +14,7 @@ import numpy as np
 
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.model import ModelConfig, token_ids
-from g3n_mlx.engine.answer import Answer, chunks_of
+from g3n_mlx.engine.answer import Answer, Progress, chunks_of
 from g3n_mlx.engine.cache import Cache
 from g3n_mlx.engine.conversation import Conversation
 from g3n_mlx.engine.drafts import Mode, checked_mode
@@ -47,6 +47,8 @@ PARALLEL = 4
 # Of the prompt that warms up: more than one row, as prompts have.
 WARM_UP_TOKENS = 16
 
+# Prompt, sampling and constraint of an answer, how it is drafted, and who is told how far the prompt is read.
+Request = tuple[Prompt, SamplingParams, Constraint | None, Mode, Progress | None]
 PromptLike = str | Sequence[int] | Sequence[Mapping[str, Any]] | Prompt
 
 
@@ -362,6 +364,7 @@ class Gemma3n:
         params: SamplingParams,
         constraint: Constraint | None = None,
         draft: Mode = "off",
+        progress: Progress | None = None,
     ) -> Answer:
         """An answer that is yet to run, over a cache of the caller's: a task for the runner, alone or among others.
 
@@ -380,6 +383,7 @@ class Gemma3n:
             self.tokenizer.stream(),
             params,
             lambda: max(peak_process_bytes(), model.peak_memory_bytes()),
+            progress,
         )
 
     def warm_up(self) -> None:
@@ -403,9 +407,7 @@ class Gemma3n:
         """Forgets the cached conversation and frees its memory."""
         self._conversation = None
 
-    def _request(
-        self, prompt: PromptLike, params: SamplingParams | None, options: AnswerOptions
-    ) -> tuple[Prompt, SamplingParams, Constraint | None, Mode]:
+    def _request(self, prompt: PromptLike, params: SamplingParams | None, options: AnswerOptions) -> Request:
         """What `answer` takes, made of what `generate` takes."""
         check_option_names(options, AnswerOptions.__annotations__)
         draft = checked_mode(options.get("draft") or "off")
@@ -413,7 +415,7 @@ class Gemma3n:
         constraint = constraint_of(options, lambda: self.grammars)
         prepared = self._prompt(with_media(prompt, options))
         check_length(prepared, 1, self.config.text.max_position_embeddings)
-        return prepared, sampling, constraint, draft
+        return prepared, sampling, constraint, draft, options.get("progress")
 
     def _prompt(self, prompt: Any) -> Prompt:
         self._check_open()
@@ -430,19 +432,15 @@ class Gemma3n:
         encoded = [self.runner.call(lambda piece=piece: numpy(self._embedded(piece))) for piece in features]
         return self.runner.checked(np.concatenate(encoded))
 
-    def _stream(
-        self, prompt: Prompt, params: SamplingParams, constraint: Constraint | None, draft: Mode
-    ) -> Generator[Chunk, None, None]:
+    def _stream(self, *request: *Request) -> Generator[Chunk, None, None]:
         with self._own_conversation() as conversation:
-            answer = self.answer(conversation, prompt, params, constraint, draft)
+            answer = self.answer(conversation, *request)
             while not answer.finished:
                 yield from chunks_of(*self.runner.advance([answer]))
 
-    async def _astream(
-        self, prompt: Prompt, params: SamplingParams, constraint: Constraint | None, draft: Mode
-    ) -> AsyncGenerator[Chunk, None]:
+    async def _astream(self, *request: *Request) -> AsyncGenerator[Chunk, None]:
         with self._own_conversation() as conversation:
-            answer = self.answer(conversation, prompt, params, constraint, draft)
+            answer = self.answer(conversation, *request)
             while not answer.finished:
                 for chunk in chunks_of(*await self.runner.advance_async([answer])):
                     yield chunk

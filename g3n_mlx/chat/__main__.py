@@ -73,8 +73,15 @@ def _run(arguments: argparse.Namespace) -> int:
     settings = {name: value for name in SETTINGS if (value := getattr(arguments, name, None)) is not None}
     SamplingParams(**settings)
     prompt = _one_shot_prompt(arguments.prompt)
-    model = load_from(arguments)
-    session = Session(model, arguments.system_prompt, settings, draft=arguments.draft, verbose=arguments.verbose)
+    model = load_from(arguments, slices_later=True)
+    session = Session(
+        model,
+        arguments.system_prompt,
+        settings,
+        draft=arguments.draft,
+        verbose=arguments.verbose,
+        slice_table=arguments.matformer_config,
+    )
     if prompt is None:
         model.warm_up()  # while the user reads and types
         say(f"{model.name} on {model.backend} ({model.device}); /help lists the commands, Ctrl-D ends")

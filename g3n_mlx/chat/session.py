@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from g3n_mlx.chat import attachments
-from g3n_mlx.chat.terminal import Interruption
+from g3n_mlx.chat.slices import Sizes
+from g3n_mlx.chat.terminal import Interruption, reading
 from g3n_mlx.commands import say, tell
 from g3n_mlx.config.fields import parse_json
 from g3n_mlx.failures import BadValue, FileProblem, check_folder_of, is_expected, one_line, size_in_words
@@ -60,9 +61,11 @@ class Session:
         *,
         draft: "Mode" = "auto",
         verbose: bool = False,
+        slice_table: Path | None = None,
     ) -> None:
         """settings: sampling keywords that differ from the model's defaults."""
-        self.model, self.system, self.settings, self.verbose = model, system, dict(settings), verbose
+        self.sizes = Sizes(model, slice_table)
+        self.system, self.settings, self.verbose = system, dict(settings), verbose
         self._draft: Mode = draft
         self.messages: list[dict[str, Any]] = []  # user and assistant in turn, without the system message
         self.failures = 0
@@ -85,12 +88,18 @@ class Session:
             "clear": ("", "forget the conversation, keep the system prompt", self._clear),
             "undo": ("", "forget the last question and its answer", self._undo),
             "retry": ("", "ask the last question again", self._retry),
+            "slice": ("[NAME]", "answer with a slice of the model from now on; alone, list them", self._slice),
             "save": ("FILE", "write the conversation as JSON", self._save),
             "load": ("FILE", "go on with a saved conversation", self._load),
             "stats": ("", "show the figures of the last answer", self._stats),
             "set": ("[NAME VALUE]", "show or change a setting, as in /set temperature 0.7", self._set),
             "exit": ("", "end (Ctrl-D too)", self._help),  # the loop sees it first
         }
+
+    @property
+    def model(self) -> "Gemma3n":
+        """What answers: the model, or a slice of it."""
+        return self.sizes.model
 
     def run(self, messages: Iterator[str]) -> None:
         """Answers messages and obeys commands until there are no more; a failure is said and does not end it."""
@@ -157,6 +166,8 @@ class Session:
             self.messages = [*messages, {"role": "assistant", "content": answer.text}]
             self._unanswered = None
         self._usage = answer.usage
+        if answer.usage is not None:
+            self.sizes.note(answer.usage)
         if answer.stopped:
             say("[stopped]" if answer.text else "[stopped before the answer began; /retry asks again]")
         elif answer.finish_reason == "length":
@@ -173,7 +184,10 @@ class Session:
         parts: list[str] = []
         finish_reason, usage, stopped = None, None, False
         with attachments.errors_by_name(messages), Interruption() as interruption:
-            chunks = self.model.stream(self._opened.in_messages(messages), draft=self._draft, **self.settings)
+            options: dict[str, Any] = {"draft": self._draft, **self.settings}
+            if sys.stderr.isatty():
+                options["progress"] = reading
+            chunks = self.model.stream(self._opened.in_messages(messages), **options)
             try:
                 for chunk in chunks:
                     interruption.answering = True
@@ -265,6 +279,15 @@ class Session:
         if not self.messages:
             raise BadValue("there is no question yet")
         return self.messages[-2]["content"]
+
+    def _slice(self, name: str) -> None:
+        if not name:
+            for line in self.sizes.lines():
+                say(line)
+            return
+        self.sizes.choose(name)
+        again = "; it reads the conversation again at the next question" if self.messages else ""
+        say(f"{self.sizes.name} answers from now on{again}")
 
     def _save(self, name: str) -> None:
         path = _path(name, "save")

@@ -3,6 +3,7 @@
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from g3n_mlx.commands import say
@@ -36,6 +37,14 @@ class Interruption:
         if self.noted or not self.answering:
             raise KeyboardInterrupt
         self.noted = True
+
+
+def reading(read: int, tokens: int) -> None:
+    """Shows in one line of stderr how far a long prompt is read; takes the line away at its end."""
+    line = f"reading: {read} of {tokens} tokens"
+    with suppress(OSError):
+        sys.stderr.write(f"\r{line}" if read < tokens else f"\r{' ' * len(line)}\r")
+        sys.stderr.flush()
 
 
 def message_lines() -> Iterator[str]:

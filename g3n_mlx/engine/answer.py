@@ -10,14 +10,24 @@ from g3n_mlx.engine.stops import StopStrings
 from g3n_mlx.prompt.tokenizer import StreamDecoder
 from g3n_mlx.sampling import SamplingParams
 
+# Takes how many of the prompt's tokens the cache holds, and how many there are.
+Progress = Callable[[int, int], None]
+
 
 class Answer:
     """A sequence with what is made of its steps. A task of the runner."""
 
     def __init__(
-        self, sequence: TokenSequence, text: StreamDecoder, params: SamplingParams, peak_memory_bytes: Callable[[], int]
+        self,
+        sequence: TokenSequence,
+        text: StreamDecoder,
+        params: SamplingParams,
+        peak_memory_bytes: Callable[[], int],
+        progress: Progress | None = None,
     ) -> None:
+        """progress: called after every part of the prompt."""
         self.sequence = sequence
+        self._progress = progress
         self.finished = False
         self._text, self._params, self._peak_memory_bytes = text, params, peak_memory_bytes
         self._stops = StopStrings(params.stop)
@@ -40,7 +50,11 @@ class Answer:
             chunks.append(Chunk(self._stops.push(self._text.push(token_id)), token_id, *self._logprobs(token)))
             return not self._stops.found
 
+        reading = not self.decoding
         self.sequence.told(steps, each)
+        if self._progress is not None and reading:
+            prompt_tokens = self.sequence.timings.prompt_tokens
+            self._progress(min(self.sequence.conversation.cache.offset, prompt_tokens), prompt_tokens)
         if self.sequence.finished:
             self.finished = True
             chunks.append(self._end())

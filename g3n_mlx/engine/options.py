@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
+from g3n_mlx.engine.answer import Progress
 from g3n_mlx.engine.drafts import Mode
 from g3n_mlx.engine.grammar import Grammars, closed
 from g3n_mlx.engine.sequence import Constraint
@@ -51,6 +52,7 @@ class AnswerOptions(SamplingOptions, total=False):
     audio: AudioSource | Sequence[AudioSource] | None
     videos: VideoSource | Sequence[VideoSource] | None
     draft: Mode | None  # how tokens are drafted, which changes no text: "off", "auto" or "lookup" (engine/drafts.py)
+    progress: Progress | None  # called after every part of the prompt that is read, in the model's thread
 
 
 _FORMATS = ("schema", "regex", "lark", "constraint")

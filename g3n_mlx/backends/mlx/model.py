@@ -139,6 +139,7 @@ class Gemma3nModel(nn.Module):
 
         checkpoint: this model's, viewed through the plan.
         """
+        mx.set_default_device(self.device)
         if not self.is_sliceable:
             self.is_sliceable = True
             for layer in self.language_model.layers:
