@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from g3n_mlx.checkpoint.hub import resolve, tensor_headers
 from g3n_mlx.checkpoint.names import canonical_name
 from g3n_mlx.checkpoint.quantization import BITS, GROUP_SIZES, Quantization
 from g3n_mlx.checkpoint.shards import DTYPES
-from g3n_mlx.commands import add_model_flag, command_parser, log_to_stderr, run_command, say, tell
+from g3n_mlx.commands import add_model_flag, command_parser, log_to_stderr, num_bytes, run_command, say, tell
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig, read_config
 from g3n_mlx.config.text import TextConfig
@@ -32,7 +31,6 @@ from g3n_mlx.matformer.table import OWN_TABLE, PUBLISHED, Slice, read_slices
 NAME = "g3n-convert"
 _DEFAULT_BITS = 4
 _DEFAULT_DTYPE = "bfloat16"
-_UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
@@ -175,13 +173,6 @@ def _in_words(entry: SizedSlice) -> str:
     return f"{entry.slice.short_name} ({entry.slice.name}){bits}, {size_in_words(entry.resident_bytes)} in memory"
 
 
-def _num_bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
-    if match is None or not match[2] or match[2] not in _UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 4GB, 3.5GiB or 900MB")
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
 def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     """The flags, of a command that was called as prog."""
     parser = command_parser(prog, "Slices (MatFormer) and quantizes a Gemma 3n checkpoint into a new folder.")
@@ -208,7 +199,7 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
         action="store_true",
         help="print the slices and their sizes, then stop",
     )
-    add("--fits", type=_num_bytes, metavar="SIZE", help="take the best slice whose memory fits, for example 4GB")
+    add("--fits", type=num_bytes, metavar="SIZE", help="take the best slice whose memory fits, for example 4GB")
     return parser
 
 

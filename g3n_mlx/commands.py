@@ -8,6 +8,7 @@ import argparse
 import gc
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from g3n_mlx.model import Gemma3n
+
+_UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 # Exit codes of a shell: 128 + SIGHUP, SIGINT, SIGPIPE, SIGTERM.
 HUNG_UP, INTERRUPTED, PIPE_CLOSED, TERMINATED = 129, 130, 141, 143
@@ -157,6 +160,14 @@ def positive_float(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return value
+
+
+def num_bytes(text: str) -> int:
+    """A flag's size, such as 4GB, 3.5GiB or 900MB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    if match is None or not match[2] or match[2] not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 4GB, 3.5GiB or 900MB")
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 class Terminated(SystemExit):

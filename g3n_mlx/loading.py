@@ -7,6 +7,7 @@ import platform
 import sys
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from g3n_mlx.checkpoint import hub
 from g3n_mlx.checkpoint.finite import not_finite
@@ -82,10 +83,51 @@ def load(
     own_template = _own_template(checkpoint) if chat_template == "own" else None
     if chat_template == "gemma" and (note := chat_template_note(folder, checkpoint.config.media_kinds)) is not None:
         logger.warning("%s", note)
-    generation = folder / "generation_config.json"
+    return Gemma3n(
+        _runner(checkpoint, name, backend, place, activations_dtype, activations),
+        checkpoint,
+        tokenizer,
+        name=name,
+        slice_name=None if plan is None else plan.slice_name,
+        backend=backend,
+        device=devices.name(place),
+        dtype=dtype_name,
+        generation_config=_generation_config(folder),
+        own_template=own_template,
+    )
+
+
+def load_view(
+    like: Gemma3n, checkpoint: Checkpoint, device: str | None = None, activations: str = "exact"
+) -> Gemma3n:
+    """A model over another view of a loaded model's checkpoint, such as one with weights at other bits.
+
+    It has the same tokenizer, backend and dtype. device, activations: those that the model was loaded with.
+    """
+    devices = importlib.import_module(f"g3n_mlx.backends.{like.backend}.device")
+    place = devices.device_of(device)
+    activations_dtype = devices.dtype_of(like.dtype, place, bool(checkpoint.quantizations))
+    return Gemma3n(
+        _runner(checkpoint, like.name, like.backend, place, activations_dtype, activations),
+        checkpoint,
+        like.tokenizer,
+        name=like.name,
+        slice_name=like.slice_name,
+        backend=like.backend,
+        device=devices.name(place),
+        dtype=like.dtype,
+        generation_config=_generation_config(checkpoint.folder),
+    )
+
+
+def _runner(
+    checkpoint: Checkpoint, name: str, backend: str, place: Any, activations_dtype: Any, activations: str
+) -> Runner:
+    """Builds the network of a checkpoint, in the thread that it then lives in."""
+    devices = importlib.import_module(f"g3n_mlx.backends.{backend}.device")
     model_file = importlib.import_module(f"g3n_mlx.backends.{backend}.model")
     thread = model_thread(backend, devices.leave)
-
+    dtype_name = devices.dtype_name(activations_dtype)
     defect = cache(partial(_defect, checkpoint, dtype_name))
 
     def built() -> Model:
@@ -97,18 +139,12 @@ def load(
             devices.round_activations(model)
         return model
 
-    return Gemma3n(
-        Runner(thread.call(built), thread, name, defect),
-        checkpoint,
-        tokenizer,
-        name=name,
-        slice_name=None if plan is None else plan.slice_name,
-        backend=backend,
-        device=devices.name(place),
-        dtype=dtype_name,
-        generation_config=read_json(generation) if generation.exists() else {},
-        own_template=own_template,
-    )
+    return Runner(thread.call(built), thread, name, defect)
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    return read_json(path) if path.exists() else {}
 
 
 def import_backend(name: str) -> None:
