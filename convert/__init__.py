@@ -6,8 +6,9 @@ Plain numpy and file access; no array framework is needed.
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.checkpoint.hub import cache_folder, resolve
 from g3n_mlx.checkpoint.names import canonical_tensors
 from g3n_mlx.checkpoint.quantization import Quantization
-from g3n_mlx.checkpoint.recipe import choose_quantizations
+from g3n_mlx.checkpoint.recipe import choose_quantizations, read_recipe
 from g3n_mlx.checkpoint.shards import open_shards
 from g3n_mlx.config.manifest import TEXT, dead_manifest
 from g3n_mlx.config.model import ModelConfig
@@ -35,6 +36,8 @@ from g3n_mlx.matformer.view import open_sliced
 
 logger = logging.getLogger(__name__)
 
+Choice = Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, Quantization]]
+
 # 4 bits are too coarse for the PLE table; 8 cost no memory, because the table stays on disk.
 DEFAULT_PLE_BITS = 8
 DEFAULT_GROUP_SIZE = 64
@@ -53,6 +56,7 @@ def convert(
     ple_bits: int | None = None,
     matformer: str | None = None,
     matformer_config: str | Path | None = None,
+    recipe: str | Path | None = None,
     dtype: str | None = None,
     revision: str | None = None,
     progress: bool = True,
@@ -61,11 +65,15 @@ def convert(
 
     source: a folder of any layout, or a hub id. q_bits: 2, 3, 4, 5, 6 or 8; None does not quantize. ple_bits: of the
     PLE table, 8 by default. matformer: name of a slice in matformer_config, a CSV file (None: the published
-    table). dtype: "bfloat16" by default, "float16" or "float32"; of an already quantized source it stays
-    what it is. Raises ValueError or OSError when the source, the slice, the disk or the output folder does not fit.
+    table). recipe: a JSON file with bits by module, instead of q_bits (checkpoint/recipe.py). dtype: "bfloat16" by
+    default, "float16" or "float32"; of an already quantized source it stays what it is.
+    Raises ValueError or OSError when the source, the slice, the recipe, the disk or the output folder does not fit.
     """
     if matformer_config is not None and matformer is None:
         raise BadValue("matformer_config was given without matformer: name the slice to take from it")
+    if recipe is not None and q_bits is not None:
+        raise BadValue("recipe and q_bits were both given: the recipe says how every module is stored")
+    rules = None if recipe is None else read_recipe(Path(recipe).expanduser())
     folder = resolve(source, revision)
     output = Path(output).expanduser()
     plan = None if matformer is None else plan_for(folder, matformer, matformer_config)
@@ -76,10 +84,16 @@ def convert(
 
     if (note := chat_template_note(folder, checkpoint.config.media_kinds)) is not None:
         logger.warning("%s", note)
+    choose: Choice | None = None
+    if rules is not None:
+        choose = partial(rules.choose, base_name=str if plan is None else plan.base_name)
+    elif q_bits is not None:
+        bits_of_ple = ple_bits or DEFAULT_PLE_BITS
+        choose = partial(choose_quantizations, q_bits=q_bits, q_group_size=q_group_size, ple_bits=bits_of_ple)
     try:
         check_free_name(output)
         place = appearing_folder(output, wait_for_others=False)
-        _write(checkpoint, plan, output, place, q_bits, q_group_size, ple_bits, dtype, progress)
+        _write(checkpoint, plan, output, place, choose, dtype, progress)
     finally:
         checkpoint.close()
     return output
@@ -108,7 +122,8 @@ def cached_conversion(
         try:
             logger.info("quantizing %s once, into %s", folder, target)
             place = appearing_folder(target, wait_for_others=True, otherwise=_OUTSIDE_THE_CACHE)
-            _write(checkpoint, plan, target, place, q_bits, q_group_size, ple_bits, None, progress)
+            choose = partial(choose_quantizations, q_bits=q_bits, q_group_size=q_group_size, ple_bits=ple_bits)
+            _write(checkpoint, plan, target, place, choose, None, progress)
         except FileExistsError:
             if not target.is_dir():
                 raise
@@ -142,28 +157,27 @@ def _write(
     plan: SlicePlan | None,
     output: Path,
     place: AbstractContextManager[Path],
-    q_bits: int | None,
-    q_group_size: int,
-    ple_bits: int | None,
+    choose: Choice | None,
     dtype: str | None,
     progress: bool,
 ) -> None:
+    """choose: how modules are to be stored, by the shapes of all tensors; None leaves them as they are."""
     if dtype is not None and dtype not in FLOATS:
         raise BadValue(f"dtype is {dtype!r}, expected one of {', '.join(FLOATS)}")
     present = checkpoint.quantizations
-    if present and (q_bits is not None or dtype is not None):
+    if present and (choose is not None or dtype is not None):
         found = Counter(present.values()).most_common(1)[0][0]
         raise BadValue(
             f"{checkpoint.folder} is quantized already ({found.bits} bits in groups of {found.group_size}): it can be "
             "sliced as it is; for other bits or another dtype start from the unquantized checkpoint"
         )
-    if q_bits is None:
+    if choose is None:
         chosen, stored = present, None if present else FLOATS[dtype or "bfloat16"]
     else:
         shapes = {name: checkpoint.info(name).shape for name in checkpoint.names} | dead_manifest(
             checkpoint.config.text
         )
-        chosen = choose_quantizations(shapes, q_bits, q_group_size, ple_bits or DEFAULT_PLE_BITS)
+        chosen = choose(shapes)
         stored = FLOATS[dtype or "bfloat16"]
     jobs = plan_jobs(checkpoint, {} if present else chosen, stored)
     with place as partial:

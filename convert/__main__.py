@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
         parser.error("give either --matformer or --fits")
     if flags.matformer_config and not (flags.matformer or flags.fits is not None or flags.list_slices):
         parser.error("--matformer-config needs --matformer, --fits or --list-slices")
+    if flags.recipe and (flags.quantize or flags.list_slices or flags.fits is not None):
+        parser.error("--recipe says how every module is stored: leave out -q, --fits and --list-slices")
     for name in ("q_bits", "ple_bits", "q_group_size"):
         if getattr(flags, name) is not None and not flags.quantize and not flags.list_slices:
             parser.error(f"--{name.replace('_', '-')} is for a conversion with -q")
@@ -73,6 +75,7 @@ def _convert(flags: argparse.Namespace) -> int:
         ple_bits=flags.ple_bits,
         matformer=matformer,
         matformer_config=flags.matformer_config if matformer else None,
+        recipe=flags.recipe,
         dtype=flags.dtype,
         revision=flags.revision,
     )
@@ -191,6 +194,7 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     )
     add("--q-group-size", type=int, choices=GROUP_SIZES, help=f"default {DEFAULT_GROUP_SIZE}")
     add("--ple-bits", type=int, choices=BITS, help=f"bits of the PLE table (default {DEFAULT_PLE_BITS})")
+    add("--recipe", type=Path, metavar="FILE", help="JSON of bits by module")
     add_model_flag(add, "--matformer", help="MatFormer slice to take, by name or short form (e2.49b-block)")
     add_model_flag(add, "--matformer-config")
     add("--dtype", choices=FLOATS, help="of what is not quantized (default bfloat16)")

@@ -1,10 +1,22 @@
-"""Which modules a conversion quantizes, and at how many bits."""
+"""Which modules a conversion quantizes, and at how many bits.
 
+A recipe is a JSON file, {"modules": {PATTERN: {"bits": 4, "group_size": 64}, OTHER_PATTERN: false, ...}}. Patterns are
+those of file names, over module paths of the whole checkpoint, before any slice (`language_model.layers.3.mlp.*`). The
+first that matches counts; false, or none that matches, leaves the module as it is. Only modules that a conversion
+quantizes at all are looked up.
+"""
+
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
 
 from g3n_mlx.checkpoint.quantization import Quantization
+from g3n_mlx.config.fields import is_integer, read_json, shown
 from g3n_mlx.config.manifest import PLE_TABLE, TEXT, TOKEN_TABLE
+from g3n_mlx.failures import BadValue
 
 logger = logging.getLogger(__name__)
 
@@ -48,3 +60,62 @@ def choose_quantizations(
             continue
         chosen[path] = Quantization(ple_bits if path == PLE_TABLE else q_bits, q_group_size)
     return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How modules are stored, by patterns of their paths."""
+
+    patterns: tuple[tuple[str, Quantization | None], ...]  # in order; None stays as it is
+
+    def quantization(self, path: str) -> Quantization | None:
+        """How a module of the whole checkpoint is stored."""
+        return next((how for pattern, how in self.patterns if fnmatchcase(path, pattern)), None)
+
+    def choose(self, shapes: Mapping[str, tuple[int, ...]], base_name: Callable[[str], str]) -> dict[str, Quantization]:
+        """As `choose_quantizations`, by this recipe. base_name: the whole checkpoint's path of a module."""
+        chosen: dict[str, Quantization] = {}
+        for name, shape in shapes.items():
+            path = name.removesuffix(".weight")
+            how = self.quantization(base_name(path)) if is_quantized_module(path) else None
+            if how is not None and shape[-1] % how.group_size == 0:
+                chosen[path] = how
+        if not chosen:
+            raise BadValue("the recipe quantizes no module of this checkpoint: are its patterns those of another one?")
+        return chosen
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Reads a recipe; raises OSError, or ValueError naming the pattern that can't be used."""
+    entries = read_json(path)
+    modules = entries.get("modules")
+    if not isinstance(modules, dict) or not modules:
+        raise BadValue(f"{path}: modules is {shown(modules)}, expected an object of bits and group sizes by pattern")
+    patterns: list[tuple[str, Quantization | None]] = []
+    for pattern, how in modules.items():
+        if how is False:
+            patterns.append((pattern, None))
+            continue
+        if not isinstance(how, dict) or set(how) != {"bits", "group_size"} or not all(map(is_integer, how.values())):
+            raise BadValue(f"{path}: {pattern} is {shown(how)}, expected bits and group_size, or false")
+        try:
+            patterns.append((pattern, Quantization(how["bits"], how["group_size"])))
+        except ValueError as error:
+            raise BadValue(f"{path}: {pattern}: {error}") from None
+    return Recipe(tuple(patterns))
+
+
+def write_recipe(path: Path, quantizations: Mapping[str, Quantization]) -> None:
+    """Writes how modules are stored; the parts of a layer's attention or FFN that are stored alike are one pattern."""
+    by_parent: dict[str, list[str]] = {}
+    for module in quantizations:
+        parent, _, _ = module.rpartition(".")
+        key = f"{parent}.*" if parent.endswith((".self_attn", ".mlp")) else module
+        by_parent.setdefault(key, []).append(module)
+    entries: dict[str, dict[str, int]] = {}
+    for key, modules in by_parent.items():
+        alike = len({quantizations[module] for module in modules}) == 1
+        for pattern in [key] if alike else modules:
+            how = quantizations[modules[0] if alike else pattern]
+            entries[pattern] = {"bits": how.bits, "group_size": how.group_size}
+    path.write_text(json.dumps({"modules": entries}, indent=1) + "\n", encoding="utf-8")
