@@ -194,7 +194,7 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     )
     add("--q-group-size", type=int, choices=GROUP_SIZES, help=f"default {DEFAULT_GROUP_SIZE}")
     add("--ple-bits", type=int, choices=BITS, help=f"bits of the PLE table (default {DEFAULT_PLE_BITS})")
-    add("--recipe", type=Path, metavar="FILE", help="JSON of bits by module")
+    add("--recipe", type=Path, metavar="FILE", help="JSON of bits by module, as g3n slices search writes it")
     add_model_flag(add, "--matformer", help="MatFormer slice to take, by name or short form (e2.49b-block)")
     add_model_flag(add, "--matformer-config")
     add("--dtype", choices=FLOATS, help="of what is not quantized (default bfloat16)")

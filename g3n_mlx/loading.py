@@ -97,9 +97,7 @@ def load(
     )
 
 
-def load_view(
-    like: Gemma3n, checkpoint: Checkpoint, device: str | None = None, activations: str = "exact"
-) -> Gemma3n:
+def load_view(like: Gemma3n, checkpoint: Checkpoint, device: str | None = None, activations: str = "exact") -> Gemma3n:
     """A model over another view of a loaded model's checkpoint, such as one with weights at other bits.
 
     It has the same tokenizer, backend and dtype. device, activations: those that the model was loaded with.

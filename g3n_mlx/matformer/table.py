@@ -2,6 +2,7 @@
 
 import csv
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -79,6 +80,18 @@ def slices_for(folder: Path, table: Path | None = None) -> list[Slice]:
     return own + [e for e in published if not {e.name.casefold(), e.short_name.casefold()} & taken]
 
 
+def write_slices(path: Path, slices: Sequence[Slice]) -> None:
+    """Writes a table in the same grammar; short names follow from the names."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(_COLUMNS)
+        for entry in slices:
+            params = "" if entry.effective_params_b is None else f"{entry.effective_params_b:.3g}"
+            mmlu = "" if entry.mmlu is None else f"{entry.mmlu:.2f}%"
+            skipped = str(list(entry.skipped_layers)) if entry.skipped_layers else ""
+            rows.writerow([entry.name, entry.num_layers, params, mmlu, str(list(entry.ffn_hidden_dims)), skipped])
+
+
 def _parse_row(row: list[str], where: str) -> Slice:
     if len(row) != len(_COLUMNS):
         raise BadValue(f"{where}: has {len(row)} fields, expected {len(_COLUMNS)}")
@@ -87,7 +100,7 @@ def _parse_row(row: list[str], where: str) -> Slice:
         raise BadValue(f"{where}: the slice has no name")
     return Slice(
         name=name,
-        short_name=_short_name(name),
+        short_name=short_name(name),
         num_layers=_product(layers, f"{where}, {_COLUMNS[1]}"),
         effective_params_b=_optional_number(params, f"{where}, {_COLUMNS[2]}"),
         mmlu=_optional_number(mmlu.removesuffix("%"), f"{where}, {_COLUMNS[3]}"),
@@ -96,7 +109,7 @@ def _parse_row(row: list[str], where: str) -> Slice:
     )
 
 
-def _short_name(name: str) -> str:
+def short_name(name: str) -> str:
     """`Config for E2.49B (block-level)` -> `e2.49b-block`; other names in lower case with dashes."""
     size = re.search(r"\bE\d+(?:\.\d+)?B\b", name, re.IGNORECASE)
     if size is None:

@@ -1,0 +1,63 @@
+"""Candidates as models that run: views of the loaded model, or weights of several conversions put together."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from g3n_mlx.checkpoint.folder import Checkpoint
+from g3n_mlx.checkpoint.quantization import PARTS
+from g3n_mlx.config.manifest import PLE_TABLE
+from g3n_mlx.convert import cached_conversion
+from g3n_mlx.loading import load_view
+from g3n_mlx.slices.costs import has_bits, quantizations
+from g3n_mlx.slices.space import Candidate, plan_of
+
+if TYPE_CHECKING:
+    from g3n_mlx.model import Gemma3n
+
+
+class Variants:
+    """The smaller models that a loaded one can become."""
+
+    def __init__(self, whole: "Gemma3n", device: str | None = None, activations: str = "exact") -> None:
+        """device, activations: those that the model was loaded with."""
+        self.whole, self._device, self._activations = whole, device, activations
+        self._conversions: dict[int, Checkpoint] = {}  # by bits; made in the user's cache when first asked for
+
+    @contextmanager
+    def opened(self, candidate: Candidate) -> "Generator[Gemma3n, None, None]":
+        """The candidate, until the block ends."""
+        text = self.whole.config.text
+        if not has_bits(candidate):
+            with self.whole.slice(plan_of(text, candidate)) as model:
+                yield model
+            return
+        with load_view(self.whole, self._mixed(candidate), self._device, self._activations) as mixed:
+            if candidate.widths == text.intermediate_size:
+                yield mixed
+            else:
+                with mixed.slice(plan_of(text, candidate)) as model:
+                    yield model
+
+    def close(self) -> None:
+        """Closes the conversions; the model that was given stays open."""
+        for checkpoint in self._conversions.values():
+            checkpoint.close()
+
+    def _mixed(self, candidate: Candidate) -> Checkpoint:
+        """The checkpoint with the modules whose bits the candidate chooses taken from its conversions."""
+        base = self.whole.checkpoint
+        sources, chosen = dict(base.sources), quantizations(base, candidate)
+        for path, quantization in chosen.items():
+            # Every conversion has the PLE table, at 8 bits.
+            bits = candidate.outside.token_bits if path == PLE_TABLE else quantization.bits
+            converted = self._conversion(bits)
+            del sources[f"{path}.weight"]
+            sources |= {f"{path}.{part}": converted.sources[f"{path}.{part}"] for part in PARTS}
+        return base.view(base.config, base.raw_config, sources, chosen)
+
+    def _conversion(self, bits: int) -> Checkpoint:
+        if bits not in self._conversions:
+            folder = cached_conversion(self.whole.checkpoint.folder, q_bits=bits)
+            self._conversions[bits] = Checkpoint.open(folder)
+        return self._conversions[bits]

@@ -1,0 +1,108 @@
+"""The search against all candidates, on a checkpoint with planted importance, in both backends."""
+
+import sys
+from fractions import Fraction
+from itertools import product
+
+import numpy as np
+import pytest
+from planted import LAYERS, WIDTH, write_planted
+from tqdm import tqdm
+
+from g3n_mlx import load
+from g3n_mlx.prompt.prompt import of_token_ids
+from g3n_mlx.slices.goals import Setting, for_budgets
+from g3n_mlx.slices.journal import Journal
+from g3n_mlx.slices.measure import Divergences
+from g3n_mlx.slices.pieces import Piece
+from g3n_mlx.slices.space import SKIPPED, Candidate, Layer, space_of
+from g3n_mlx.slices.variants import Variants
+
+HALF = WIDTH // 2
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_folder, tmp_path_factory):
+    return write_planted(tmp_path_factory.mktemp("planted") / "model", tiny_folder)
+
+
+@pytest.fixture
+def setting(folder, backend, tmp_path):
+    """A search over two pieces, none held out."""
+    draw = np.random.default_rng(0)
+    pieces = [Piece(of_token_ids([2, *draw.integers(200, 900, 24).tolist()], 1152), start) for start in (0, 5)]
+    with load(folder, backend=backend, dtype="float32", device="cpu") as model, Journal(tmp_path / "j", {}) as journal:
+        variants = Variants(model, "cpu")
+        space = space_of(model.checkpoint, [Fraction(1, 2)], [])
+        with tqdm(total=0, disable=True, file=sys.stderr) as bar:
+            yield Setting(variants, space, Divergences(variants, journal, bar), pieces, pieces)
+
+
+def log_softmax(logits):
+    wide = logits.astype(np.float64)
+    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+
+
+def all_candidates():
+    """Every width of every layer, and the block of the last two with and without."""
+    free = list(product((HALF, WIDTH), repeat=LAYERS))
+    skipped = [(*widths, 0, 0) for widths in product((HALF, WIDTH), repeat=LAYERS - 2)]
+    return [Candidate(tuple(map(Layer, widths))) for widths in (*free, *skipped)]
+
+
+def test_the_search_finds_what_enumeration_finds(setting):
+    every = all_candidates()
+    measured = setting.divergences.of(every, setting.pieces)
+    cost = setting.costs.memory
+    wide = {1: (1,), 2: (1, 4), 3: (1, 2, 4)}
+    for count, layers in wide.items():
+        # Room for so many whole layers, and all others at half their width.
+        planted = Candidate(tuple(Layer(WIDTH if at in layers else HALF) for at in range(LAYERS)))
+        budget = cost(planted)
+        best = min((c for c in every if cost(c) <= budget), key=lambda c: (measured[c], cost(c)))
+        found = setting.find(f"room for {count}", cost, budget)
+        assert found.candidate == best == planted
+        assert found.measured == pytest.approx(measured[best])
+
+
+def test_divergence_is_that_of_whole_logits(setting, folder, backend):
+    candidate = setting.space.whole.changed({1: Layer(HALF), 4: SKIPPED, 5: SKIPPED})
+    found = setting.divergences.of([candidate], setting.pieces)[candidate]
+    whole = setting.variants.whole
+    total = tokens = 0
+    with setting.variants.opened(candidate) as smaller:
+        assert smaller.config.text.intermediate_size == (WIDTH, HALF, WIDTH, WIDTH)
+        for piece in setting.pieces:
+            p, q = (
+                logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+                for logits in (
+                    model.logits(piece.prompt)[piece.start :].astype(np.float64) for model in (whole, smaller)
+                )
+            )
+            total += (np.exp(p) * (p - q)).sum()
+            tokens += len(p)
+    assert found == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_costs_add_up(setting):
+    """What the solver takes for granted, against the sizes of whole candidates."""
+    cost, space = setting.costs.memory, setting.space
+    base = cost(space.whole)
+    for candidate in all_candidates():
+        layers = {at: layer for at, layer in enumerate(candidate.layers) if layer.width}
+        parts = [space.whole.changed({at: layer}) for at, layer in layers.items()]
+        parts += [space.whole.changed({4: SKIPPED, 5: SKIPPED})] if len(layers) < LAYERS else []
+        assert cost(candidate) == base + sum(cost(part) - base for part in parts)
+
+
+def test_measurements_are_made_once(setting, monkeypatch):
+    setting.divergences.of([setting.space.cheapest()], setting.pieces)
+    monkeypatch.setattr(Variants, "opened", None)
+    again = setting.divergences.of([setting.space.cheapest()], setting.pieces)
+    assert again[setting.space.cheapest()] > 0
+
+
+def test_a_budget_below_everything_says_what_the_smallest_needs(setting):
+    with pytest.raises(ValueError, match=r"nothing fits 1\.0 KB: the smallest that is searched needs 0\.6"):
+        for_budgets(setting, [10**9, 1000], None)
+    assert not setting.divergences._journal  # before anything was measured
