@@ -132,9 +132,10 @@ def add_draft_flag(add: Callable[..., argparse.Action], default: str) -> None:
     """Adds --draft. add: `add_argument` of a parser or group."""
     add(
         "--draft",
-        choices=["off", "auto", "lookup"],
+        metavar="HOW",
         default=default,
-        help=f"compute several tokens at once where it pays, which changes no text; default: {default}",
+        help="compute several tokens at once, which changes no text: off, auto (where it pays), lookup (wherever it "
+        f"can), or the name of a slice, which drafts beside auto; default: {default}",
     )
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import secrets
 import threading
 from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
@@ -17,9 +18,11 @@ from g3n_mlx.config.model import ModelConfig, token_ids
 from g3n_mlx.engine.answer import Answer, Progress, chunks_of
 from g3n_mlx.engine.cache import Cache
 from g3n_mlx.engine.conversation import Conversation
-from g3n_mlx.engine.drafts import Mode, checked_mode
+from g3n_mlx.engine.drafting import How
+from g3n_mlx.engine.drafts import MODES
 from g3n_mlx.engine.grammar import Grammars
 from g3n_mlx.engine.many import answers
+from g3n_mlx.engine.nested import Nested
 from g3n_mlx.engine.options import AnswerOptions, constraint_of, parsed, with_media
 from g3n_mlx.engine.results import Chunk, Result
 from g3n_mlx.engine.runner import Runner
@@ -48,7 +51,7 @@ PARALLEL = 4
 WARM_UP_TOKENS = 16
 
 # Prompt, sampling and constraint of an answer, how it is drafted, and who is told how far the prompt is read.
-Request = tuple[Prompt, SamplingParams, Constraint | None, Mode, Progress | None]
+Request = tuple[Prompt, SamplingParams, Constraint | None, str, Progress | None]
 PromptLike = str | Sequence[int] | Sequence[Mapping[str, Any]] | Prompt
 
 
@@ -89,6 +92,8 @@ class Gemma3n:
         opener = MediaOpener(checkpoint.folder, checkpoint.config)
         self.preparer = Preparer(tokenizer, opener, self.config.text.max_position_embeddings, own_template)
         self._embedded = EmbeddedMedia(runner)
+        self._drafting_slices: dict[str, Gemma3n] = {}  # by name
+        self._nested: dict[tuple[str, tuple[bool, ...]], Nested] = {}  # they, by what a draw takes
         self._conversation: Conversation | None = None
         self._conversation_lock = threading.Lock()
 
@@ -119,6 +124,8 @@ class Gemma3n:
         """
         if not self.runner.closed:
             self.reset()
+            for small in self._drafting_slices.values():
+                small.close()
             self.runner.close()
             self.runner.thread.call(self._embedded.leave)  # where it is filled, after the call that may be under way
             self.checkpoint.close()
@@ -164,6 +171,7 @@ class Gemma3n:
         other.runner = runner.of_slice(model)
         other._embedded = self._embedded.shared_with(other.runner)
         other._conversation, other._conversation_lock = None, threading.Lock()
+        other._drafting_slices, other._nested = {}, {}
         return other
 
     def prepare(self, messages: str | Sequence[Mapping[str, Any]], policy: MediaPolicy = ANY_MEDIA) -> Prompt:
@@ -363,23 +371,21 @@ class Gemma3n:
         prompt: Prompt,
         params: SamplingParams,
         constraint: Constraint | None = None,
-        draft: Mode = "off",
+        draft: str = "off",
         progress: Progress | None = None,
     ) -> Answer:
         """An answer that is yet to run, over a cache of the caller's: a task for the runner, alone or among others.
 
-        draft: how tokens are drafted, which changes no text. Broken off between two of its wishes, the conversation
+        draft: see `checked_draft`. Broken off between two of its wishes, the conversation
         stays good. Raises PromptTooLong.
         """
         model, text = self.runner.model, self.config.text
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
-        # What a call takes depends on what a draw takes.
-        drawn = params.greedy, params.top_k > 0, params.penalizes, constraint is not None
-        costs = self.runner.costs[drawn]
+        if params.seed is None and draft not in MODES:  # the slice has to draw by the same numbers
+            params = replace(params, seed=secrets.randbits(64))
+        how = self._how(draft, (params.greedy, params.top_k > 0, params.penalizes, constraint is not None))
         return Answer(
-            TokenSequence(
-                model, text, conversation, prompt, params, stop_ids, self._embedded, constraint, draft, costs
-            ),
+            TokenSequence(model, text, conversation, prompt, params, stop_ids, self._embedded, constraint, how),
             self.tokenizer.stream(),
             params,
             lambda: max(peak_process_bytes(), model.peak_memory_bytes()),
@@ -403,6 +409,35 @@ class Gemma3n:
         # Its failure is the first answer's as well, which reports it.
         self.runner.thread.submit(answered)
 
+    def checked_draft(self, draft: object) -> str:
+        """How tokens are drafted: "off", "auto", "lookup", or the name of a slice, which drafts where "auto" does not.
+
+        It changes no text. Raises ValueError when it is none of them.
+        """
+        if draft in MODES or draft in self._drafting_slices:
+            return str(draft)
+        try:
+            if not isinstance(draft, str):
+                raise BadValue("it is no string")
+            self._drafting_slices[draft] = self.slice(draft)
+        except ValueError as error:
+            modes = ", ".join(map(repr, MODES))
+            raise BadValue(f"draft is {draft!r}, expected {modes} or the name of a slice: {error}") from None
+        return draft
+
+    def _how(self, draft: str, drawn: tuple[bool, ...]) -> How:
+        """drawn: what a draw, and so a call, takes."""
+        costs = self.runner.costs[drawn]
+        for mode in MODES:
+            if draft == mode:
+                return How(mode, costs)
+        small = self._drafting_slices[self.checked_draft(draft)]
+        assert small.plan is not None
+        if (draft, drawn) not in self._nested:
+            owners = small.plan.kept_layers[: small.config.text.first_kv_shared_layer]
+            self._nested[draft, drawn] = Nested(small.runner, owners, small.runner.costs[drawn])
+        return How("auto", costs, self._nested[draft, drawn])
+
     def reset(self) -> None:
         """Forgets the cached conversation and frees its memory."""
         self._conversation = None
@@ -410,7 +445,7 @@ class Gemma3n:
     def _request(self, prompt: PromptLike, params: SamplingParams | None, options: AnswerOptions) -> Request:
         """What `answer` takes, made of what `generate` takes."""
         check_option_names(options, AnswerOptions.__annotations__)
-        draft = checked_mode(options.get("draft") or "off")
+        draft = self.checked_draft(options.get("draft") or "off")
         sampling = self.sampling_params(params, **_sampling(options))
         constraint = constraint_of(options, lambda: self.grammars)
         prepared = self._prompt(with_media(prompt, options))

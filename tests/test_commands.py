@@ -1,6 +1,5 @@
 """The commands' common side: model flags, --version, and names as they were called."""
 
-import argparse
 import subprocess
 import sys
 import tomllib
@@ -12,8 +11,7 @@ import pytest
 from g3n_mlx import __main__ as umbrella
 from g3n_mlx import loading
 from g3n_mlx.checkpoint import hub
-from g3n_mlx.commands import MODEL_FLAGS, add_draft_flag, load_from, model_of
-from g3n_mlx.engine.drafts import MODES
+from g3n_mlx.commands import MODEL_FLAGS, load_from, model_of
 
 LOADING = ["chat", "bench", "eval", "serve"]
 
@@ -128,11 +126,3 @@ def test_the_package_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "g3n_mlx"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("usage: python -m g3n_mlx COMMAND [FLAGS]\n")
-
-
-def test_the_draft_flag_names_every_way_to_draft():
-    parser = argparse.ArgumentParser()
-    add_draft_flag(parser.add_argument, "auto")
-    (action,) = [action for action in parser._actions if action.dest == "draft"]
-    assert tuple(action.choices) == MODES
-    assert parser.parse_args([]).draft == "auto"

@@ -73,7 +73,7 @@ class Oracle:
 
 
 def with_oracle(patch, *arguments):
-    patch.setattr("g3n_mlx.engine.sequence.Drafter", lambda *_: Oracle(*arguments))
+    patch.setattr("g3n_mlx.engine.drafting.Drafter", lambda *_: Oracle(*arguments))
 
 
 def assert_same(model, found, expected):
@@ -279,5 +279,9 @@ def test_a_stream_closed_within_a_draft_leaves_a_good_conversation(model, monkey
 
 
 def test_a_wrong_way_to_draft_is_one_error(model):
-    with pytest.raises(ValueError, match="draft is 'fast', expected 'off', 'auto', 'lookup'"):
+    with pytest.raises(
+        ValueError, match="draft is 'fast', expected 'off', 'auto', 'lookup' or the name of a slice: no "
+    ):
         model.generate("Hello", draft="fast")
+    with pytest.raises(ValueError, match="draft is 3, expected 'off'"):
+        model.generate("Hello", draft=3)

@@ -74,6 +74,7 @@ def _run(arguments: argparse.Namespace) -> int:
     SamplingParams(**settings)
     prompt = _one_shot_prompt(arguments.prompt)
     model = load_from(arguments, slices_later=True)
+    model.checked_draft(arguments.draft)
     session = Session(
         model,
         arguments.system_prompt,

@@ -21,7 +21,6 @@ from g3n_mlx.config.fields import parse_json
 from g3n_mlx.failures import BadValue, FileProblem, check_folder_of, is_expected, one_line, size_in_words
 
 if TYPE_CHECKING:
-    from g3n_mlx.engine.drafts import Mode
     from g3n_mlx.engine.results import Usage
     from g3n_mlx.model import Gemma3n
     from g3n_mlx.prompt.prompt import Prompt
@@ -59,14 +58,14 @@ class Session:
         system: str | None,
         settings: dict[str, Any],
         *,
-        draft: "Mode" = "auto",
+        draft: str = "auto",
         verbose: bool = False,
         slice_table: Path | None = None,
     ) -> None:
         """settings: sampling keywords that differ from the model's defaults."""
         self.sizes = Sizes(model, slice_table)
         self.system, self.settings, self.verbose = system, dict(settings), verbose
-        self._draft: Mode = draft
+        self._draft = draft
         self.messages: list[dict[str, Any]] = []  # user and assistant in turn, without the system message
         self.failures = 0
         self._usage: Usage | None = None
@@ -184,7 +183,7 @@ class Session:
         parts: list[str] = []
         finish_reason, usage, stopped = None, None, False
         with attachments.errors_by_name(messages), Interruption() as interruption:
-            options: dict[str, Any] = {"draft": self._draft, **self.settings}
+            options: dict[str, Any] = {"draft": self.sizes.draft(self._draft), **self.settings}
             if sys.stderr.isatty():
                 options["progress"] = reading
             chunks = self.model.stream(self._opened.in_messages(messages), **options)

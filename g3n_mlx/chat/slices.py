@@ -39,6 +39,12 @@ class Sizes:
         """What answers."""
         return self._taken[self.name]
 
+    def draft(self, draft: str) -> str:
+        """How what answers drafts; a slice that drafts does so for the whole model alone."""
+        from g3n_mlx.engine.drafts import MODES
+
+        return draft if self.name == LOADED or draft in MODES else "auto"
+
     def choose(self, name: str) -> None:
         """Has a slice answer from now on, by name or short name; raises ValueError when there is none of that name."""
         chosen = LOADED

@@ -7,14 +7,15 @@ how often what a lookup found was right, which is seen at every token, drafted o
 """
 
 import math
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from g3n_mlx.engine.lookup import Lookup
-from g3n_mlx.failures import BadValue
 
 Mode = Literal["off", "auto", "lookup"]
 MODES: tuple[Mode, ...] = ("off", "auto", "lookup")
@@ -56,14 +57,6 @@ class DraftConstraint(Protocol):
         ...
 
 
-def checked_mode(draft: object) -> Mode:
-    """The way to draft that an option names. Raises ValueError when there is none such."""
-    for mode in MODES:
-        if draft == mode:
-            return mode
-    raise BadValue(f"draft is {draft!r}, expected {', '.join(map(repr, MODES))}")
-
-
 class CallCosts:
     """How long calls for one sequence take on this machine, by their rows."""
 
@@ -84,6 +77,17 @@ class CallCosts:
         self._known = sorted(
             (n, sorted(times)[(len(times) - 1) // 2]) for n, times in self._times.items() if len(times) >= LEAST_TIMES
         )
+
+    @contextmanager
+    def timed(self, rows: int) -> Generator[None]:
+        """Notes how long what is done inside takes."""
+        started = time.perf_counter()
+        yield
+        self.note(rows, time.perf_counter() - started)
+
+    def seconds(self, rows: int) -> float | None:
+        """The time of a call of so many rows; None where it is not known."""
+        return dict(self._known).get(rows)
 
     def ratio(self, rows: int) -> float:
         """The time of a call of so many rows, in calls of one row; between and beyond what is known, on lines."""

@@ -51,7 +51,7 @@ class AnswerOptions(SamplingOptions, total=False):
     images: "ImageSource | Sequence[ImageSource] | None"  # a list or tuple is several, in order
     audio: AudioSource | Sequence[AudioSource] | None
     videos: VideoSource | Sequence[VideoSource] | None
-    draft: Mode | None  # how tokens are drafted, which changes no text: "off", "auto" or "lookup" (engine/drafts.py)
+    draft: Mode | str | None  # how tokens are drafted, which changes no text: a mode or a slice (engine/drafts.py)
     progress: Progress | None  # called after every part of the prompt that is read, in the model's thread
 
 

@@ -8,7 +8,6 @@ With drafts (drafts.py) the rows are those of several tokens, of which the model
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +16,8 @@ from g3n_mlx.batch import Draw, Rows, Soft, SoftTokens, Step
 from g3n_mlx.config.text import TextConfig
 from g3n_mlx.engine.cache import Cache
 from g3n_mlx.engine.conversation import Conversation
-from g3n_mlx.engine.drafts import MAX_ROWS, CallCosts, DraftConstraint, Drafter, Mode
+from g3n_mlx.engine.drafting import Drafting, How
+from g3n_mlx.engine.drafts import DraftConstraint
 from g3n_mlx.interface import Model
 from g3n_mlx.prompt.prompt import Features, MediaSpan, Prompt, PromptTooLong
 from g3n_mlx.sampling import SamplingParams
@@ -117,10 +117,9 @@ class TokenSequence:
         stop_ids: frozenset[int],
         embed: Embed,
         constraint: Constraint | None = None,
-        draft: Mode = "off",
-        costs: CallCosts | None = None,
+        how: How | None = None,
     ) -> None:
-        """embed: media to soft tokens; called only for what the cache does not hold. costs: of answers drawn alike.
+        """embed: media to soft tokens; called only for what the cache does not hold. how: its tokens are drafted.
 
         Raises PromptTooLong. The conversation's cache goes on from what it shares with the prompt.
         """
@@ -134,9 +133,9 @@ class TokenSequence:
         self._model, self._config, self._prompt, self._params = model, config, prompt, params
         self._stop_ids, self._embed, self._constraint = stop_ids, embed, constraint
         # A rule that does not look ahead has to be asked between any two draws.
-        self._mode: Mode = draft if constraint is None or isinstance(constraint, DraftConstraint) else "off"
-        self._costs = costs or CallCosts()
-        self._drafter: Drafter | None = None
+        looks_ahead = constraint is None or isinstance(constraint, DraftConstraint)
+        self._how = how if how is not None and how.mode != "off" and looks_ahead else None
+        self._drafting: Drafting | None = None
         self._identity = prompt.identity
         self._parts: Iterator[tuple[int, int]] | None = None  # of the prompt; None before the first wish
         self._part = (0, 0)
@@ -154,8 +153,7 @@ class TokenSequence:
         """The rows to append next. together: how many sequences share the call."""
         cache = self.conversation.cache
         if self._step is not None:
-            self._called_at = time.perf_counter() if together == 1 else None
-            return self._decode_rows(together)
+            return self._decode_rows(self._step, together)
         if self._parts is None:
             self._begin()
             cache = self.conversation.cache
@@ -163,9 +161,8 @@ class TokenSequence:
         a, b = self._part = next(self._parts)
         ids = np.asarray(self._prompt.token_ids[a:b], dtype=np.int64)
         soft = soft_tokens(self._prompt.media, a, b, self._embed)
-        return Rows(
-            cache, ids, soft, Draw(self._sampler, 0, self._masks([])) if b == self.timings.prompt_tokens else None
-        )
+        last = b == self.timings.prompt_tokens
+        return Rows(cache, ids, soft, Draw(self._sampler, 0, [self._mask()]) if last else None)
 
     def told(self, steps: Sequence[Step], each: Callable[[Step | int], bool] = lambda _: True) -> None:
         """Takes note of what a wish drew.
@@ -185,8 +182,10 @@ class TokenSequence:
         now = time.perf_counter()
         rows = 1 + len(self._drafted)
         tokens = self._verified(steps)
-        if self._called_at is not None and len(steps) == rows:
-            self._costs.note(rows, now - self._called_at)
+        if self._drafting is not None:
+            self._drafting.judge(rows - 1, len(tokens) - 1)
+            if self._called_at is not None and len(steps) == rows:
+                self._drafting.costs.note(rows, now - self._called_at)
         before = int(self._step)
         used = self._take(tokens, each)
         self._step = steps[min(used, len(steps)) - 1]
@@ -208,48 +207,31 @@ class TokenSequence:
         prompt = self._prompt
         self._parts = prefill_spans(start, len(prompt.token_ids), prompt.borders, self._params.prefill_step_size)
 
-    def _decode_rows(self, together: int) -> Rows:
-        """The last token, and what is drafted behind it; forced tokens need no draw, unless their scores are wanted."""
-        assert self._step is not None
+    def _decode_rows(self, step: Step, together: int) -> Rows:
+        """The last token, and what is drafted behind it."""
         cache, position = self.conversation.cache, self.timings.completion_tokens
-        mode = self._mode
-        draft, certain = ([], False) if mode == "off" else self._planned(mode, together)
-        masks = self._masks(draft)
+        draft, certain = list[int](), False
+        if self._how is not None:
+            if self._drafting is None:
+                constraint = self._constraint if isinstance(self._constraint, DraftConstraint) else None
+                ids = self._prompt.token_ids
+                self._drafting = Drafting(self._how, constraint, self._params, self._stop_ids, ids)
+                self._drafting.push(int(step))
+            draft, certain = self._drafting.draft(cache, step, position, self.limit - position, together)
+        self._called_at = time.perf_counter() if together == 1 else None
+        masks = self._drafting.masks(draft) if draft and self._drafting else [self._mask()]
         self._drafted = draft = draft[: len(masks) - 1]
         if not draft:
-            return Rows(cache, self._step, draw=Draw(self._sampler, position, masks))
-        ids = np.array([int(self._step), *draft], dtype=np.int64)
+            return Rows(cache, step, draw=Draw(self._sampler, position, masks))
+        ids = np.array([int(step), *draft], dtype=np.int64)
         if not certain:
             return Rows(cache, ids, draw=Draw(self._sampler, position, masks))
         self._sampler.count(draft)
         return Rows(cache, ids, draw=Draw(self._sampler, position + len(draft), masks[-1:]))
 
-    def _planned(self, mode: Mode, together: int) -> tuple[list[int], bool]:
-        """What is drafted behind the last token, and whether it is certain and needs no draw."""
-        if self._drafter is None:
-            assert self._step is not None
-            self._drafter = Drafter(mode, self._costs, [*self._prompt.token_ids, int(self._step)])
-        # The draw after the last row has to be within the limit too.
-        limit = min(self.limit - self.timings.completion_tokens, MAX_ROWS) - 1
-        forced = self._constraint.forced() if isinstance(self._constraint, DraftConstraint) else []
-        if not forced:
-            return self._without_ends(self._drafter.draft(limit, together)), False
-        bias = self._params.logit_bias  # -inf forbids a token whatever the constraint says
-        forced = list(takewhile(lambda token_id: bias.get(token_id) != -np.inf, forced[:limit]))
-        scored = self._params.logprobs or self._params.top_logprobs > 0
-        return self._without_ends(forced) if self._drafter.pays(len(forced), together) else [], not scored
-
-    def _without_ends(self, draft: Sequence[int]) -> list[int]:
-        """A draft up to the first token that would end the answer: no row behind it would be used."""
-        return list(takewhile(lambda token_id: token_id not in self._stop_ids, draft))
-
-    def _masks(self, draft: Sequence[int]) -> list[np.ndarray | None]:
-        """What may be drawn after the last token and after each of a draft, up to one that may not come there."""
-        if self._constraint is None:
-            return [None] * (len(draft) + 1)
-        if draft and isinstance(self._constraint, DraftConstraint):
-            return self._constraint.masks(draft)
-        return [self._constraint.mask()]
+    def _mask(self) -> np.ndarray | None:
+        """What may be drawn next."""
+        return None if self._constraint is None else self._constraint.mask()
 
     def _verified(self, steps: Sequence[Step]) -> list[Step | int]:
         """The tokens that a call has brought: the draft as far as the model's own draws agree, and one draw more."""
@@ -278,8 +260,8 @@ class TokenSequence:
             timings.prefill_s, self._drawn_at = now - self._started_at, now
         if self._constraint is not None:
             self._constraint.push(token_id)
-        if self._drafter is not None:
-            self._drafter.push(token_id)
+        if self._drafting is not None:
+            self._drafting.push(token_id)
         if token_id in self._stop_ids:
             self.finished = True
             return False

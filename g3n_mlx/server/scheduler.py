@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from g3n_mlx.engine.answer import Answer
 from g3n_mlx.engine.conversation import Conversation
-from g3n_mlx.engine.drafts import Mode
+from g3n_mlx.engine.drafts import MODES
 from g3n_mlx.engine.prefix_cache import PrefixCache
 from g3n_mlx.engine.results import Chunk
 from g3n_mlx.engine.runner import Failure, Rounds
@@ -112,13 +112,14 @@ class Scheduler:
         parallel: int,
         cache_bytes: int,
         metrics: Metrics,
-        draft: Mode = "auto",
+        draft: str = "auto",
         slices: Mapping[str, SlicePlan] | None = None,
         shedding: Shedding | None = None,
     ) -> None:
         """The model answers once here: proof that it can, and the measure of what caches will take.
 
-        slices: what may be asked for, by short name. shedding: chooses one of them for requests that leave it open.
+        draft: see Gemma3n.checked_draft. slices: what may be asked for, by short name. shedding: chooses one of them
+        for requests that leave it open.
         """
         self._model = model
         self._slices, self._shedding = slices or {}, shedding
@@ -126,7 +127,7 @@ class Scheduler:
         self._parallel = parallel
         self._cache_bytes = cache_bytes
         self._metrics = metrics
-        self._draft: Mode = draft
+        self._draft = model.checked_draft(draft)
         self._size = measured_cache(model)
         self._prefixes = PrefixCache(lambda name: self._models[name].conversation())
         self._changed = threading.Condition()
@@ -240,6 +241,12 @@ class Scheduler:
             self._models[slice_name] = self._model.slice(self._slices[slice_name])
         return self._models[slice_name]
 
+    def _draft_of(self, task: Task, slice_name: str | None) -> str:
+        """How a task's tokens are drafted; a slice that drafts does so for the whole model alone."""
+        if not task.draft:
+            return "off"
+        return self._draft if slice_name is None or self._draft in MODES else "auto"
+
     def _drop_late_ones(self) -> None:
         now = time.monotonic()
         for job in [job for job in self._waiting if job.stopped or now > job.deadline]:
@@ -257,7 +264,7 @@ class Scheduler:
                 running_ones = [one.conversation for one in others if one.conversation is not None]
                 conversation = model.runner.call(lambda: self._prefixes.take(task.prompt.identity, running_ones, of))
                 running.answer = model.answer(
-                    conversation, task.prompt, task.params, task.constraint, self._draft if task.draft else "off"
+                    conversation, task.prompt, task.params, task.constraint, self._draft_of(task, of)
                 )
         except BaseException as error:  # noqa: BLE001 - whatever befalls one request, a panic in Rust say, others go on
             self._remove(running, error)

@@ -61,6 +61,18 @@ def test_a_server_without_drafts_makes_none_for_any_request(serve):
     assert answer.usage.completion_tokens > 15
 
 
+def test_a_slice_may_draft_for_the_whole_model(serve, client):
+    """What it drafts is seldom worth its time here; the text is the same, and other slices answer as ever."""
+    server = serve(draft="half", slices=["half-skip"])
+    with server.http() as http:
+        for name in ("tiny", "tiny:half-skip"):
+            body = {"model": name, "messages": HELLO, "max_tokens": 20, "temperature": 0}
+            drafted, plain = (
+                http.post("/v1/chat/completions", json={**body, "draft": d}).json() for d in (True, False)
+            )
+            assert drafted["choices"] == plain["choices"]
+
+
 def test_a_draft_that_is_no_yes_or_no_is_a_400(client):
     with pytest.raises(openai.BadRequestError, match="draft"):
         ask(client, extra_body={"draft": "e9b"})
