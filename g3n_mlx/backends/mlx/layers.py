@@ -13,6 +13,7 @@ from mlx import nn
 
 from g3n_mlx.backends.mlx.weights import Weights, evaluated
 from g3n_mlx.checkpoint.quantization import Quantization
+from g3n_mlx.checkpoint.source import Ranges
 
 # Pieces of a weight of which slices are taken: E4B's published slices have halves of its FFN, users' own any eighth.
 MAX_SLABS = 8
@@ -46,6 +47,10 @@ class Linear(nn.Module):
         """The layer over the first rows and columns; None is all of them."""
         return Linear(self.weight[:rows, :columns])
 
+    def picked(self, rows: Ranges) -> "Linear":
+        """The layer over some ranges of rows, which are copied."""
+        return Linear(joined(self.weight, rows))
+
 
 class QuantizedLinear(nn.Module):
     """y = x W^T with W as stored: packed codes [N, K * bits / 32], scales and biases [N, K / group size]."""
@@ -71,8 +76,16 @@ class QuantizedLinear(nn.Module):
     def narrowed(self, rows: int | None, columns: int | None) -> "QuantizedLinear":
         """The layer over the first rows; of fewer columns there is no view (see SlabLinear)."""
         assert columns is None, columns
+        return self.over(self.weight[:rows], self.scales[:rows], self.biases[:rows])
+
+    def picked(self, rows: Ranges) -> "QuantizedLinear":
+        """The layer over some ranges of rows, which are copied."""
+        return self.over(*(joined(x, rows) for x in (self.weight, self.scales, self.biases)))
+
+    def over(self, weight: mx.array, scales: mx.array, biases: mx.array) -> "QuantizedLinear":
+        """The same layer over other rows and columns."""
         other = copy.copy(self)
-        other.weight, other.scales, other.biases = self.weight[:rows], self.scales[:rows], self.biases[:rows]
+        other.weight, other.scales, other.biases = weight, scales, biases
         return other
 
 
@@ -133,6 +146,11 @@ class SlabLinear(nn.Module):
         """The layer over the first columns; None is all of them."""
         assert rows is None, rows
         return self if columns is None else SlabLinear(self._slabs, columns)
+
+
+def joined(x: mx.array, rows: Ranges) -> mx.array:
+    """Ranges of the rows of [N, K], one behind the other."""
+    return mx.concatenate([x[start:stop] for start, stop in rows])
 
 
 def sliceable(layer: nn.Module, of_rows: bool) -> nn.Module:

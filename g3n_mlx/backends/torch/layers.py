@@ -22,6 +22,7 @@ from g3n_mlx.backends.torch.kernels.packed import (
 )
 from g3n_mlx.backends.torch.weights import Weights
 from g3n_mlx.checkpoint.quantization import Quantization
+from g3n_mlx.checkpoint.source import Ranges
 
 
 def linear(weights: Weights) -> "Linear | QuantizedLinear | PackedLinear":
@@ -55,6 +56,10 @@ class Linear(nn.Module):
     def narrowed(self, rows: int | None, columns: int | None) -> "Linear":
         """The layer over the first rows and columns; None is all of them."""
         return Linear(self.weight[:rows, :columns])
+
+    def picked(self, rows: Ranges) -> "Linear":
+        """The layer over some ranges of rows, which are copied."""
+        return Linear(joined(self.weight, rows))
 
 
 class QuantizedLinear(nn.Module):
@@ -103,14 +108,26 @@ class QuantizedLinear(nn.Module):
 
     def narrowed(self, rows: int | None, columns: int | None) -> "QuantizedLinear":
         """The layer over the first rows and columns, the latter whole groups; None is all of them."""
-        other = copy.copy(self)
         words = None if columns is None else columns * self.bits // 32
         groups = None if columns is None else columns // self.group_size
-        other.weight = self.weight[:rows, :words]
-        other.scales, other.biases = self.scales[:rows, :groups], self.biases[:rows, :groups]
+        return self.over(self.weight[:rows, :words], self.scales[:rows, :groups], self.biases[:rows, :groups])
+
+    def picked(self, rows: Ranges) -> "QuantizedLinear":
+        """The layer over some ranges of rows, which are copied."""
+        return self.over(*(joined(x, rows) for x in (self.weight, self.scales, self.biases)))
+
+    def over(self, weight: Tensor, scales: Tensor, biases: Tensor) -> "QuantizedLinear":
+        """The same layer over other rows and columns."""
+        other = copy.copy(self)
+        other.weight, other.scales, other.biases = weight, scales, biases
         if self.kernel is not None:
-            other.kernel = self.kernel.over(other.weight, other.scales, other.biases)
+            other.kernel = self.kernel.over(weight, scales, biases)
         return other
+
+
+def joined(x: Tensor, rows: Ranges) -> Tensor:
+    """Ranges of the rows of [N, K], one behind the other."""
+    return torch.cat([x[start:stop] for start, stop in rows])
 
 
 def sliceable(layer: nn.Module, of_rows: bool) -> nn.Module:

@@ -8,6 +8,7 @@ import ctypes
 import math
 import weakref
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -59,11 +60,19 @@ class FusedModel:
         self.calls = calls()
         self.layers = [self._layer(idx, layer) for idx, layer in enumerate(network.layers)]
         self.model = self._model()
-        self.step = self.calls.g3n_step_new(self.model)
-        self._free = weakref.finalize(self, self.calls.g3n_step_free, self.step)
-        self.new_keys, self.new_values = (
-            self._view(call(self.step)) for call in (self.calls.g3n_step_keys, self.calls.g3n_step_values)
-        )
+        self._free: weakref.finalize | None = None
+
+    @cached_property
+    def step(self) -> int:
+        """The kernels' room for a call: 22 MB at E4B's dimensions, taken at the first one."""
+        step = self.calls.g3n_step_new(self.model)
+        self._free = weakref.finalize(self, self.calls.g3n_step_free, step)
+        return step
+
+    @cached_property
+    def new_keys_values(self) -> tuple[Tensor, Tensor]:
+        """Where a layer's new keys and values come, twice [MAX_ROWS, K, H]."""
+        return self._view(self.calls.g3n_step_keys(self.step)), self._view(self.calls.g3n_step_values(self.step))
 
     def takes(self, batch: Batch) -> bool:
         """Whether a batch has few enough rows."""
@@ -81,7 +90,7 @@ class FusedModel:
         for layer_idx, layer in enumerate(self.layers):
             found.g3n_queries(self.step, layer)
             if layer_idx < config.first_kv_shared_layer:
-                keys, values = self.new_keys[: len(positions)], self.new_values[: len(positions)]
+                keys, values = (new[: len(positions)] for new in self.new_keys_values)
                 context.store(layer_idx, by_sequence(keys, context), by_sequence(values, context))
             if layer_idx == config.first_kv_shared_layer - 1 and kept_rows is not None:
                 if not len(kept_rows):
@@ -97,7 +106,8 @@ class FusedModel:
 
     def close(self) -> None:
         """Frees what the kernels hold; no call may follow."""
-        self._free()
+        if self._free is not None:
+            self._free()
 
     def _view(self, address: int) -> Tensor:
         """The kernels' room for new keys or values, [MAX_ROWS, K, H]."""

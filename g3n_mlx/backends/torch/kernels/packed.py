@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from g3n_mlx.backends.torch.kernels.dense import blockwise_product, dense_product_rows, unpacked
 from g3n_mlx.backends.torch.weights import Weights
 from g3n_mlx.checkpoint.quantization import Quantization
+from g3n_mlx.checkpoint.source import Ranges
 
 # Rows packed at a time: bounds the int32 codes; a multiple of every kernel's block of rows.
 PACK_ROWS = 1024
@@ -80,6 +81,16 @@ class PackedLinear(nn.Module):
         return (
             torch.addcmul(zeros.t()[..., None].float(), codes, scales.t()[..., None].float()).flatten(1).to(self.dtype)
         )
+
+    def picked(self, rows: Ranges) -> "PackedLinear | None":
+        """The layer over some ranges of rows, which are copied; None where they are not whole blocks."""
+        block_rows = blocks(self.packed.device)[0]
+        if any(border % block_rows for span in rows for border in span):
+            return None
+        per_row = self.out_features // self.packed.shape[0]
+        packed = torch.cat([self.packed[start // per_row : stop // per_row] for start, stop in rows])
+        scales = torch.cat([self.scales_and_zeros[:, start:stop] for start, stop in rows], dim=1)
+        return PackedLinear(packed, scales, self.group_size)
 
 
 def packed_linear(weights: Weights, quantization: Quantization) -> PackedLinear:
