@@ -106,13 +106,14 @@ def _search(arguments: argparse.Namespace) -> int:
         ):
             if len(journal):
                 say(f"going on from {len(journal)} measurements in {arguments.output.with_suffix('.journal')}")
-            setting = Setting(variants, space, Divergences(variants, journal, bar), pieces, held_out)
+            rows = model.slices(arguments.table)
+            setting = Setting(variants, space, Divergences(variants, journal, bar), pieces, held_out, rows)
             say(setting.summary())
             if arguments.budget:
-                found, axis = for_budgets(setting, arguments.budget, arguments.table)
+                found, axis = for_budgets(setting, arguments.budget)
             else:
                 found, axis = for_speed(setting, arguments.speed)
-            entries = compare(setting, found, arguments.table)
+            entries = compare(setting, found)
         tokens = sum(piece.tokens for piece in held_out)
         tell("\n".join(report.table(entries, setting.costs, tokens)))
         written = report.write(arguments.output, found, model.checkpoint, setting.costs)

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 from g3n_mlx.commands import say
 from g3n_mlx.failures import BadValue, size_in_words
 from g3n_mlx.matformer.plan import find_slice
+from g3n_mlx.matformer.table import Slice
 from g3n_mlx.slices.costs import Costs
 from g3n_mlx.slices.measure import Divergences
 from g3n_mlx.slices.pieces import Piece
@@ -31,6 +31,7 @@ class Setting:
     divergences: Divergences
     pieces: Sequence[Piece]
     held_out: Sequence[Piece]
+    rows: Sequence[Slice]  # a table's slices, to compare with
     costs: Costs = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,8 +55,13 @@ class Setting:
         bits = self.space.bits
         return _USUAL_BITS if _USUAL_BITS in bits else bits[-1]
 
+    def candidate(self, row: Slice) -> Candidate:
+        """A row of the table at the bits of tables."""
+        return candidate_of(self.variants.whole.config.text, row).at(self.table_bits)
+
     def find(self, name: str, cost: Cost, budget: int) -> Found:
-        return search(name, self.space, cost, budget, self.divergences, self.losses, self.pieces)
+        rivals = [candidate for candidate in map(self.candidate, self.rows) if self.space.holds(candidate)]
+        return search(name, self.space, cost, budget, self.divergences, self.losses, self.pieces, rivals)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +82,15 @@ class Entry:
     divergence: float  # nats per token
 
 
-def for_budgets(setting: Setting, budgets: Sequence[int | str], table: Path | None) -> tuple[list[Found], Axis]:
+def for_budgets(setting: Setting, budgets: Sequence[int | str]) -> tuple[list[Found], Axis]:
     """The best candidate for each budget: bytes in memory, or as many as the slice of a name takes."""
     memory, limits = setting.costs.memory, dict[str, int]()
     for budget in budgets:
-        words = size_in_words(budget) if isinstance(budget, int) else f"at {budget}"
-        limits[f"Found {words}"] = budget if isinstance(budget, int) else memory(_named(setting, budget, table))
+        if isinstance(budget, int):
+            limits[f"Found {size_in_words(budget)}"] = budget
+        else:
+            row = find_slice(budget, setting.rows, setting.variants.whole.config.text)
+            limits[f"Found at {row.short_name}"] = memory(setting.candidate(row))
     for limit in limits.values():
         check_room(setting.space, memory, limit)
     found = [setting.find(name, memory, limit) for name, limit in limits.items()]
@@ -116,20 +125,13 @@ def _measured_speed(setting: Setting, candidate: Candidate) -> float:
         return decode_speed(model)
 
 
-def _named(setting: Setting, name: str, table: Path | None) -> Candidate:
-    model = setting.variants.whole
-    chosen = find_slice(name, model.slices(table), model.config.text)
-    return candidate_of(model.config.text, chosen).at(setting.table_bits)
-
-
-def compare(setting: Setting, found: Sequence[Found], table: Path | None) -> list[Entry]:
+def compare(setting: Setting, found: Sequence[Found]) -> list[Entry]:
     """The whole model, the slices of the table and what was found, on the data held out."""
-    text = setting.variants.whole.config.text
     named = {"whole": ("whole", setting.space.whole)}
     if setting.table_bits != UNCHANGED:
         named |= {f"whole, {bits} bits": ("whole", setting.space.whole.at(bits)) for bits in setting.space.bits}
-    for row in setting.variants.whole.slices(table):
-        candidate = candidate_of(text, row).at(setting.table_bits)
+    for row in setting.rows:
+        candidate = setting.candidate(row)
         if candidate.widths != setting.space.whole.widths:
             named[row.short_name] = ("table", candidate)
     named |= {entry.name: ("found", entry.candidate) for entry in found}

@@ -46,8 +46,11 @@ def write(path: Path, found: Sequence[Found], checkpoint: Checkpoint, costs: Cos
 
 def plot(path: Path, entries: Sequence[Entry], axis: Axis) -> None:
     """Size or time against divergence, with the frontier."""
+    at_place: dict[tuple[float, float], list[Entry]] = {}
+    for entry in entries:
+        at_place.setdefault((axis.size(entry.candidate), entry.divergence), []).append(entry)
     points = [
-        Point(entry.group, entry.name, axis.size(entry.candidate), entry.divergence, entry.divergence, entry.divergence)
-        for entry in entries
+        Point(same[-1].group, " = ".join(entry.name for entry in same), size, divergence, divergence, divergence)
+        for (size, divergence), same in at_place.items()
     ]
     draw(points, axis.label, "KL divergence from the whole model, nats", lower_is_better=True).savefig(path, dpi=150)

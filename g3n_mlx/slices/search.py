@@ -2,7 +2,8 @@
 
 Losses of single choices are taken to add up, which holds for small ones. So the candidate that solves the sum is run,
 and with it those of its neighbours that are expected to lose least; the best of them is the next centre, until none of
-its neighbours is better.
+its neighbours is better. Slices that a table already has are run as well, and only what is clearly better replaces
+them: a difference as small as chance makes may be the other way round on other data.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,17 +48,27 @@ def search(
     divergences: Divergences,
     losses: Mapping[Candidate, float],
     pieces: Sequence[Piece],
+    known: Sequence[Candidate] = (),
 ) -> Found:
-    """The best candidate within a budget of bytes. losses: of every one of the space's changes."""
+    """The best candidate within a budget of bytes. losses: of every one of the space's changes.
+
+    known: candidates to beat, such as a table's; those within the budget are run beside the solution, and the best of
+    them is found unless something else is clearly better.
+    """
     centre = space.best(losses, cost, budget) or space.cheapest()
+    rivals = [candidate for candidate in known if cost(candidate) <= budget]
     measured: dict[Candidate, float] = {}
     for _ in range(MAX_CENTRES):
-        tried = [centre, *promising(space, cost, budget, losses, centre)]
+        tried = [centre, *rivals, *promising(space, cost, budget, losses, centre)]
         measured |= divergences.of(tried, pieces)
         best = min(tried, key=lambda candidate: (measured[candidate], cost(candidate)))
         if best == centre:
             break
         centre = best
+    if rivals:
+        rival = min(rivals, key=lambda candidate: (measured[candidate], cost(candidate)))
+        if not divergences.is_clearly_less(centre, rival, pieces):
+            centre = rival
     return Found(name, centre, space.loss(centre, losses), measured[centre])
 
 

@@ -98,6 +98,11 @@ class Space:
             self._layer_loss(at, layer, losses) for at, layer in enumerate(candidate.layers) if at not in gone
         )
 
+    def holds(self, candidate: Candidate) -> bool:
+        """Whether it is made of what may be chosen: other tables may have other widths, or skip parts of a block."""
+        skipped = {at for block in self.blocks if not any(candidate.layers[at].width for at in block) for at in block}
+        return all(at in skipped or layer.width in self.widths[at] for at, layer in enumerate(candidate.layers))
+
     def best(self, losses: Mapping[Candidate, float], cost: Cost, budget: int) -> Candidate | None:
         """The candidate within a budget with the least sum of losses; None where even the cheapest exceeds it."""
         base = cost(self.whole)

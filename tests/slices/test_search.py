@@ -1,5 +1,6 @@
 """The search against all candidates, on a checkpoint with planted importance, in both backends."""
 
+import dataclasses
 import sys
 from fractions import Fraction
 from itertools import product
@@ -15,7 +16,7 @@ from g3n_mlx.slices.goals import Setting, for_budgets
 from g3n_mlx.slices.journal import Journal
 from g3n_mlx.slices.measure import Divergences
 from g3n_mlx.slices.pieces import Piece
-from g3n_mlx.slices.space import SKIPPED, Candidate, Layer, space_of
+from g3n_mlx.slices.space import SKIPPED, Candidate, Layer, candidate_of, slice_row, space_of
 from g3n_mlx.slices.variants import Variants
 
 HALF = WIDTH // 2
@@ -35,7 +36,7 @@ def setting(folder, backend, tmp_path):
         variants = Variants(model, "cpu")
         space = space_of(model.checkpoint, [Fraction(1, 2)], [])
         with tqdm(total=0, disable=True, file=sys.stderr) as bar:
-            yield Setting(variants, space, Divergences(variants, journal, bar), pieces, pieces)
+            yield Setting(variants, space, Divergences(variants, journal, bar), pieces, pieces, [])
 
 
 def log_softmax(logits):
@@ -63,6 +64,41 @@ def test_the_search_finds_what_enumeration_finds(setting):
         found = setting.find(f"room for {count}", cost, budget)
         assert found.candidate == best == planted
         assert found.measured == pytest.approx(measured[best])
+
+
+def test_what_a_table_has_is_a_rival_where_the_search_could_choose_it(setting):
+    """A row that the losses rate lowest is run all the same, and found when it is best after all."""
+    space, cost = setting.space, setting.costs.memory
+    row = slice_row(space.whole.changed({0: Layer(HALF), 3: Layer(HALF), 5: Layer(HALF)}), "By hand")
+    losses = {change: 1.0 for change in space.changes()}
+    for layer in (0, 3, 5):
+        losses[space.whole.changed({layer: Layer(HALF)})] = 9.0
+    budget = cost(candidate_of(setting.variants.whole.config.text, row))
+    found = []
+    for rows in ([row], []):
+        searching = dataclasses.replace(setting, rows=rows)
+        searching.__dict__["losses"] = losses
+        found.append(searching.find("a", cost, budget))
+    knowing, blind = found
+    assert knowing.candidate.widths == (HALF, WIDTH, WIDTH, HALF, WIDTH, HALF)
+    assert knowing.measured < blind.measured
+    odd = space.whole.changed({0: Layer(HALF + 1)})
+    partly = space.whole.changed({4: SKIPPED})
+    assert [space.holds(c) for c in (space.whole, space.cheapest(), odd, partly)] == [True, True, False, False]
+
+
+def test_what_is_better_by_chance_is_not_clearly_better(setting):
+    one, other, third = (setting.space.whole.changed({layer: Layer(HALF)}) for layer in (0, 1, 2))
+    pieces = [Piece(of_token_ids([2, token], 1152), 0) for token in range(300, 308)]
+    journal = setting.divergences._journal
+    for at, piece in enumerate(pieces):
+        journal.put(piece.key, repr(one), 1.0 + 0.5 * (at % 2))
+        journal.put(piece.key, repr(other), 1.4 + 0.5 * (at % 3))  # more in almost every piece
+        journal.put(piece.key, repr(third), 1.6 if at == 0 else 1.0 + 0.5 * (at % 2))  # more in a single one
+    assert setting.divergences.is_clearly_less(one, other, pieces)
+    assert not setting.divergences.is_clearly_less(other, one, pieces)
+    assert not setting.divergences.is_clearly_less(one, third, pieces)
+    assert setting.divergences.is_clearly_less(one, third, pieces[:1])
 
 
 def test_divergence_is_that_of_whole_logits(setting, folder, backend):
@@ -104,5 +140,5 @@ def test_measurements_are_made_once(setting, monkeypatch):
 
 def test_a_budget_below_everything_says_what_the_smallest_needs(setting):
     with pytest.raises(ValueError, match=r"nothing fits 1\.0 KB: the smallest that is searched needs 0\.6"):
-        for_budgets(setting, [10**9, 1000], None)
+        for_budgets(setting, [10**9, 1000])
     assert not setting.divergences._journal  # before anything was measured
