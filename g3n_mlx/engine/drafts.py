@@ -159,8 +159,13 @@ class Drafter:
         return self._lookup.following(index, best)
 
     def pays(self, count: int, together: int) -> bool:
-        """Whether tokens that are certain to be accepted are worth so many rows more."""
-        return self._gain(count, count, together) > 1
+        """Whether tokens that are certain to be accepted are worth so many rows more.
+
+        For one sequence always: their rows need neither a draw nor the layers behind the last keys and values, so they
+        are cheaper than calls of their own on any machine. What is measured, calls that draw after every row, is not
+        asked, nor its noise.
+        """
+        return together == 1 or self._gain(count, count, together) > 1
 
     def _gain(self, accepted: float, count: int, together: int) -> float:
         """Tokens a second with a draft, in those without one; the other sequences are taken to draft as much."""
