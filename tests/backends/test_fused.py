@@ -235,3 +235,14 @@ def test_without_kernels_torch_serves(folders, monkeypatch, caplog):
 def test_heads_that_no_vector_divides_go_through_torch(tmp_path):
     network = network_of(write_random(tmp_path / "dense", head_dim=24), torch.float32)
     assert network.fused is None
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_row_has_the_same_bits_alone_and_among_others(kernels, folders, shape, dtype):
+    """So a draft changes no draw, not even between equal tokens."""
+    network = network_of(folders(shape), getattr(torch, dtype))
+    ids = ids_of(network, 48)
+    alone = logits_in_parts(network, ids, [1] * 48)
+    for count in (2, 3, 4, 6, 8, 12, 16):
+        np.testing.assert_array_equal(logits_in_parts(network, ids, [count] * (48 // count)), alone)
