@@ -4,7 +4,7 @@ Steps, samplers, soft tokens and caches, as they cross the seam in a call, are d
 a call, R those whose logits are wanted. Nothing here names an array framework.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Protocol
@@ -57,7 +57,7 @@ class Cache(Protocol):
         ...
 
     @property
-    def layers(self) -> Mapping[int, Any]:
+    def layers(self) -> dict[int, Any]:
         """Per layer that owns keys and values: `update(keys, values)` appends, and returns all that may be seen."""
         ...
 

@@ -21,11 +21,13 @@ Names that one of them alone has:
   `__init__.py:configure`.
 - MLX evaluates lazily: `weights.py:evaluated`; it has no log-softmax, and its CPU device adds in sequence, in float32:
   `sampling.py:log_softmax`, `sampling.py:cumulated`.
-- Compiled decode steps, in halves of layers: `steps.py:between`, `steps.py:before_attention`,
-  `steps.py:after_attention`,
-  `steps.py:same`, `steps.py:DecodeSteps.compile`,
-  `steps.py:DecodeSteps.started`, `steps.py:DecodeSteps.finished`, `steps.py:DecodeSteps.first`,
-  `steps.py:DecodeSteps.last`, `model.py:Gemma3nModel.decode_graph`.
+- Compiled decode steps, in halves of layers, whose graph is built before the token is known: `steps.py:Ahead`,
+  `steps.py:between`, `steps.py:before_attention`, `steps.py:after_attention`, `steps.py:same`, `steps.py:moving`,
+  `steps.py:DecodeSteps.compile`, `steps.py:DecodeSteps.forget`, `steps.py:DecodeSteps.started`,
+  `steps.py:DecodeSteps.finished`, `steps.py:DecodeSteps.first`, `steps.py:DecodeSteps.last`,
+  `steps.py:DecodeSteps.per_layer_inputs`, `text.py:LanguageModel.table_rows`, `text.py:LanguageModel.scaled_rows`,
+  `text.py:LaurelBlock.added`, `text.py:Attention.decode_inputs`, `model.py:Gemma3nModel.decode_graph`.
+- Views of one row keep strides that MLX's products copy: `text.py:stream`.
 - MLX multiplies no columns of a weight by themselves, so a model of which slices are taken keeps down_proj in pieces:
   `layers.py:Slabs`, `layers.py:Slabs.__init__`, `layers.py:Slabs.arrays`, `layers.py:SlabLinear`,
   `layers.py:SlabLinear.__init__`, `layers.py:SlabLinear._views`, `layers.py:SlabLinear.__call__`,

@@ -124,7 +124,8 @@ class SliceDrafter:
                 break
             with self._nested.costs.timed(1):
                 draw = Draw(self._sampler, position + len(draft), allowed[-1:])
-                ((step,),) = run(self._nested.runner.model, [Rows(borrowed, step, draw=draw)])
+                more = len(draft) + 1 < count
+                ((step,),) = run(self._nested.runner.model, [Rows(borrowed, step, draw=draw)], goes_on=more)
                 draft.append(int(step))
         borrowed.trim(len(draft))
         self._sampler.forget(len(draft))

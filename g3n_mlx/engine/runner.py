@@ -102,8 +102,11 @@ class Failure:
     error: BaseException
 
 
-def run(model: Model, rows: Sequence[Rows]) -> list[list[Step]]:
-    """Appends the rows of several sequences to their caches, in one call; the steps that each of them drew."""
+def run(model: Model, rows: Sequence[Rows], *, goes_on: bool = True) -> list[list[Step]]:
+    """Appends the rows of several sequences to their caches, in one call; the steps that each of them drew.
+
+    goes_on: whether the next call is likely to append these steps.
+    """
     batch = Batch(rows)
     logits = model(batch)
     drawn: list[list[Step]] = []
@@ -115,7 +118,7 @@ def run(model: Model, rows: Sequence[Rows]) -> list[list[Step]]:
             steps.append(entry.draw.sampler.draw(logits[row], entry.draw.position + index, mask))
             row += 1
         drawn.append(steps)
-    if all(len(steps) == 1 for steps in drawn):
+    if goes_on and all(len(steps) == 1 for steps in drawn):
         model.begin_next([step for (step,) in drawn], batch.caches)
     return drawn
 

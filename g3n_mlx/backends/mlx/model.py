@@ -168,10 +168,10 @@ class Gemma3nModel(nn.Module):
         """Appends a batch to its sequences' caches; logits [R, V] of the rows that are kept, None where R is 0."""
         mx.set_default_device(self.device)  # another model may run on another one
         if self.decode_steps.takes(batch):
-            hidden = self.decode_steps(batch)
-        else:
-            start = self.language_model.start(self.embed(batch.token_ids(), batch.soft()), batch.positions)
-            hidden = self.language_model(start, batch)
+            return self.decode_steps(batch)
+        self.decode_steps.forget()
+        start = self.language_model.start(self.embed(batch.token_ids(), batch.soft()), batch.positions)
+        hidden = self.language_model(start, batch)
         if hidden is None:
             # Computed chunk by chunk, or the graph of the whole prompt would grow in memory.
             mx.eval([[layer.keys, layer.values] for one in batch.caches for layer in one.layers.values()])
@@ -186,7 +186,7 @@ class Gemma3nModel(nn.Module):
         """The logits [1, V] of a decode step, not evaluated: its graph, whose operations the benchmark counts."""
         positions = np.array([cache.offset], dtype=np.int32)
         begun = self.decode_steps.started(mx.array([token_id]), positions)
-        return self.language_model.logits(self.decode_steps.finished(begun, np.array([token_id]), [cache]))
+        return self.decode_steps.finished(begun, [cache]).logits
 
     def embed_image(self, pixels: np.ndarray) -> mx.array:
         """An image [h, w, 3] as soft tokens [n, D]."""

@@ -59,7 +59,11 @@ class LaurelBlock(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """[T, D] -> [T, D]."""
-        return x + self.post_laurel_norm(self.linear_right(self.linear_left(x)))
+        return x + self.added(x)
+
+    def added(self, x: mx.array) -> mx.array:
+        """What is added to x, [T, D] -> [T, D]."""
+        return self.post_laurel_norm(self.linear_right(self.linear_left(x)))
 
 
 class MLP(nn.Module):
@@ -117,7 +121,7 @@ class AltUp(nn.Module):
 
     def predict(self, streams: mx.array) -> mx.array:
         """[T, A, D] -> [T, A, D]: every stream plus a mix of all, coefficients from the active one."""
-        coefs = self.prediction_coefs(self.modalities(streams[:, self.active_idx]))
+        coefs = self.prediction_coefs(self.modalities(stream(streams, self.active_idx)))
         coefs = coefs.reshape(-1, self.num_inputs, self.num_inputs)  # [T, A, A]
         return mixed(streams, coefs)
 
@@ -127,12 +131,20 @@ class AltUp(nn.Module):
         The router reads the layer's output, not the active stream.
         """
         coefs = self.correction_coefs(self.modalities(activated)) + 1.0  # [T, A]
-        innovation = activated - predictions[:, self.active_idx]
+        innovation = activated - stream(predictions, self.active_idx)
         return predictions + coefs[..., None] * innovation[:, None]
 
     def scaled(self, x: mx.array) -> mx.array:
         """The corrected active stream [T, D] as the per-layer gate reads it."""
         return x if self.correct_output_scale is None else x * self.correct_output_scale
+
+
+def stream(streams: mx.array, index: int) -> mx.array:
+    """One of the streams [T, A, D], as [T, D].
+
+    Of one row, MLX's products would copy a view that keeps the row's stride of A * D. So the row is left out of it.
+    """
+    return streams[0, index : index + 1] if streams.shape[0] == 1 else streams[:, index]
 
 
 def mixed(streams: mx.array, coefs: mx.array) -> mx.array:
@@ -168,6 +180,11 @@ class Attention(nn.Module):
         if self.owner_idx == self.layer_idx and not context.holds(self.layer_idx):
             self.store(x, rope, context)
         return self.o_proj(self.attend(queries, context))
+
+    def decode_inputs(self, x: mx.array, rope: Rope) -> tuple[mx.array, ...]:
+        """Queries [T, N, 1, H] and, in a layer that owns them, keys and values [T, K, 1, H], of [T, D]."""
+        new = self.keys_values(x, rope) if self.owner_idx == self.layer_idx else ()
+        return self.queries(x, rope), *new
 
     def queries(self, x: mx.array, rope: Rope) -> mx.array:
         """[T, D] -> [T, N, 1, H]."""
@@ -252,7 +269,7 @@ class DecoderLayer(nn.Module):
     def __call__(self, streams: mx.array, per_layer_input: mx.array, rope: Rope, context: Context) -> mx.array:
         """Streams [T, A, D] and the layer's PLE input [T, P] -> streams [T, A, D]."""
         predictions = self.altup.predict(streams)
-        active = predictions[:, self.active_idx]  # [T, D]
+        active = stream(predictions, self.active_idx)  # [T, D]
         x = self.input_layernorm(active)
         attention = self.post_attention_layernorm(self.self_attn(x, rope, context))
         x = (active + attention + self.laurel(x)) * (1 / math.sqrt(2))
@@ -261,14 +278,14 @@ class DecoderLayer(nn.Module):
 
     def updated(self, streams: mx.array, per_layer_input: mx.array) -> mx.array:
         """The corrected streams [T, A, D] after the per-layer input [T, P], gated by the active one."""
-        gate = self.per_layer_input_gate(self.altup.scaled(streams[:, self.active_idx]))  # [T, P]
+        gate = self.per_layer_input_gate(self.altup.scaled(stream(streams, self.active_idx)))  # [T, P]
         gated = nn.gelu_approx(gate) * per_layer_input
         update = self.post_per_layer_input_norm(self.per_layer_projection(gated))  # [T, D]
         return streams + update[:, None] * self._others
 
     def store_keys_values(self, streams: mx.array, rope: Rope, context: Context) -> None:
         """Appends the keys and values of streams [T, A, D], and goes no further."""
-        x = self.input_layernorm(self.altup.predict(streams)[:, self.active_idx])
+        x = self.input_layernorm(stream(self.altup.predict(streams), self.active_idx))
         self.self_attn.store(x, rope, context)
 
 
@@ -304,9 +321,18 @@ class LanguageModel(nn.Module):
 
     def per_layer_rows(self, token_ids: np.ndarray) -> mx.array:
         """Scaled rows of the PLE table, [T] -> [T, L, P]; row 0 for ids beyond the table."""
-        rows = np.where(token_ids < self.config.vocab_size_per_layer_input, token_ids, 0)
-        table = from_numpy(self.embed_tokens_per_layer.gather(rows)).astype(self._dtype)
-        return (table * self._per_layer_scale).reshape(len(token_ids), self.config.num_hidden_layers, -1)
+        return self.scaled_rows(from_numpy(self.table_rows(token_ids)))
+
+    def table_rows(self, token_ids: np.ndarray) -> np.ndarray:
+        """Rows of the PLE table, [T] -> float32 [T, L * P]; row 0 for ids beyond the table."""
+        return self.embed_tokens_per_layer.gather(
+            np.where(token_ids < self.config.vocab_size_per_layer_input, token_ids, 0)
+        )
+
+    def scaled_rows(self, table_rows: mx.array) -> mx.array:
+        """float32 [T, L * P] -> [T, L, P]."""
+        rows = table_rows.astype(self._dtype) * self._per_layer_scale
+        return rows.reshape(rows.shape[0], self.config.num_hidden_layers, -1)
 
     def start(self, embeddings: mx.array, positions: np.ndarray) -> Start:
         """What a forward pass over [T, D] embeddings at some positions needs no other row and no token id for."""
@@ -344,8 +370,8 @@ class LanguageModel(nn.Module):
 
     def merged(self, streams: mx.array) -> mx.array:
         """The mean [T, D] of the streams [T, A, D] after their projections back, all of stream 0's magnitude."""
-        first = streams[:, 0]
-        back = [projection(streams[:, i + 1]) for i, projection in enumerate(self.altup_unembed_projections)]
+        first = stream(streams, 0)
+        back = [projection(stream(streams, i + 1)) for i, projection in enumerate(self.altup_unembed_projections)]
         return mx.stack([first, *(rescaled(x, first) for x in back)]).mean(axis=0)
 
     def logits(self, hidden: mx.array) -> mx.array:
