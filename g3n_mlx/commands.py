@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from g3n_mlx.failures import is_expected, one_line
+from g3n_mlx.failures import is_expected, one_line, size_in_words
 from g3n_mlx.installation import DISTRIBUTION, version
 
 if TYPE_CHECKING:
@@ -114,18 +114,48 @@ def load_from(
     finally:
         gc.freeze()
         gc.enable()
-    return load(
-        model_of(arguments, tell),
+    from g3n_mlx.sizing import SPEED_BITS, chosen_in_words, fast_enough, fitting, is_quantized
+
+    source, matformer, q_bits, told = model_of(arguments, tell), arguments.matformer, arguments.q_bits, tell or say
+    fits, speed = getattr(arguments, "fits", None), getattr(arguments, "speed", None)
+    if fits is not None:
+        best = fitting(source, fits, arguments.revision, arguments.matformer_config, q_bits)
+        told(f"best slice that fits: {chosen_in_words(best, size_in_words)}")
+        matformer, q_bits = None if best.is_whole else best.slice.name, best.q_bits
+    elif speed is not None and q_bits is None and not is_quantized(source, arguments.revision):
+        q_bits = SPEED_BITS
+    model = load(
+        source,
         backend=arguments.backend,
-        matformer=arguments.matformer,
-        matformer_config=None if slices_later and arguments.matformer is None else arguments.matformer_config,
-        q_bits=arguments.q_bits,
+        matformer=matformer,
+        matformer_config=None if slices_later and matformer is None else arguments.matformer_config,
+        q_bits=q_bits,
         dtype=arguments.dtype,
         device=arguments.device,
         revision=arguments.revision,
         chat_template=arguments.chat_template,
         activations=arguments.activations,
     )
+    if speed is None:
+        return model
+    chosen, measured = fast_enough(model, speed, arguments.matformer_config)
+    told(f"best slice that is as fast: {chosen.slice_name or chosen.name}, {measured:.1f} tok/s measured")
+    return chosen
+
+
+def add_choice_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds --fits and --speed, of which one may be given, and instead of --matformer."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--fits", type=num_bytes, metavar="SIZE", help="take the best slice whose memory fits, as 4GB")
+    group.add_argument(
+        "--speed", type=positive_float, metavar="N", help="take the best slice that decodes N tokens per second here"
+    )
+
+
+def check_choice(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Ends the command where the slice is named and to be chosen as well."""
+    if arguments.matformer is not None and (arguments.fits is not None or arguments.speed is not None):
+        parser.error("give --matformer, --fits or --speed, one of them")
 
 
 def add_draft_flag(add: Callable[..., argparse.Action], default: str) -> None:

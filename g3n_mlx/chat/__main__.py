@@ -14,8 +14,10 @@ from g3n_mlx.chat.session import SETTINGS, Session
 from g3n_mlx.chat.terminal import message_lines, typed_messages
 from g3n_mlx.commands import (
     INTERRUPTED,
+    add_choice_flags,
     add_draft_flag,
     add_model_flags,
+    check_choice,
     command_parser,
     load_from,
     log_to_stderr,
@@ -29,7 +31,9 @@ NAME = "g3n-chat"
 
 def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
     """Parses the flags, loads the model, chats; returns the exit code."""
-    arguments = command_line(prog).parse_args(argv)
+    parser = command_line(prog)
+    arguments = parser.parse_args(argv)
+    check_choice(parser, arguments)
     log_to_stderr(logging.INFO if arguments.verbose else logging.WARNING)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A model's words must not fail on a terminal's letters; in a pipe they are UTF-8 everywhere.
@@ -41,6 +45,7 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     """The flags, of a command that was called as prog."""
     parser = command_parser(prog, "Chat with Gemma 3n, or ask it once with -p.")
     add_model_flags(parser.add_argument_group("model").add_argument)
+    add_choice_flags(parser)
     answer = parser.add_argument_group("answer")
     answer.add_argument("-p", "--prompt", help="ask once, print the answer and exit; - reads the prompt from stdin")
     for kind in attachments.SUFFIXES:

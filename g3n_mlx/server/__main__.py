@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 from g3n_mlx.commands import (
     Terminated,
+    add_choice_flags,
     add_draft_flag,
     add_model_flags,
+    check_choice,
     command_parser,
     count,
     load_from,
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
     """Parses the flags, loads the model, serves until interrupted; returns the exit code."""
     parser = command_line(prog)
     arguments = parser.parse_args(argv)
+    check_choice(parser, arguments)
     log_to_stderr(arguments.log_level.upper(), "%(levelname)s %(name)s: %(message)s")
     if arguments.media_root is not None and not arguments.media_root.is_dir():
         parser.error(f"--media-root {str(arguments.media_root)!r} is no folder")
@@ -57,6 +60,7 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     parser = command_parser(prog, "Serves a Gemma 3n over OpenAI's API.")
     model = parser.add_argument_group("model")
     add_model_flags(model.add_argument)
+    add_choice_flags(parser)
     model.add_argument("--served-model-name", metavar="NAME", help="id in /v1/models; default: the folder's name")
     model.add_argument(
         "--slices",
