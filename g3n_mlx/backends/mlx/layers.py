@@ -7,6 +7,7 @@ multiplies by.
 
 import copy
 from functools import cached_property
+from typing import Any
 
 import mlx.core as mx
 from mlx import nn
@@ -87,6 +88,30 @@ class QuantizedLinear(nn.Module):
         other = copy.copy(self)
         other.weight, other.scales, other.biases = weight, scales, biases
         return other
+
+
+def stacked(layers: list[Any], whole: Any | None) -> Any | None:
+    """One layer over the rows of all of these, which become views of it; None where they are stored unlike.
+
+    Several small products of the same row are so one, which keeps a GPU busier. whole: the stack that a slice shares
+    with its model, where it has been narrowed to no fewer rows.
+    """
+    if whole is not None:
+        return whole if whole.weight.shape[0] == sum(layer.weight.shape[0] for layer in layers) else None
+    kind = {(type(layer), getattr(layer, "bits", 0), getattr(layer, "group_size", 0)) for layer in layers}
+    if len(kind) > 1:
+        return None
+    parts = ("weight", "scales", "biases") if isinstance(layers[0], QuantizedLinear) else ("weight",)
+    whole = copy.copy(layers[0])
+    start = 0
+    for part in parts:
+        setattr(whole, part, evaluated(mx.concatenate([getattr(layer, part) for layer in layers])))
+    for layer in layers:
+        stop = start + layer.weight.shape[0]
+        for part in parts:
+            setattr(layer, part, evaluated(getattr(whole, part)[start:stop]))
+        start = stop
+    return whole
 
 
 class Slabs:

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from g3n_mlx.backends.mlx.layers import linear, sliceable
+from g3n_mlx.backends.mlx.layers import linear, sliceable, stacked
 from g3n_mlx.backends.mlx.weights import Weights, evaluated, from_numpy
 from g3n_mlx.batch import Batch, Context
 from g3n_mlx.config.text import SLIDING, TextConfig
@@ -74,16 +74,21 @@ class MLP(nn.Module):
         self.gate_proj = linear(weights.at("gate_proj"))
         self.up_proj = linear(weights.at("up_proj"))
         self.down_proj = linear(weights.at("down_proj"))
+        # Both of one row in one product; a slice with fewer units has views of its own.
+        self.gate_up_proj = stacked([self.gate_proj, self.up_proj], weights.at("gate_up_proj").shared())
         # In the weights' dtype, as the reference has it.
         cutoff = config.sparsity_cutoff(layer_idx)
         self.cutoff = None if cutoff is None else mx.array(cutoff, dtype=weights.dtype)
 
     def __call__(self, x: mx.array) -> mx.array:
         """[T, D] -> [T, D]."""
-        gate = self.gate_proj(x)  # [T, F]
+        if x.shape[0] == 1 and self.gate_up_proj is not None:
+            gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)  # [T, F]
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
         if self.cutoff is not None:
             gate = gaussian_topk(gate, self.cutoff)
-        return self.down_proj(nn.gelu_approx(gate) * self.up_proj(x))
+        return self.down_proj(nn.gelu_approx(gate) * up)
 
     def make_sliceable(self) -> None:
         """Brings the weights into forms of which a slice takes views."""
@@ -173,6 +178,12 @@ class Attention(nn.Module):
             self.v_proj = linear(weights.at("v_proj"))
             self.k_norm = norm(weights.at("k_norm"), config.rms_norm_eps)
             self.v_norm = RMSNorm(None, config.rms_norm_eps)
+            self.qkv_proj = stacked([self.q_proj, self.k_proj, self.v_proj], weights.at("qkv_proj").shared())
+            queries, keys, heads = self.q_norm.weight, self.k_norm.weight, config.num_key_value_heads
+            assert queries is not None
+            assert keys is not None
+            scales = [queries] * config.num_attention_heads + [keys] * heads + [mx.ones_like(keys)] * heads
+            self._norms = evaluated(mx.stack(scales)[:, None])  # [N + 2 K, 1, H]: of queries, keys and values
 
     def __call__(self, x: mx.array, rope: Rope, context: Context) -> mx.array:
         """[T, D] -> [T, D]; new keys and values go into the sequences' caches."""
@@ -183,8 +194,16 @@ class Attention(nn.Module):
 
     def decode_inputs(self, x: mx.array, rope: Rope) -> tuple[mx.array, ...]:
         """Queries [T, N, 1, H] and, in a layer that owns them, keys and values [T, K, 1, H], of [T, D]."""
-        new = self.keys_values(x, rope) if self.owner_idx == self.layer_idx else ()
-        return self.queries(x, rope), *new
+        if self.owner_idx != self.layer_idx:
+            return (self.queries(x, rope),)
+        if self.qkv_proj is None:
+            return self.queries(x, rope), *self.keys_values(x, rope)
+        heads = self.qkv_proj(x).reshape(x.shape[0], -1, 1, self.head_dim)  # [T, N + 2 K, 1, H]
+        # The norm rounds before it multiplies by a weight, so that the product here is the same.
+        normed = self.v_norm(heads) * self._norms
+        keys = self.k_proj.weight.shape[0] // self.head_dim
+        turned = rotated(normed[:, :-keys], rope[self.kind])
+        return turned[:, :-keys], turned[:, -keys:], normed[:, -keys:]
 
     def queries(self, x: mx.array, rope: Rope) -> mx.array:
         """[T, D] -> [T, N, 1, H]."""
