@@ -27,6 +27,8 @@ Names that one of them alone has:
   `steps.py:DecodeSteps.finished`, `steps.py:DecodeSteps.first`, `steps.py:DecodeSteps.last`,
   `steps.py:DecodeSteps.per_layer_inputs`, `text.py:LanguageModel.table_rows`, `text.py:LanguageModel.scaled_rows`,
   `text.py:LaurelBlock.added`, `text.py:Attention.decode_inputs`, `model.py:Gemma3nModel.decode_graph`.
+- MLX fuses elementwise kernels of what is compiled: `layers.py:fused`, `text.py:corrected`, `text.py:gated_by`,
+  `text.py:updated`.
 - Several products of one row are one: `layers.py:stacked`.
 - Views of one row keep strides that MLX's products copy: `text.py:stream`.
 - MLX multiplies no columns of a weight by themselves, so a model of which slices are taken keeps down_proj in pieces:

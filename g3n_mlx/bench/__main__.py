@@ -35,7 +35,7 @@ from g3n_mlx.commands import (
 )
 from g3n_mlx.config.model import ModelConfig, read_config
 from g3n_mlx.convert import cached_conversion, plan_for
-from g3n_mlx.failures import BadValue, MissingPackage, WorkerFailed, check_folder_of
+from g3n_mlx.failures import BadValue, MissingPackage, WorkerFailed, check_folder_of, one_line
 from g3n_mlx.installation import install_command
 
 NAME = "g3n-bench"
@@ -62,6 +62,7 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     add("--depth", type=_list_of(count), metavar="N,...", help="tokens before decode begins; default: the prompt's")
     add("--sequences", type=_list_of(positive), default=(), metavar="N,...", help="decode so many together, too")
     add_draft_flag(add, "off")
+    add("--count-ops", action="store_true", help="only count a decode step's GPU kernels with MLX, beside mlx-lm's")
     add("--num-trials", type=positive, default=3, metavar="N", help="of which the median counts; default: 3")
     add("--threads", type=positive, metavar="N", help="of every engine, on a CPU; default: each engine's own choice")
     add = parser.add_argument_group("beside a peer").add_argument
@@ -90,6 +91,8 @@ def _measure(arguments: argparse.Namespace) -> int:
     folder = resolve(model_of(arguments), arguments.revision)
     config = ModelConfig.from_file(folder)
     requests = _requests(arguments, folder, config)
+    if arguments.count_ops:
+        return _count_ops(requests[0])
     for request in requests:
         engine(request.engine).check(request)
     if arguments.q_bits is not None:  # converted before the clock of the first run starts
@@ -103,6 +106,23 @@ def _measure(arguments: argparse.Namespace) -> int:
         tell(report.markdown([summary]) if arguments.markdown else report.table(summary))
     if arguments.plot is not None:
         report.plot(arguments.plot, [summary])
+    return 0
+
+
+def _count_ops(request: Request) -> int:
+    """Prints how many kernels a decode step has after MLX has fused what it can, ours and mlx-lm's."""
+    from g3n_mlx.bench.engines import mlx_lm, ours
+
+    counts = {OURS: ours.count(replace(request, backend="mlx"))}
+    try:
+        mlx_lm.check(request)
+    except ImportError as error:
+        say(one_line(error))
+    else:
+        counts["mlx-lm"] = mlx_lm.count(request)
+    tell(f"{'one decode step':<18}{'kernels':>9}{'nodes of the graph':>20}")
+    for name, (nodes, kernels) in counts.items():
+        tell(f"{name:<18}{kernels:>9,}{nodes:>20,}")
     return 0
 
 

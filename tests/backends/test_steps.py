@@ -136,6 +136,25 @@ def test_a_decode_step_is_the_models_forward(network, framework, sequences):
         np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance(1e-4))
 
 
+def test_one_chunk_of_a_prompt_is_computed_while_the_next_is_built(frameworks, tiny_folder, monkeypatch):
+    if "mlx" not in frameworks:
+        pytest.skip("mlx is not installed")
+    import mlx.core as mx
+
+    network = frameworks["mlx"].model(Checkpoint.open(tiny_folder))
+    cache, calls = make_cache(network), []
+    evaluate, start = mx.eval, mx.async_eval
+    monkeypatch.setattr(mx, "eval", lambda *arrays: (calls.append("wait"), evaluate(*arrays)))
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: (calls.append("start"), start(*arrays)))
+    for first in range(0, 60, 20):
+        prefill(network, np.arange(first, first + 20), cache)
+    assert calls == ["start", "start", "wait", "start", "wait"]
+    found = logits_of(network, np.array([3]), cache)
+    plain = make_cache(network)
+    expected = logits_of(network, np.array([*range(60), 3]), plain)[-1:]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance(1e-4))
+
+
 def test_a_step_that_was_built_ahead_is_dropped_when_another_comes(network, framework):
     """The graph of the next step belongs to one token and one offset: other ids and a trim leave nothing of it."""
     ids = np.arange(5, 25)

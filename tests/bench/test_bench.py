@@ -52,6 +52,18 @@ def test_figures(backend, tiny_folder, capsys):
         assert 0 < figures["graph_kernels"] <= figures["graph_operations"]
 
 
+def test_kernels_are_counted_as_a_gpu_has_them(tiny_folder, capsys):
+    pytest.importorskip("mlx.core")
+    code, out, err = bench(capsys, "--model", tiny_folder, "--device", "cpu", "--count-ops")
+    assert code == 0, err
+    header, ours, *_ = out.splitlines()
+    assert header.split() == ["one", "decode", "step", "kernels", "nodes", "of", "the", "graph"]
+    name, kernels, nodes = ours.replace(",", "").split()
+    assert name == "g3n_mlx"
+    # 10 layers: more than 300 kernels, of which norms, RoPE and attention are one each.
+    assert 300 < int(kernels) < 450 < int(nodes)
+
+
 def test_drafts(backend, tiny_folder, capsys):
     """A copy is drafted whatever the weights; times of calls grow with their rows, on a CPU."""
     flags = ("--backend", backend, "--device", "cpu", *FLOAT32, "--draft", "lookup", "--prompt-tokens", 20)

@@ -6,7 +6,8 @@ multiplies by.
 """
 
 import copy
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, wraps
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +19,20 @@ from g3n_mlx.checkpoint.source import Ranges
 
 # Pieces of a weight of which slices are taken: E4B's published slices have halves of its FFN, users' own any eighth.
 MAX_SLABS = 8
+
+
+def fused(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """The function as one kernel on a GPU, compiled for arrays of any length; in a compiled step it is part of that.
+
+    On the CPU device, which has no vectorized functions in compiled kernels, it is computed as it stands.
+    """
+    compiled = mx.compile(function, shapeless=True)
+
+    @wraps(function)
+    def call(*arrays: mx.array) -> mx.array:
+        return compiled(*arrays) if mx.default_device().type == mx.gpu else function(*arrays)
+
+    return call
 
 
 def linear(weights: Weights) -> "Linear | QuantizedLinear":

@@ -131,6 +131,8 @@ class Gemma3nModel(nn.Module):
         weights = self.weights if loaded is None else self.weights.sharing(loaded.at)
         self.language_model = LanguageModel(self.config.text, weights.at("language_model"))
         self.decode_steps = DecodeSteps(self.language_model, self.config)
+        # Of the chunk of a prompt that is being computed: numbers of its own, which keep no keys and values alive.
+        self._chunk: list[mx.array] | None = None
         self.is_sliceable = loaded is not None
         self.towers: Towers = Towers(self.weights.reopened()) if loaded is None else loaded.model.towers
 
@@ -170,11 +172,17 @@ class Gemma3nModel(nn.Module):
         if self.decode_steps.takes(batch):
             return self.decode_steps(batch)
         self.decode_steps.forget()
+        before, self._chunk = self._chunk, None
         start = self.language_model.start(self.embed(batch.token_ids(), batch.soft()), batch.positions)
         hidden = self.language_model(start, batch)
         if hidden is None:
-            # Computed chunk by chunk, or the graph of the whole prompt would grow in memory.
-            mx.eval([[layer.keys, layer.values] for one in batch.caches for layer in one.layers.values()])
+            # Computed chunk by chunk, or the graph of the whole prompt would grow in memory. While one is computed, the
+            # next one's rows are gathered and its graph is built: what is waited for is the chunk before.
+            layers = [layer for one in batch.caches for layer in one.layers.values()]
+            self._chunk = [layer.keys[0, 0, -1, :1] + 0 for layer in layers]
+            mx.async_eval([[layer.keys, layer.values] for layer in layers], self._chunk)
+            if before is not None:
+                mx.eval(before)
             return None
         return self.language_model.logits(hidden)
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from g3n_mlx.backends.mlx.layers import linear, sliceable, stacked
+from g3n_mlx.backends.mlx.layers import fused, linear, sliceable, stacked
 from g3n_mlx.backends.mlx.weights import Weights, evaluated, from_numpy
 from g3n_mlx.batch import Batch, Context
 from g3n_mlx.config.text import SLIDING, TextConfig
@@ -88,7 +88,7 @@ class MLP(nn.Module):
             gate, up = self.gate_proj(x), self.up_proj(x)
         if self.cutoff is not None:
             gate = gaussian_topk(gate, self.cutoff)
-        return self.down_proj(nn.gelu_approx(gate) * up)
+        return self.down_proj(gated_by(gate, up))
 
     def make_sliceable(self) -> None:
         """Brings the weights into forms of which a slice takes views."""
@@ -96,6 +96,13 @@ class MLP(nn.Module):
         self.down_proj = sliceable(self.down_proj, False)
 
 
+@fused
+def gated_by(gate: mx.array, x: mx.array) -> mx.array:
+    """gelu(gate) * x."""
+    return nn.gelu_approx(gate) * x
+
+
+@fused
 def gaussian_topk(gate: mx.array, cutoff: mx.array) -> mx.array:
     """relu(gate - (mean + cutoff * std)) by row, with the biased std."""
     mean = mx.mean(gate, axis=-1, keepdims=True)
@@ -135,13 +142,22 @@ class AltUp(nn.Module):
 
         The router reads the layer's output, not the active stream.
         """
-        coefs = self.correction_coefs(self.modalities(activated)) + 1.0  # [T, A]
-        innovation = activated - stream(predictions, self.active_idx)
-        return predictions + coefs[..., None] * innovation[:, None]
+        coefs = self.correction_coefs(self.modalities(activated))[..., None]  # [T, A, 1]
+        active = predictions[:, self.active_idx : self.active_idx + 1]  # [T, 1, D]
+        return corrected(predictions, active, activated[:, None], coefs)
 
     def scaled(self, x: mx.array) -> mx.array:
         """The corrected active stream [T, D] as the per-layer gate reads it."""
         return x if self.correct_output_scale is None else x * self.correct_output_scale
+
+
+@fused
+def corrected(predictions: mx.array, active: mx.array, activated: mx.array, coefs: mx.array) -> mx.array:
+    """predictions + (coefs + 1) * (activated - active): [T, A, D], two of [T, 1, D], [T, A, 1] -> [T, A, D]."""
+    if mx.default_device().type == mx.gpu or predictions.shape[0] == 1:
+        # Of one shape throughout, or MLX makes several kernels of it.
+        activated, active, _ = mx.broadcast_arrays(activated, active, predictions)
+    return predictions + (coefs + 1.0) * (activated - active)
 
 
 def stream(streams: mx.array, index: int) -> mx.array:
@@ -298,14 +314,20 @@ class DecoderLayer(nn.Module):
     def updated(self, streams: mx.array, per_layer_input: mx.array) -> mx.array:
         """The corrected streams [T, A, D] after the per-layer input [T, P], gated by the active one."""
         gate = self.per_layer_input_gate(self.altup.scaled(stream(streams, self.active_idx)))  # [T, P]
-        gated = nn.gelu_approx(gate) * per_layer_input
+        gated = gated_by(gate, per_layer_input)
         update = self.post_per_layer_input_norm(self.per_layer_projection(gated))  # [T, D]
-        return streams + update[:, None] * self._others
+        return updated(streams, update[:, None], self._others)
 
     def store_keys_values(self, streams: mx.array, rope: Rope, context: Context) -> None:
         """Appends the keys and values of streams [T, A, D], and goes no further."""
         x = self.input_layernorm(stream(self.altup.predict(streams), self.active_idx))
         self.self_attn.store(x, rope, context)
+
+
+@fused
+def updated(streams: mx.array, update: mx.array, others: mx.array) -> mx.array:
+    """streams + update * others: [T, A, D], [T, 1, D], [A, 1] -> [T, A, D]."""
+    return streams + update * others
 
 
 class LanguageModel(nn.Module):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 from mlx import nn
 
+from g3n_mlx.backends.mlx.layers import fused
 from g3n_mlx.backends.mlx.text import RMSNorm
 from g3n_mlx.backends.mlx.weights import Weights, evaluated
 from g3n_mlx.config.vision import (
@@ -27,6 +28,7 @@ from g3n_mlx.config.vision import (
 EPS = 1e-6
 
 
+@fused
 def gelu(x: mx.array) -> mx.array:
     """The tanh form of GELU."""
     # As nn.gelu_approx has it, whose power alone takes a third of the time on MLX's CPU device.

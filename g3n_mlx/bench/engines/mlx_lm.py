@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from g3n_mlx.bench.engines.mlx_graph import count_graph
+from g3n_mlx.bench.engines.mlx_graph import count_graph, opaque_kernels
 from g3n_mlx.bench.engines.package import check_package
 from g3n_mlx.bench.measure import SHORT_PROMPT, Loaded, Request, Run
 from g3n_mlx.bench.measure import measure as measure_here
@@ -18,6 +18,14 @@ def check(request: Request) -> None:
 
 def measure(request: Request) -> Run:
     return measure_here(_load, request)
+
+
+def count(request: Request) -> tuple[int, int]:
+    """The nodes of a decode step's graph as a GPU has it, and its kernels."""
+    with opaque_kernels():
+        loaded = _load(request)
+        assert loaded.decode_graph is not None
+        return loaded.decode_graph()
 
 
 def _load(request: Request) -> Loaded:

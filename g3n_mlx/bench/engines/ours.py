@@ -8,7 +8,7 @@ import numpy as np
 
 from g3n_mlx.batch import Draw, Rows
 from g3n_mlx.bench.drafts import drafted, row_seconds
-from g3n_mlx.bench.engines.mlx_graph import count_graph
+from g3n_mlx.bench.engines.mlx_graph import count_graph, opaque_kernels
 from g3n_mlx.bench.measure import SHORT_PROMPT, Loaded, Request, Run
 from g3n_mlx.bench.measure import measure as measure_here
 from g3n_mlx.engine.cache import Cache
@@ -22,6 +22,14 @@ def check(request: Request) -> None:
 
 def measure(request: Request) -> Run:
     return measure_here(_load, request)
+
+
+def count(request: Request) -> tuple[int, int]:
+    """The nodes of a decode step's graph as a GPU has it, and its kernels."""
+    with opaque_kernels():
+        loaded = _load(request)
+        assert loaded.decode_graph is not None
+        return loaded.decode_graph()
 
 
 def _load(request: Request) -> Loaded:
