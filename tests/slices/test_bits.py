@@ -4,7 +4,7 @@ import re
 from fractions import Fraction
 
 import pytest
-from planted import LAYERS, write_planted
+from planted import LAYERS
 
 from g3n_mlx import load
 from g3n_mlx.__main__ import main
@@ -20,22 +20,17 @@ from g3n_mlx.slices.space import space_of
 TEXT = "".join(f"Cat {number} sat on the mat.\n" for number in range(12))  # less than a window
 
 
-@pytest.fixture(scope="module")
-def folder(tiny_folder, tmp_path_factory):
-    return write_planted(tmp_path_factory.mktemp("planted") / "model", tiny_folder)
-
-
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("g3n_mlx.convert.cache_folder", lambda: tmp_path / "cache")
 
 
-def test_a_recipe_gives_what_the_search_measured(folder, backend, tmp_path, capsys):
+def test_a_recipe_gives_what_the_search_measured(planted_folder, backend, tmp_path, capsys):
     text, output = tmp_path / "text.txt", tmp_path / "found.csv"
     text.write_text(TEXT)
-    flags = ["--model", folder, "--text", text, "--backend", backend, "--dtype", "float32", "--device", "cpu"]
+    flags = ["--model", planted_folder, "--text", text, "--backend", backend, "--dtype", "float32", "--device", "cpu"]
     # Halfway between everything at 3 bits and half as wide, and everything at 8 bits.
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = Checkpoint.open(planted_folder)
     space, costs = space_of(checkpoint, [Fraction(1, 2)], [3, 8]), Costs(checkpoint)
     budget = (costs.memory(space.cheapest()) + costs.memory(space.whole.at(8))) // 2
     flags += ["--widths", "0.5", "--bits", "3,8", "--budget", f"{budget / 1000:.3f}KB", "-o", output]
@@ -51,7 +46,7 @@ def test_a_recipe_gives_what_the_search_measured(folder, backend, tmp_path, caps
     bits = {how.quantization(f"language_model.layers.{at}.mlp.up_proj") for at in range(LAYERS)}
     assert bits == {Quantization(3, 64), Quantization(8, 64)}  # some layers are worth more than others
     made = tmp_path / "made"
-    command = ["convert", "--model", folder, "-o", made, "--recipe", recipe, "--dtype", "float32"]
+    command = ["convert", "--model", planted_folder, "-o", made, "--recipe", recipe, "--dtype", "float32"]
     command += ["--matformer-config", output, "--matformer", row.short_name]
     assert main(list(map(str, command))) == 0
     stored = Checkpoint.open(made).quantizations
@@ -62,7 +57,7 @@ def test_a_recipe_gives_what_the_search_measured(folder, backend, tmp_path, caps
             assert stored[f"language_model.layers.{index}.{part}"] == same
 
     options = {"backend": backend, "dtype": "float32", "device": "cpu"}
-    with load(folder, **options) as whole, load(made, **options) as smaller:
+    with load(planted_folder, **options) as whole, load(made, **options) as smaller:
         ids = whole.tokenizer.encode(TEXT)
         spans = list(windows(len(ids), 255, 128))
         assert len(spans) == 1
@@ -72,8 +67,8 @@ def test_a_recipe_gives_what_the_search_measured(folder, backend, tmp_path, caps
     assert again.kl_mean > 1e-4
 
 
-def test_bits_of_a_quantized_model_can_not_be_searched(folder, tmp_path, capsys):
-    quantized = convert(folder, tmp_path / "q", q_bits=4, progress=False)
+def test_bits_of_a_quantized_model_can_not_be_searched(planted_folder, tmp_path, capsys):
+    quantized = convert(planted_folder, tmp_path / "q", q_bits=4, progress=False)
     (tmp_path / "text.txt").write_text(TEXT)
     flags = ["--text", tmp_path / "text.txt", "--bits", "3,4", "--budget", "1GB", "-o", tmp_path / "a.csv"]
     assert main(["slices", "search", "--model", str(quantized), *map(str, flags)]) == 1

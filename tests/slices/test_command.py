@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from planted import LAYERS, WIDTH, write_planted
+from planted import LAYERS, WIDTH
 
 from g3n_mlx import load
 from g3n_mlx.__main__ import main
@@ -17,11 +17,6 @@ from g3n_mlx.matformer.table import read_slices
 from g3n_mlx.slices.journal import Journal
 
 TEXT = "".join(f"Cat {number} sat on the mat. Katze {number} saß auf der Matte.\n" for number in range(60))
-
-
-@pytest.fixture(scope="module")
-def folder(tiny_folder, tmp_path_factory):
-    return write_planted(tmp_path_factory.mktemp("planted") / "model", tiny_folder)
 
 
 @pytest.fixture
@@ -36,7 +31,7 @@ def search(capsys, *flags):
     return (code, *capsys.readouterr())
 
 
-def test_a_found_slice_is_taken_back(folder, text, tmp_path, capsys):
+def test_a_found_slice_is_taken_back(planted_folder, text, tmp_path, capsys):
     rows = tmp_path / "rows.csv"
     widths = [WIDTH // 2] * LAYERS
     rows.write_text(
@@ -44,7 +39,18 @@ def test_a_found_slice_is_taken_back(folder, text, tmp_path, capsys):
         f'By hand,{LAYERS},,,"{[WIDTH, *widths[1:]]}",\n'
     )
     output = tmp_path / "found.csv"
-    flags = ["--model", folder, "--text", text, "--tokens", "255", "--widths", "0.5", "--matformer-config", rows]
+    flags = [
+        "--model",
+        planted_folder,
+        "--text",
+        text,
+        "--tokens",
+        "255",
+        "--widths",
+        "0.5",
+        "--matformer-config",
+        rows,
+    ]
     code, out, err = search(capsys, *flags, "--budget", "by-hand", "-o", output)
     assert code == 0, err
     table = {line[:14].strip(): line.split() for line in out.splitlines()[1:]}
@@ -58,7 +64,7 @@ def test_a_found_slice_is_taken_back(folder, text, tmp_path, capsys):
     (row,) = read_slices(output)
     assert row.short_name == "found-at-by-hand"
     assert row.ffn_hidden_dims == (WIDTH // 2, WIDTH, *[WIDTH // 2] * (LAYERS - 2))
-    with load(folder, matformer=row.short_name, matformer_config=output) as model:
+    with load(planted_folder, matformer=row.short_name, matformer_config=output) as model:
         assert model.config.text.intermediate_size == row.ffn_hidden_dims
     if importlib.util.find_spec("matplotlib") is not None:
         assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -74,9 +80,9 @@ def test_a_found_slice_is_taken_back(folder, text, tmp_path, capsys):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
-def test_a_killed_search_goes_on(folder, text, tmp_path, capsys):
+def test_a_killed_search_goes_on(planted_folder, text, tmp_path, capsys):
     output = tmp_path / "found.csv"
-    flags = ["--model", folder, "--text", text, "--widths", "0.5", "--budget", "10GB", "-o", output]
+    flags = ["--model", planted_folder, "--text", text, "--widths", "0.5", "--budget", "10GB", "-o", output]
     command = [sys.executable, "-m", "g3n_mlx", "slices", "search", *map(str, flags)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     journal = output.with_suffix(".journal")
@@ -99,14 +105,6 @@ def test_a_killed_search_goes_on(folder, text, tmp_path, capsys):
     assert read_slices(output)[0].ffn_hidden_dims == (WIDTH,) * LAYERS  # there was room for all of it
 
 
-def test_speed(folder, text, tmp_path, capsys):
-    """A speed that anything reaches gives the whole model; one that nothing reaches is refused before the search."""
-    flags = ["--model", folder, "--text", text, "--tokens", "255", "--widths", "0.5", "-o", tmp_path / "found.csv"]
-    code, _, err = search(capsys, *flags, "--speed", "1e9")
-    assert code == 1
-    assert "nothing is as fast as 1e+09 tokens/s" in err or "size makes no difference" in err
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -117,19 +115,21 @@ def test_speed(folder, text, tmp_path, capsys):
         (("--budget", "1GB", "-o", "no/such/found.csv"), "no/such"),
     ],
 )
-def test_failures_are_one_line(flags, message, folder, text, tmp_path, capsys, monkeypatch):
+def test_failures_are_one_line(flags, message, planted_folder, text, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, out, err = search(capsys, "--model", folder, "--text", text, "--tokens", "255", "--widths", "0.5", *flags)
+    code, out, err = search(
+        capsys, "--model", planted_folder, "--text", text, "--tokens", "255", "--widths", "0.5", *flags
+    )
     assert (code, out) == (1, "")
     complaint = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("g3n slices: ")]
     assert len(complaint) == 1
     assert message in complaint[0]
 
 
-def test_a_result_is_not_written_over(folder, text, tmp_path, capsys):
+def test_a_result_is_not_written_over(planted_folder, text, tmp_path, capsys):
     output = tmp_path / "found.csv"
     output.write_text("mine")
-    code, _, err = search(capsys, "--model", folder, "--text", text, "--budget", "1GB", "-o", output)
+    code, _, err = search(capsys, "--model", planted_folder, "--text", text, "--budget", "1GB", "-o", output)
     assert code == 1
     assert "found.csv exists already" in err
     assert output.read_text() == "mine"

@@ -1,42 +1,19 @@
 """The search against all candidates, on a checkpoint with planted importance, in both backends."""
 
 import dataclasses
-import sys
-from fractions import Fraction
 from itertools import product
 
 import numpy as np
 import pytest
-from planted import LAYERS, WIDTH, write_planted
-from tqdm import tqdm
+from planted import LAYERS, WIDTH
 
-from g3n_mlx import load
 from g3n_mlx.prompt.prompt import of_token_ids
-from g3n_mlx.slices.goals import Setting, for_budgets
-from g3n_mlx.slices.journal import Journal
-from g3n_mlx.slices.measure import Divergences
+from g3n_mlx.slices.goals import for_budgets
 from g3n_mlx.slices.pieces import Piece
-from g3n_mlx.slices.space import SKIPPED, Candidate, Layer, candidate_of, slice_row, space_of
+from g3n_mlx.slices.space import SKIPPED, Candidate, Layer, candidate_of, slice_row
 from g3n_mlx.slices.variants import Variants
 
 HALF = WIDTH // 2
-
-
-@pytest.fixture(scope="module")
-def folder(tiny_folder, tmp_path_factory):
-    return write_planted(tmp_path_factory.mktemp("planted") / "model", tiny_folder)
-
-
-@pytest.fixture
-def setting(folder, backend, tmp_path):
-    """A search over two pieces, none held out."""
-    draw = np.random.default_rng(0)
-    pieces = [Piece(of_token_ids([2, *draw.integers(200, 900, 24).tolist()], 1152), start) for start in (0, 5)]
-    with load(folder, backend=backend, dtype="float32", device="cpu") as model, Journal(tmp_path / "j", {}) as journal:
-        variants = Variants(model, "cpu")
-        space = space_of(model.checkpoint, [Fraction(1, 2)], [])
-        with tqdm(total=0, disable=True, file=sys.stderr) as bar:
-            yield Setting(variants, space, Divergences(variants, journal, bar), pieces, pieces, [])
 
 
 def log_softmax(logits):
@@ -101,7 +78,7 @@ def test_what_is_better_by_chance_is_not_clearly_better(setting):
     assert setting.divergences.is_clearly_less(one, third, pieces[:1])
 
 
-def test_divergence_is_that_of_whole_logits(setting, folder, backend):
+def test_divergence_is_that_of_whole_logits(setting):
     candidate = setting.space.whole.changed({1: Layer(HALF), 4: SKIPPED, 5: SKIPPED})
     found = setting.divergences.of([candidate], setting.pieces)[candidate]
     whole = setting.variants.whole
