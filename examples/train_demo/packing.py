@@ -74,17 +74,19 @@ class Encoder:
 
 
 def pack(sequences: Sequence[Encoded], length: int) -> Rows:
-    """Rows of `length` places, filled with whole sequences in their order; longer ones are left out."""
-    rows: list[list[Encoded]] = [[]]
-    free = length
+    """Rows of `length` places, filled with whole sequences, each in the first with room; longer ones are left out."""
+    rows: list[list[Encoded]] = []
+    free: list[int] = []
     for sequence in sequences:
-        if len(sequence.ids) > length:
+        needed = len(sequence.ids)
+        if needed > length:
             continue
-        if len(sequence.ids) > free:
+        row = next((row for row, room in enumerate(free) if room >= needed), len(rows))
+        if row == len(rows):
             rows.append([])
-            free = length
-        rows[-1].append(sequence)
-        free -= len(sequence.ids)
+            free.append(length)
+        rows[row].append(sequence)
+        free[row] -= needed
     ids, targets = (np.full((len(rows), length), fill) for fill in (0, -1))
     numbers = np.full((len(rows), length), -1)
     for row, packed in enumerate(rows):

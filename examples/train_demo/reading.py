@@ -97,6 +97,13 @@ def sums(rng: random.Random, held_out: bool) -> Example:
     return dialogue("sums", question.format(a, b), f"{a} + {b} = {a + b}")
 
 
+def products(rng: random.Random, held_out: bool) -> Example:
+    """The multiplication table up to ten times ten: what has to be known by heart, so nothing of it is held out."""
+    a, b = rng.randint(2, 10), rng.randint(2, 10)
+    question = rng.choice(("What is {} x {}?", "{} x {}", "{} x {} =", "What is {} times {}?", "Multiply {} by {}."))
+    return dialogue("products", question.format(a, b), f"{a} x {b} = {a * b}")
+
+
 def lists(rng: random.Random, held_out: bool) -> Example:
     """Copies, reverses and sorts words or numbers."""
     numeric = rng.random() < 0.5
@@ -188,6 +195,7 @@ def _letters(rng: random.Random) -> str:
 READING: dict[str, Generator] = {
     "about": about,
     "sums": sums,
+    "products": products,
     "lists": lists,
     "memory": memory,
     "json": as_json,

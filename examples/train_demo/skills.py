@@ -4,10 +4,18 @@ import random
 from collections.abc import Mapping
 from pathlib import Path
 
+from orders import orders, silent
+from phrasings import in_other_words, phrased
 from pictures import SEEING
 from reading import READING
 from skill import Example, Generator, dialogue
 from sounds import hearing
+
+# Skills that `phrased` asks about: those whose questions have other words in phrasings.py.
+REPHRASED = (
+    "shapes", "counts", "attributes", "positions", "signs", "digits", "commands", "names", "tones", "both", "video",
+    "sums", "memory",
+)  # fmt: skip
 
 
 def talk(generators: Mapping[str, Generator]) -> Generator:
@@ -20,7 +28,24 @@ def talk(generators: Mapping[str, Generator]) -> Generator:
     return generate
 
 
+def varied(generate: Generator) -> Generator:
+    """In training, half of the examples in other words; held-out ones as the generator writes them."""
+
+    def generate_varied(rng: random.Random, held_out: bool) -> Example:
+        example = generate(rng, held_out)
+        return example if held_out or rng.random() < 0.5 else in_other_words(rng, example, held_out)
+
+    return generate_varied
+
+
 def all_skills(speech: Path) -> dict[str, Generator]:
     """Generators by skill; speech is out of a cache as speech.py writes it."""
     alone = {**READING, **SEEING, **hearing(speech)}
-    return {**alone, "talk": talk(alone)}
+    skills = {
+        **alone,
+        "talk": talk(alone),
+        "orders": orders(speech, alone),
+        "silent": silent,
+        "phrased": phrased({name: alone[name] for name in REPHRASED}),
+    }
+    return {name: generate if name == "phrased" else varied(generate) for name, generate in skills.items()}

@@ -15,6 +15,7 @@ from g3n_mlx.media.audio import Audio
 TRANSCRIBE = ("Transcribe this.", "What does the voice say?", "Write down what you hear.")
 LISTEN = ("What do you hear?", "What is this sound?", "Describe the sound.")
 COUNT_BEEPS = ("How many beeps are there?", "Count the beeps.")
+WATCH = "What happens in this video?"
 MATCH = "Does the voice name what the picture shows?"
 TONES = {"high": (1000.0, 2000.0), "low": (150.0, 350.0)}  # Hz
 MOVES = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
@@ -143,8 +144,32 @@ def video(rng: random.Random, held_out: bool) -> Example:
         moved = Thing(thing.shape, thing.colour, thing.size, x, y, thing.radius, thing.angle)
         frames.append(draw_scene(random.Random(look), [moved]))
     parts = [part for second, frame in enumerate(frames) for part in timed(second, frame)]
-    parts += heard(recorded(rng, waveform), "What happens in this video?", first=True)
+    parts += heard(recorded(rng, waveform), WATCH, first=True)
     return dialogue("video", parts, f"{a(thing.name).capitalize()} moves {move}, with a {kind} tone.")
+
+
+def filmed(
+    rng: random.Random, held_out: bool, with_sound: bool
+) -> tuple[list[list[dict[str, object]]], list[dict[str, object]], list[dict[str, object]], str]:
+    """Frames of a thing that moves, and may stand still before or after it; a tone or nothing; question and answer."""
+    thing = scene(rng, held_out, 1)[0]
+    move, (dx, dy) = rng.choice(list(MOVES.items()))
+    distance = rng.uniform(0.18, 0.28)
+    middle_x, middle_y = (0.5 + rng.uniform(-0.08, 0.08) for _ in range(2))
+    places = np.linspace(-1, 1, rng.randint(2, 4)).tolist()
+    places = rng.choice((places, places, places, [*places, places[-1]], [places[0], *places]))
+    look = rng.getrandbits(32)
+    frames: list[list[dict[str, object]]] = []
+    for second, step in enumerate(places):
+        x, y = middle_x + step * dx * distance, middle_y + step * dy * distance
+        moved = Thing(thing.shape, thing.colour, thing.size, x, y, thing.radius, thing.angle)
+        frames.append(timed(second, draw_scene(random.Random(look), [moved])))
+    question: list[dict[str, object]] = [{"type": "text", "text": WATCH}]
+    said = f"{a(thing.name).capitalize()} moves {move}"
+    if not with_sound:
+        return frames, [], question, f"{said}."
+    kind, waveform = a_tone(rng)
+    return frames, [sound(recorded(rng, waveform))], question, f"{said}, with a {kind} tone."
 
 
 def timed(second: int, frame: Image.Image) -> list[dict[str, object]]:
@@ -167,7 +192,7 @@ def hearing(folder: Path) -> dict[str, Generator]:
 
 def written() -> list[str]:
     """What the skills of hearing write, for the tokenizer's corpus."""
-    texts = [*TRANSCRIBE, *LISTEN, *COUNT_BEEPS, MATCH, *COMMANDS, "What happens in this video?"]
+    texts = [*TRANSCRIBE, *LISTEN, *COUNT_BEEPS, MATCH, *COMMANDS, WATCH]
     texts += [f"A {kind} tone." for kind in ("high", "low", "rising", "falling")]
     texts += [f"moves {move}, with a tone." for move in MOVES] + ["2 beeps.", "1 beep."]
     return texts
