@@ -58,6 +58,7 @@ def test_all_flags_reach_load(monkeypatch, tmp_path):
         "--device": "cpu",
         "--dtype": "float32",
         "--chat-template": "own",
+        "--activations": "int8",
     }
     assert flags.keys() == MODEL_FLAGS.keys()
     load_from(command_line("chat")().parse_args([word for pair in flags.items() for word in pair]))
@@ -71,6 +72,7 @@ def test_all_flags_reach_load(monkeypatch, tmp_path):
         "device": "cpu",
         "dtype": "float32",
         "chat_template": "own",
+        "activations": "int8",
     }
 
 

@@ -62,11 +62,8 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     answer.add_argument("--max-tokens", type=int, metavar="N", help="of one answer; default: to the context limit")
     answer.add_argument("--temperature", "--temp", type=float, metavar="X", help="0 always takes the most likely token")
     answer.add_argument("--top-p", type=float, metavar="X")
-    answer.add_argument("--top-k", type=int, metavar="N")
-    answer.add_argument("--min-p", type=float, metavar="X")
     answer.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
     add_draft_flag(answer.add_argument, "auto")
-    answer.add_argument("--prefill-step-size", type=int, metavar="N", help="prompt tokens read at once")
     parser.add_argument("--verbose", action="store_true", help="log lines, and figures after every answer")
     return parser
 

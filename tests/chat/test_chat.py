@@ -67,6 +67,9 @@ class Echo:
     closed: int = 0
     warmed_up: int = 0
 
+    def checked_draft(self, draft: str) -> str:
+        return draft
+
     def warm_up(self) -> None:
         self.warmed_up += 1
 
@@ -273,7 +276,7 @@ def test_ctrl_c_before_the_answer_gives_up_the_question(session, echo, capsys):
 
 
 def test_the_model_warms_up_before_a_chat_and_not_for_one_question(echo, monkeypatch, capsys):
-    monkeypatch.setattr(command, "load_from", lambda arguments: echo)
+    monkeypatch.setattr(command, "load_from", lambda arguments, **_: echo)
     monkeypatch.setattr(command, "message_lines", lambda: iter(["hello"]))
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     assert command.main(["--prompt", "hello"]) == 0
@@ -376,7 +379,7 @@ def test_stdin_that_is_no_text(tmp_path, tiny_folder):
 
 
 def test_usage_errors_exit_2(tmp_path):
-    for flags in (["--frobnicate"], ["--top-k", "many"], ["--backend", "jax"]):
+    for flags in (["--frobnicate"], ["--seed", "many"], ["--backend", "jax"]):
         done = program(*flags, home=tmp_path)
         assert done.returncode == 2
         assert "g3n-chat: error: " in done.stderr
