@@ -6,6 +6,8 @@ here first. Run as a script, this file is the child.
 """
 
 import json
+import math
+import signal
 import subprocess
 import sys
 import threading
@@ -17,19 +19,29 @@ T = TypeVar("T")
 # The compiler calls itself for every rule and every level of a schema: some 5 KB each, 20 KB in the costliest.
 STACK_BYTES = 256 << 20
 MAX_BYTES = 2 << 30  # of the child
+# Wall time that the child may take, in times of its processor time: others may keep the processors busy.
+PATIENCE = 6
 _stack_size_lock = threading.Lock()
 
 
 def refusal(grammar: str, initial_fuel: int, step_fuel: int, timeout_s: float) -> str | None:
-    """Why a grammar, as llguidance's LLMatcher takes it, can't be compiled; None when it can."""
-    task = json.dumps({"grammar": grammar, "initial_fuel": initial_fuel, "step_fuel": step_fuel})
+    """Why a grammar, as llguidance's LLMatcher takes it, can't be compiled; None when it can.
+
+    timeout_s: seconds of processor time; what compiles on an idle machine compiles on a busy one.
+    """
+    slow = f"it takes more than {timeout_s:g} s to compile: make it simpler"
+    fuel = {"initial_fuel": initial_fuel, "step_fuel": step_fuel}
+    task = json.dumps({"grammar": grammar, **fuel, "seconds": math.ceil(timeout_s)}).encode()
+    # Where a process has no limit of its own on its time, the clock has to do.
+    wall_s = timeout_s if sys.platform == "win32" else PATIENCE * timeout_s
     try:
         # -P: the folder of this file is no place to import from.
-        done = subprocess.run(
-            [sys.executable, "-P", __file__], input=task.encode(), capture_output=True, timeout=timeout_s, check=False
-        )
+        command = [sys.executable, "-P", __file__]
+        done = subprocess.run(command, input=task, capture_output=True, timeout=wall_s, check=False)
     except subprocess.TimeoutExpired:
-        return f"it takes more than {timeout_s:g} s to compile: make it simpler"
+        return slow
+    if sys.platform != "win32" and done.returncode == -signal.SIGXCPU:
+        return slow
     if done.returncode != 0:
         return "it takes too much memory to compile: make it simpler"
     return json.loads(done.stdout)
@@ -63,12 +75,13 @@ def _child() -> None:
     """Answers with the reason, or null, as JSON. Any other end is the parent's to explain."""
     import llguidance
 
+    task = json.loads(sys.stdin.buffer.read())
     if sys.platform != "win32":
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
-    task = json.loads(sys.stdin.buffer.read())
+        resource.setrlimit(resource.RLIMIT_CPU, (task["seconds"], task["seconds"] + 1))
     limits = llguidance.LLParserLimits(
         initial_lexer_fuel=task["initial_fuel"], step_lexer_fuel=task["step_fuel"], verbose_errors=False
     )
