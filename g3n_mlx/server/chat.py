@@ -14,7 +14,8 @@ from g3n_mlx.server.errors import ApiError
 from g3n_mlx.server.exchange import Choices, respond, sampling_params, token_text
 from g3n_mlx.server.messages import template_messages
 from g3n_mlx.server.scheduler import Task
-from g3n_mlx.server.schemas import ChatChoice, ChatRequest, Completion, Logprobs, TokenLogprob, TopLogprob
+from g3n_mlx.server.schemas.chat import ChatChoice, ChatRequest, Logprobs, TokenLogprob, TopLogprob
+from g3n_mlx.server.schemas.generation import Completion
 from g3n_mlx.server.tools.offer import Tools
 from g3n_mlx.server.tools.parser import CallParser
 

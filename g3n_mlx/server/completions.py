@@ -17,7 +17,8 @@ from g3n_mlx.server.engine import TOO_LONG, Place, PlaceOf, unless_gone
 from g3n_mlx.server.errors import ApiError
 from g3n_mlx.server.exchange import Choices, respond, sampling_params, token_text
 from g3n_mlx.server.scheduler import Task
-from g3n_mlx.server.schemas import MAX_PROMPTS, Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
+from g3n_mlx.server.schemas.completions import MAX_PROMPTS, CompletionChoice, CompletionLogprobs, CompletionRequest
+from g3n_mlx.server.schemas.generation import Completion
 
 router = APIRouter()
 

@@ -19,15 +19,15 @@ from g3n_mlx.sampling import SamplingParams
 from g3n_mlx.server.engine import Place, unless_gone
 from g3n_mlx.server.errors import ApiError
 from g3n_mlx.server.scheduler import Task
-from g3n_mlx.server.schemas import (
-    ChatChoice,
+from g3n_mlx.server.schemas.base import now
+from g3n_mlx.server.schemas.chat import ChatChoice
+from g3n_mlx.server.schemas.completions import CompletionChoice
+from g3n_mlx.server.schemas.generation import (
     Completion,
-    CompletionChoice,
     CompletionTokensDetails,
     GenerationRequest,
     PromptTokensDetails,
     RequestUsage,
-    now,
 )
 
 P = TypeVar("P")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from g3n_mlx.server.errors import ApiError
-from g3n_mlx.server.schemas import MAX_MEDIA_COST, MEDIA_COSTS, MediaUrl, Message, Part
+from g3n_mlx.server.schemas.messages import MAX_MEDIA_COST, MEDIA_COSTS, MediaUrl, Message, Part
 from g3n_mlx.server.tools.history import calls_text, result_parts
 
 Turns = list[dict[str, Any]]

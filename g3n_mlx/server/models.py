@@ -9,14 +9,14 @@ from g3n_mlx.server.engine import Engine, PlaceOf
 from g3n_mlx.server.errors import ApiError
 from g3n_mlx.server.messages import template_messages
 from g3n_mlx.server.scheduler import Served
-from g3n_mlx.server.schemas import (
+from g3n_mlx.server.schemas.base import now
+from g3n_mlx.server.schemas.models import (
     DetokenizeRequest,
     DetokenizeResponse,
     ModelList,
     ServedModel,
     TokenizeRequest,
     TokenizeResponse,
-    now,
 )
 
 # What clients of other local servers send when there is but one model: LM Studio's, mistral.rs's, and none at all.

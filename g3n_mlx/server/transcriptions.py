@@ -20,7 +20,8 @@ from g3n_mlx.server.engine import Place, PlaceOf
 from g3n_mlx.server.errors import ApiError
 from g3n_mlx.server.exchange import respond, sampling_params
 from g3n_mlx.server.scheduler import Task
-from g3n_mlx.server.schemas import RequestBody, divisible
+from g3n_mlx.server.schemas.base import RequestBody
+from g3n_mlx.server.schemas.generation import divisible
 
 CLIP_TOKENS = 512  # nobody says more in half a minute, so a response that runs away ends here
 MAX_AUDIO_S = 4 * 3600.0  # of one file, half a gigabyte an hour while it is decoded; chat messages have a limit below

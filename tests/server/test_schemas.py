@@ -5,7 +5,8 @@ import pytest
 pydantic = pytest.importorskip("pydantic")
 pytest.importorskip("fastapi")
 
-from g3n_mlx.server.schemas import ChatRequest, CompletionRequest  # noqa: E402
+from g3n_mlx.server.schemas.chat import ChatRequest  # noqa: E402
+from g3n_mlx.server.schemas.completions import CompletionRequest  # noqa: E402
 
 
 @pytest.mark.parametrize(

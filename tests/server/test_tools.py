@@ -15,7 +15,7 @@ from random_schemas import OBJECTS
 from g3n_mlx.engine.grammar import GrammarError, Grammars
 from g3n_mlx.prompt.tokenizer import Tokenizer
 from g3n_mlx.server.messages import template_messages
-from g3n_mlx.server.schemas import Message
+from g3n_mlx.server.schemas.messages import Message
 from g3n_mlx.server.tools.history import calls_text
 from g3n_mlx.server.tools.offer import REQUIRED, Tools
 

@@ -7,7 +7,7 @@ from typing import Any
 from g3n_mlx.engine.grammar import WHITE_SPACE, GrammarError, GrammarMatcher, Grammars
 from g3n_mlx.failures import BadValue
 from g3n_mlx.server.errors import ApiError
-from g3n_mlx.server.schemas import ChatRequest, NamedTool
+from g3n_mlx.server.schemas.chat import ChatRequest, NamedTool
 from g3n_mlx.server.tools.functions import Function
 from g3n_mlx.server.tools.parser import SPACE, CallParser
 
