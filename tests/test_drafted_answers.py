@@ -14,6 +14,7 @@ from g3n_mlx.batch import Rows
 from g3n_mlx.checkpoint.hub import demo_folder
 from g3n_mlx.engine.answer import chunks_of
 from g3n_mlx.engine.drafts import LENGTHS, DraftConstraint
+from g3n_mlx.engine.lookup import Lookup
 from g3n_mlx.engine.results import Result
 from g3n_mlx.engine.runner import all_logits
 from g3n_mlx.sampling import SamplingParams
@@ -193,14 +194,15 @@ def test_forced_tokens_and_drafts_under_a_schema(demo, schema, params, seed):
 
 
 @pytest.mark.parametrize("logprobs", [False, True])
-def test_the_keys_of_a_schema_go_through_in_few_calls(demo, logprobs):
+def test_the_keys_of_a_schema_go_through_in_few_calls(demo, logprobs, monkeypatch):
     pytest.importorskip("llguidance")
+    monkeypatch.setattr(Lookup, "match", lambda self: (0, 0))  # whether lookups draft depends on measured times
     options = {"temperature": 0, "schema": SCHEMA, "max_tokens": 80, "logprobs": logprobs}
     expected = demo.generate("A circle.", **options)
     found = demo.generate("A circle.", **options, draft="auto")
     assert found.text == expected.text
     assert found.usage.accepted_tokens == found.usage.drafted_tokens > 15
-    assert found.usage.tokens_per_call > 1.8
+    assert found.usage.tokens_per_call > 1.3
     if logprobs:
         np.testing.assert_allclose(found.logprobs, expected.logprobs, rtol=0, atol=TOLERANCE)
 
