@@ -114,21 +114,30 @@ def drawn(scores: mx.array, params: SamplingParams, uniform: float) -> mx.array:
 def ordered(scores: mx.array, k: int) -> mx.array:
     """Ids of the k best of [V] float32 scores: score descending, id ascending.
 
-    Every score becomes one int64 that holds its order and, below, its id, so that no two are equal. The k best
-    then lie in the k rows of a table with the greatest maxima, which leaves few numbers to sort.
+    They lie in the k rows of a table whose best scores are greatest, of equal ones the first, since ids rise from row to
+    row: so one pass over the floats leaves few numbers to sort.
     """
-    vocab_size = scores.shape[0]
+    ids = mx.arange(scores.shape[0], dtype=mx.int64)
+    k = min(k, len(ids))
+    if k * COLUMNS < len(ids) // 2:
+        whole = len(ids) // COLUMNS * COLUMNS
+        row_maxima = scores[:whole].reshape(-1, COLUMNS).max(axis=-1)
+        rows = best_first(row_maxima, ids[: len(row_maxima)], k)
+        ids = mx.concatenate([ids[:whole].reshape(-1, COLUMNS)[rows].flatten(), ids[whole:]])
+        scores = scores[ids]
+    return best_first(scores, ids, k)
+
+
+def best_first(scores: mx.array, ids: mx.array, k: int) -> mx.array:
+    """The k best of some ids [n] by their scores [n]; of equal scores the smaller ids.
+
+    A score becomes one int64 that holds its order and, below, its id, so that no two are equal.
+    """
     bits = (scores + 0.0).view(mx.int32)  # + 0.0: minus zero is zero
     key = mx.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).astype(mx.int64)
-    key = (key << 32) + (vocab_size - 1 - mx.arange(vocab_size, dtype=mx.int64))
-    k = min(k, vocab_size)
-    if k * COLUMNS < vocab_size // 2:
-        whole = vocab_size // COLUMNS * COLUMNS
-        table = key[:whole].reshape(-1, COLUMNS)
-        best_rows = mx.argpartition(-table.max(axis=-1), k)[:k]
-        key = mx.concatenate([table[best_rows].flatten(), key[whole:]])
-    best = -mx.sort(-key)[:k]
-    return vocab_size - 1 - (best & mx.array(0xFFFFFFFF, dtype=mx.int64))
+    low = mx.array(0xFFFFFFFF, dtype=mx.int64)
+    key = (key << 32) + (low - ids)
+    return low - (-mx.sort(-key)[:k] & low)
 
 
 def cumulated(x: mx.array) -> mx.array:

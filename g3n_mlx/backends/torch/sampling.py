@@ -116,18 +116,25 @@ def drawn(scores: Tensor, params: SamplingParams, uniform: float) -> Tensor:
 def ordered(scores: Tensor, k: int) -> Tensor:
     """Ids of the k best of [V] float32 scores: score descending, id ascending.
 
-    Every score becomes one int64 that holds its order and, below, its id, so that no two are equal. The k best
-    then lie in the k rows of a table with the greatest maxima, which leaves few numbers to sort.
+    They lie in the k rows of a table whose best scores are greatest, of equal ones the first, since ids rise from row to
+    row: so one pass over the floats leaves few numbers to sort.
     """
-    vocab_size = scores.shape[0]
+    ids = torch.arange(scores.shape[0], device=scores.device)
+    k = min(k, len(ids))
+    if k * COLUMNS < len(ids) // 2:
+        whole = len(ids) // COLUMNS * COLUMNS
+        row_maxima = scores[:whole].view(-1, COLUMNS).amax(-1)
+        rows = best_first(row_maxima, ids[: len(row_maxima)], k)
+        ids = torch.cat([ids[:whole].view(-1, COLUMNS)[rows].flatten(), ids[whole:]])
+        scores = scores[ids]
+    return best_first(scores, ids, k)
+
+
+def best_first(scores: Tensor, ids: Tensor, k: int) -> Tensor:
+    """The k best of some ids [n] by their scores [n]; of equal scores the smaller ids.
+
+    A score becomes one int64 that holds its order and, below, its id, so that no two are equal.
+    """
     bits = (scores + 0.0).view(torch.int32).to(torch.int64)  # + 0.0: minus zero is zero
-    key = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
-    key = (key << 32) + (vocab_size - 1 - torch.arange(vocab_size, device=scores.device))
-    k = min(k, vocab_size)
-    if k * COLUMNS < vocab_size // 2:
-        whole = vocab_size // COLUMNS * COLUMNS
-        table = key[:whole].view(-1, COLUMNS)
-        best_rows = table.amax(-1).topk(k).indices
-        key = torch.cat([table[best_rows].flatten(), key[whole:]])
-    best = key.topk(k).values
-    return vocab_size - 1 - (best & 0xFFFFFFFF)
+    key = (torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF) << 32) + (0xFFFFFFFF - ids)
+    return 0xFFFFFFFF - (key.topk(k).values & 0xFFFFFFFF)
