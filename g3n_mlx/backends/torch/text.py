@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from g3n_mlx.backends.torch.kernels import elementwise
 from g3n_mlx.backends.torch.kernels.dense import padded
 from g3n_mlx.backends.torch.layers import gives_rows, linear, sliceable
 from g3n_mlx.backends.torch.weights import Weights, from_numpy
@@ -43,6 +44,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape, kept."""
+        if elementwise.takes(x, self.weight):
+            return elementwise.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
@@ -79,10 +82,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
-        gate = self.gate_proj(x)  # [T, F]
+        gate, up = self.gate_proj(x), self.up_proj(x)  # [T, F]
+        if elementwise.takes(gate, up):
+            return self.down_proj(elementwise.gated(gate, up, self.cutoff))
         if self.cutoff is not None:
             gate = gaussian_topk(gate, self.cutoff)
-        return self.down_proj(F.gelu(gate, approximate="tanh") * self.up_proj(x))
+        return self.down_proj(F.gelu(gate, approximate="tanh") * up)
 
     def make_sliceable(self) -> None:
         """Brings the weights into forms of which a slice takes views."""

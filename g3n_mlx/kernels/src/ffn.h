@@ -7,18 +7,7 @@
 // The gate of a sparse layer: what lies above mean + cutoff * std, through GELU; and which units that leaves.
 static void select_units(Step *s, const Layer *l, long row) {
     long n = l->gate_proj.rows;
-    float *gate = s->gate + row * s->ffn_width;
-    Floats total = {0}, squares = {0};
-    for (long i = 0; i < n; i += LANES) total += load(gate + i);
-    float mean = sum(total) / n;
-    for (long i = 0; i < n; i += LANES) {
-        Floats apart = load(gate + i) - mean;
-        if (i + LANES > n)
-            for (int lane = 0; lane < LANES; lane++)
-                if (i + lane >= n) apart[lane] = 0;
-        squares += apart * apart;
-    }
-    float least = mean + sqrtf(sum(squares) / n) * l->cutoff;
+    float *gate = s->gate + row * s->ffn_width, least = least_kept(gate, n, l->cutoff);
     int32_t *units = s->units + row * s->ffn_width, count = 0;
     for (long i = 0; i < n; i++)
         if (gate[i] > least) {

@@ -120,6 +120,18 @@ void g3n_int8_product(const Matrix *matrix, const void *x, int rounded, int64_t 
     free(work.sums);
 }
 
+// ---- Many rows ----
+
+void g3n_norm(const void *x, const void *weight, int halves, int64_t rows, int64_t columns, float eps, void *out) {
+    NormWork work = {x, weight, halves, rows, columns, eps, out};
+    pool_run(chosen->norm, &work);
+}
+
+void g3n_gate(void *gate, const void *up, int halves, int64_t rows, int64_t columns, int sparse, float cutoff) {
+    GateWork work = {gate, up, halves, rows, columns, sparse, cutoff};
+    pool_run(chosen->gate, &work);
+}
+
 // ---- Steps ----
 
 Step *g3n_step_new(const Model *model) {

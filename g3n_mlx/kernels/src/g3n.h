@@ -83,6 +83,10 @@ EXPORT void g3n_int8_product(const Matrix *matrix, const void *x, int rounded, i
 EXPORT void g3n_dequantize(const Matrix *matrix, int64_t start, int64_t stop, int rounded, void *out);
 EXPORT void g3n_embed(const Matrix *matrix, const int64_t *ids, int count, float *out);
 EXPORT void g3n_units(const Matrix *matrix, uint8_t *codes, uint16_t *scales, uint16_t *biases);
+// Of many rows, bfloat16 (`halves`) or float32, behind each other. RMSNorm; weight NULL: none.
+EXPORT void g3n_norm(const void *x, const void *weight, int halves, int64_t rows, int64_t columns, float eps, void *out);
+// gelu(gate) * up in the gate's place; `sparse`: of what the gate has above mean + cutoff * std of its row.
+EXPORT void g3n_gate(void *gate, const void *up, int halves, int64_t rows, int64_t columns, int sparse, float cutoff);
 EXPORT Step *g3n_step_new(const Model *model);
 EXPORT void g3n_step_free(Step *step);
 // The streams [T, A, D] with rows padded to whole blocks of 256, for a look between two layers.

@@ -2,6 +2,7 @@
 
 #include "instructions.h"
 
+#include "elementwise.h"
 #include "int8.h"
 #include "layer.h"
 #include "work.h"
@@ -80,5 +81,5 @@ static void units_region(Place *place, void *argument) {
 const Instructions JOINED(instructions_, INSTRUCTIONS) = {
     STRING(INSTRUCTIONS), product_region, dequantize_region, units_region,
     start_region,         queries_region, layer_region,      logits_region,
-    int8_region,          INT8_BITS,
+    norm_region,          gate_region,    int8_region,  INT8_BITS,
 };

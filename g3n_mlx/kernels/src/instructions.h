@@ -6,7 +6,7 @@
 
 typedef struct {
     const char *name;
-    Region product, dequantize, units, start, queries, layer, logits;
+    Region product, dequantize, units, start, queries, layer, logits, norm, gate;
     Region int8;    // NULL: not with these
     int int8_bits;  // the widest codes that it takes
 } Instructions;

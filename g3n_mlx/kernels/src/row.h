@@ -20,6 +20,20 @@ static void norm(const float *x, const float *weight, long n, float eps, float *
     }
 }
 
+// mean + cutoff * std of a gate's n numbers, with the biased std; zeros behind them.
+static float least_kept(const float *gate, long n, float cutoff) {
+    Floats total = {0}, squares = {0};
+    for (long i = 0; i < n; i += LANES) total += load(gate + i);
+    float mean = sum(total) / n;
+    for (long i = 0; i < n; i += LANES) {
+        Floats apart = load(gate + i) - mean;
+        for (int lane = 0; i + LANES > n && lane < LANES; lane++)
+            if (i + lane >= n) apart[lane] = 0;
+        squares += apart * apart;
+    }
+    return mean + sqrtf(sum(squares) / n) * cutoff;
+}
+
 // A product of one row with a small weight, on this thread.
 static void small_product(const Step *s, const Matrix *m, const float *x, float *out) {
     float values[operand_width(m->columns)], row[padded(m->columns)], sums[m->columns / 32 + 64];

@@ -36,4 +36,22 @@ typedef struct {
     void *y;               // [rows, matrix->rows]
 } Int8Work;
 
+typedef struct {
+    const void *x;       // [rows, columns]
+    const void *weight;  // [columns]; NULL: none
+    int halves;          // all are bfloat16, else float32
+    int64_t rows, columns;
+    float eps;
+    void *out;
+} NormWork;
+
+typedef struct {
+    void *gate;  // [rows, columns]
+    const void *up;
+    int halves;
+    int64_t rows, columns;
+    int sparse;
+    float cutoff;
+} GateWork;
+
 #endif
