@@ -116,6 +116,8 @@ CALLS: dict[str, tuple[object, list[object]]] = {
     "g3n_units": (None, [POINTER(Matrix), c_void_p, c_void_p, c_void_p]),
     "g3n_norm": (None, [c_void_p, c_void_p, c_int, c_int64, c_int64, c_float, c_void_p]),
     "g3n_gate": (None, [c_void_p, c_void_p, c_int, c_int64, c_int64, c_int, c_float]),
+    "g3n_attends": (c_int, []),
+    "g3n_attend": (None, [POINTER(Sequence), c_void_p, c_int, c_int, c_int, c_int, c_void_p]),
     "g3n_step_new": (c_void_p, [POINTER(Model)]),
     "g3n_step_free": (None, [c_void_p]),
     "g3n_step_streams": (c_void_p, [c_void_p]),

@@ -306,8 +306,8 @@ class DecoderLayer(nn.Module):
         predictions = self.altup.predict(streams)
         active = stream(predictions, self.active_idx)  # [T, D]
         x = self.input_layernorm(active)
-        attention = self.post_attention_layernorm(self.self_attn(x, rope, context))
-        x = (active + attention + self.laurel(x)) * (1 / math.sqrt(2))
+        attended = self.post_attention_layernorm(self.self_attn(x, rope, context))
+        x = (active + attended + self.laurel(x)) * (1 / math.sqrt(2))
         activated = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
         return self.updated(self.altup.correct(predictions, activated), per_layer_input)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from g3n_mlx.backends.torch.kernels import elementwise
+from g3n_mlx.backends.torch.kernels import attention, elementwise
 from g3n_mlx.backends.torch.kernels.dense import padded
 from g3n_mlx.backends.torch.layers import gives_rows, linear, sliceable
 from g3n_mlx.backends.torch.weights import Weights, from_numpy
@@ -206,6 +206,8 @@ class Attention(nn.Module):
             # The heads that share keys and values attend as rows of one query: no copy of keys for each.
             grouped = queries.view(1, keys.shape[1], -1, head_dim)
             return F.scaled_dot_product_attention(grouped, keys, values, scale=1.0).view(1, num_heads * head_dim)
+        if attention.takes(queries, keys):
+            return attention.attend(queries, keys, values, self.window)
         mask = visible(rows, keys.shape[2], self.window, queries.device)
         out = F.scaled_dot_product_attention(queries, keys, values, mask, scale=1.0, enable_gqa=True)
         return out[0].transpose(0, 1).reshape(rows, num_heads * head_dim)
@@ -260,8 +262,8 @@ class DecoderLayer(nn.Module):
         predictions = self.altup.predict(streams)
         active = predictions[:, self.active_idx]  # [T, D]
         x = self.input_layernorm(active)
-        attention = self.post_attention_layernorm(self.self_attn(x, rope, context))
-        x = (active + attention + self.laurel(x)) * (1 / math.sqrt(2))
+        attended = self.post_attention_layernorm(self.self_attn(x, rope, context))
+        x = (active + attended + self.laurel(x)) * (1 / math.sqrt(2))
         activated = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
         return self.updated(self.altup.correct(predictions, activated), per_layer_input)
 

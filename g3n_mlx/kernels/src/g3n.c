@@ -132,6 +132,15 @@ void g3n_gate(void *gate, const void *up, int halves, int64_t rows, int64_t colu
     pool_run(chosen->gate, &work);
 }
 
+int g3n_attends(void) { return chosen->attention != NULL; }
+
+void g3n_attend(const Sequence *sequence, const void *queries, int heads, int kv_heads, int head_dim, int window, void *out) {
+    const Sequence *s = sequence;
+    AttentionWork work = {queries, s->keys, s->values, s->key_head_stride, s->value_head_stride,
+                          s->rows, s->length, heads, kv_heads, head_dim, window, out};
+    pool_run(chosen->attention, &work);
+}
+
 // ---- Steps ----
 
 Step *g3n_step_new(const Model *model) {

@@ -87,6 +87,10 @@ EXPORT void g3n_units(const Matrix *matrix, uint8_t *codes, uint16_t *scales, ui
 EXPORT void g3n_norm(const void *x, const void *weight, int halves, int64_t rows, int64_t columns, float eps, void *out);
 // gelu(gate) * up in the gate's place; `sparse`: of what the gate has above mean + cutoff * std of its row.
 EXPORT void g3n_gate(void *gate, const void *up, int halves, int64_t rows, int64_t columns, int sparse, float cutoff);
+// Whether these instructions have g3n_attend: attention of many rows in bfloat16, queries and out [rows, heads, head_dim],
+// over one sequence. head_dim is a multiple of 32 up to 512, and at most 96 heads share keys and values.
+EXPORT int g3n_attends(void);
+EXPORT void g3n_attend(const Sequence *sequence, const void *queries, int heads, int kv_heads, int head_dim, int window, void *out);
 EXPORT Step *g3n_step_new(const Model *model);
 EXPORT void g3n_step_free(Step *step);
 // The streams [T, A, D] with rows padded to whole blocks of 256, for a look between two layers.

@@ -5,6 +5,7 @@
 #include "elementwise.h"
 #include "int8.h"
 #include "layer.h"
+#include "prefill_attention.h"
 #include "work.h"
 
 #define STRING_OF(x) #x
@@ -81,5 +82,6 @@ static void units_region(Place *place, void *argument) {
 const Instructions JOINED(instructions_, INSTRUCTIONS) = {
     STRING(INSTRUCTIONS), product_region, dequantize_region, units_region,
     start_region,         queries_region, layer_region,      logits_region,
-    norm_region,          gate_region,    int8_region,  INT8_BITS,
+    norm_region,          gate_region,    ATTENTION,    int8_region,
+    INT8_BITS,
 };

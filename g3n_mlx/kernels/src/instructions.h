@@ -7,8 +7,9 @@
 typedef struct {
     const char *name;
     Region product, dequantize, units, start, queries, layer, logits, norm, gate;
-    Region int8;    // NULL: not with these
-    int int8_bits;  // the widest codes that it takes
+    Region attention;  // of a prefill in bfloat16; NULL: not with these
+    Region int8;       // NULL: not with these
+    int int8_bits;     // the widest codes that it takes
 } Instructions;
 
 #endif

@@ -54,4 +54,13 @@ typedef struct {
     float cutoff;
 } GateWork;
 
+typedef struct {
+    const void *queries;  // [rows, heads, head_dim], the last `rows` of `length` positions
+    const void *keys, *values;  // [kv_heads, length, head_dim], heads apart by the strides
+    int64_t key_head_stride, value_head_stride;
+    int64_t rows, length, heads, kv_heads, head_dim;
+    int64_t window;  // tokens that a row sees; 0: all
+    void *out;  // [rows, heads, head_dim]
+} AttentionWork;
+
 #endif
