@@ -114,7 +114,7 @@ def drawn(scores: mx.array, params: SamplingParams, uniform: float) -> mx.array:
 def ordered(scores: mx.array, k: int) -> mx.array:
     """Ids of the k best of [V] float32 scores: score descending, id ascending.
 
-    They lie in the k rows of a table whose best scores are greatest, of equal ones the first, since ids rise from row to
+    They lie in the k rows of a table whose best scores are greatest, of equal ones the first, as ids rise from row to
     row: so one pass over the floats leaves few numbers to sort.
     """
     ids = mx.arange(scores.shape[0], dtype=mx.int64)

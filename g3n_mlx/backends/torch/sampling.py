@@ -116,7 +116,7 @@ def drawn(scores: Tensor, params: SamplingParams, uniform: float) -> Tensor:
 def ordered(scores: Tensor, k: int) -> Tensor:
     """Ids of the k best of [V] float32 scores: score descending, id ascending.
 
-    They lie in the k rows of a table whose best scores are greatest, of equal ones the first, since ids rise from row to
+    They lie in the k rows of a table whose best scores are greatest, of equal ones the first, as ids rise from row to
     row: so one pass over the floats leaves few numbers to sort.
     """
     ids = torch.arange(scores.shape[0], device=scores.device)
