@@ -305,6 +305,13 @@ def test_cut_off(kind):
         assert "damaged" in refused(data[: int(len(data) * part)])
 
 
+def test_a_jpeg_that_lacks_its_end_marker_alone():
+    """All its pixels may be there, but a file that was cut off there would look the same."""
+    data = Path(__file__).with_name("cases").joinpath("no_end_marker.jpg").read_bytes()
+    assert "damaged" in refused(data)
+    assert rgb(data + b"\xff\xd9").ndim == 3
+
+
 @cache
 def small_files() -> dict[str, bytes]:
     """An image of every format, with EXIF data or in another mode or compression where Pillow has code of its own."""
