@@ -1,6 +1,6 @@
 """The seam: what the core asks of a backend, as calls of the whole model.
 
-One call takes rows of several sequences, flat behind each other (batch.py): the weights are read once for all of them.
+One call takes rows of several sequences, flat behind each other (rows.py): the weights are read once for all of them.
 Ints and numpy arrays cross the seam, and arrays of the backend that the core only hands on: logits, steps, soft tokens,
 rows of a KV cache. Calls return at once; `int(step)` waits for the token. So a backend may start on the next call
 before the last token is known. All calls come from one thread (engine/runner.py).
@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from g3n_mlx.batch import Batch, Cache, Sampler, SoftTokens
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.matformer.plan import SlicePlan
+from g3n_mlx.rows import Batch, Cache, Sampler, SoftTokens
 from g3n_mlx.sampling import SamplingParams
 
 # Tokens that a cache can forget at any time: longer than a draft of tokens is worth.

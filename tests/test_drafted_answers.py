@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from g3n_mlx import load
-from g3n_mlx.batch import Rows
 from g3n_mlx.checkpoint.hub import demo_folder
 from g3n_mlx.engine.answer import chunks_of
 from g3n_mlx.engine.drafts import LENGTHS, DraftConstraint
 from g3n_mlx.engine.lookup import Lookup
 from g3n_mlx.engine.results import Result
 from g3n_mlx.engine.runner import all_logits
+from g3n_mlx.rows import Rows
 from g3n_mlx.sampling import SamplingParams
 
 TOLERANCE = tolerance(1e-4)

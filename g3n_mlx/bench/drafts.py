@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from g3n_mlx.batch import Draw, Rows
 from g3n_mlx.engine.cache import Cache
 from g3n_mlx.engine.runner import run
 from g3n_mlx.engine.sequence import Constraint
 from g3n_mlx.model import Gemma3n
+from g3n_mlx.rows import Draw, Rows
 from g3n_mlx.sampling import SamplingParams
 
 COPY, OBJECT, FREE = "a copy of the prompt", "an object with long keys", "free text"

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 
-from g3n_mlx.batch import Rows, Step
 from g3n_mlx.engine.results import Chunk, Usage
 from g3n_mlx.engine.runner import Failure
 from g3n_mlx.engine.sequence import Timings, TokenSequence
 from g3n_mlx.engine.stops import StopStrings
 from g3n_mlx.prompt.tokenizer import StreamDecoder
+from g3n_mlx.rows import Rows, Step
 from g3n_mlx.sampling import SamplingParams
 
 # Takes how many of the prompt's tokens the cache holds, and how many there are.

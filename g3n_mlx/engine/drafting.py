@@ -6,10 +6,10 @@ from itertools import takewhile
 
 import numpy as np
 
-from g3n_mlx.batch import Step
 from g3n_mlx.engine.cache import Cache
 from g3n_mlx.engine.drafts import MAX_ROWS, CallCosts, DraftConstraint, Drafter, Mode
 from g3n_mlx.engine.nested import Nested, SliceDrafter
+from g3n_mlx.rows import Step
 from g3n_mlx.sampling import SamplingParams
 
 

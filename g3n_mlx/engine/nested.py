@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from g3n_mlx.batch import Draw, Rows, Step
 from g3n_mlx.engine.cache import Cache
 from g3n_mlx.engine.drafts import LEAST_GAIN, LENGTHS, MEMORY, PRIOR_TOKENS, CallCosts
 from g3n_mlx.engine.runner import Runner, run
+from g3n_mlx.rows import Draw, Rows, Step
 from g3n_mlx.sampling import SamplingParams
 
 # Before anything is known: the share of a slice's tokens that the model agrees with, and what a step of the slice takes

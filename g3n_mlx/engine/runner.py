@@ -19,10 +19,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from g3n_mlx.batch import Batch, Rows, Step
 from g3n_mlx.engine.drafts import CallCosts
 from g3n_mlx.failures import BadValue, Error
 from g3n_mlx.interface import Model
+from g3n_mlx.rows import Batch, Rows, Step
 from g3n_mlx.sampling import NOT_FINITE
 
 T = TypeVar("T")

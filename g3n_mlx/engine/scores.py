@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from g3n_mlx.batch import Rows
 from g3n_mlx.config.text import TextConfig
 from g3n_mlx.engine.cache import Cache
 from g3n_mlx.engine.runner import Runner, all_logits, run
 from g3n_mlx.engine.sequence import Embed, prefill_spans, soft_tokens
 from g3n_mlx.prompt.prompt import Prompt
+from g3n_mlx.rows import Rows
 
 # Rows of logits at once in `score`: 64 MiB at the released vocabulary, in float32.
 SCORED_ROWS = 64

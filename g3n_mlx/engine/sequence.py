@@ -12,7 +12,6 @@ from typing import Protocol
 
 import numpy as np
 
-from g3n_mlx.batch import Draw, Rows, Soft, SoftTokens, Step
 from g3n_mlx.config.text import TextConfig
 from g3n_mlx.engine.cache import Cache
 from g3n_mlx.engine.conversation import Conversation
@@ -20,6 +19,7 @@ from g3n_mlx.engine.drafting import Drafting, How
 from g3n_mlx.engine.drafts import DraftConstraint
 from g3n_mlx.interface import Model
 from g3n_mlx.prompt.prompt import Features, MediaSpan, Prompt, PromptTooLong
+from g3n_mlx.rows import Draw, Rows, Soft, SoftTokens, Step
 from g3n_mlx.sampling import SamplingParams
 
 Embed = Callable[[Features], SoftTokens]

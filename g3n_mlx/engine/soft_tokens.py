@@ -2,10 +2,10 @@
 
 from collections import OrderedDict
 
-from g3n_mlx.batch import SoftTokens
 from g3n_mlx.engine.runner import Runner
 from g3n_mlx.media.image import ImageFeatures
 from g3n_mlx.prompt.prompt import Features
+from g3n_mlx.rows import SoftTokens
 
 # Soft tokens kept for the next turns: an image's are 1 MiB at E4B's width, so 256 images or clips.
 KEPT_SOFT_TOKENS_BYTES = 256 << 20

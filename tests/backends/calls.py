@@ -1,8 +1,8 @@
 """The model's calls as tests make them: one sequence, ids in, steps or logits out."""
 
-from g3n_mlx.batch import Draw, Rows
 from g3n_mlx.engine.cache import Cache
 from g3n_mlx.engine.runner import all_logits, run
+from g3n_mlx.rows import Draw, Rows
 
 
 def make_cache(network):

@@ -7,8 +7,8 @@ from devices import tolerance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from g3n_mlx.batch import Draw, Rows
 from g3n_mlx.engine.runner import run
+from g3n_mlx.rows import Draw, Rows
 from g3n_mlx.sampling import SamplingParams
 
 TOLERANCE = tolerance(1e-4)

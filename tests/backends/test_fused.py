@@ -9,11 +9,11 @@ import pytest
 from calls import logits_of, make_cache
 from random_checkpoint import pattern, write_random
 
-from g3n_mlx.batch import Batch, Context, Draw, Rows
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.convert import convert
 from g3n_mlx.engine.runner import run
 from g3n_mlx.kernels import library
+from g3n_mlx.rows import Batch, Context, Draw, Rows
 from g3n_mlx.sampling import SamplingParams
 
 torch = pytest.importorskip("torch")

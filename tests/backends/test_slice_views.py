@@ -182,7 +182,7 @@ from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.matformer.plan import SlicePlan
 from g3n_mlx.matformer.view import sliced
 from g3n_mlx.memory import return_freed_memory
-from g3n_mlx.batch import Batch, Rows
+from g3n_mlx.rows import Batch, Rows
 from g3n_mlx.engine.cache import Cache
 from g3n_mlx.engine.runner import all_logits
 import numpy as np

@@ -10,10 +10,10 @@ import pytest
 from calls import decode, logits_of, make_cache, prefill
 from devices import tolerance
 
-from g3n_mlx.batch import Batch, Draw, Rows
 from g3n_mlx.bench.engines.mlx_graph import MLX_VIEWS, opaque_kernels
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.engine.runner import run
+from g3n_mlx.rows import Batch, Draw, Rows
 from g3n_mlx.sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0)

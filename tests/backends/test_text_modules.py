@@ -5,7 +5,7 @@ import pytest
 from calls import make_cache
 from devices import tolerance
 
-from g3n_mlx.batch import Context
+from g3n_mlx.rows import Context
 
 TOLERANCE = tolerance(1e-4)  # max abs; three times golden/noise.json's largest float32 column is below it
 LAYERS = (0, 3, 4, 5, 9)  # the first, the two owners, the two kinds of reader

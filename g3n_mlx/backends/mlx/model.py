@@ -21,7 +21,6 @@ from g3n_mlx.backends.mlx.steps import DecodeSteps
 from g3n_mlx.backends.mlx.text import LanguageModel, RMSNorm
 from g3n_mlx.backends.mlx.vision import VisionTower
 from g3n_mlx.backends.mlx.weights import Placement, Weights, evaluated, from_numpy
-from g3n_mlx.batch import Batch, Cache, Soft, embedder_rows
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.audio import AudioConfig
 from g3n_mlx.config.model import ModelConfig
@@ -29,6 +28,7 @@ from g3n_mlx.config.vision import VisionConfig
 from g3n_mlx.interface import KVArrays
 from g3n_mlx.matformer.loaded import LoadedLayers
 from g3n_mlx.matformer.plan import SlicePlan
+from g3n_mlx.rows import Batch, Cache, Soft, embedder_rows
 from g3n_mlx.sampling import SamplingParams
 
 

@@ -20,8 +20,8 @@ import numpy as np
 from g3n_mlx.backends.mlx.sampling import Step
 from g3n_mlx.backends.mlx.text import DecoderLayer, LanguageModel, Rope, by_sequence, stream
 from g3n_mlx.backends.mlx.weights import from_numpy
-from g3n_mlx.batch import Batch, Cache, Context
 from g3n_mlx.config.model import ModelConfig
+from g3n_mlx.rows import Batch, Cache, Context
 
 # Sequences in a step that is compiled: every count is traced on its own.
 MAX_SEQUENCES = 16

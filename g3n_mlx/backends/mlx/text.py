@@ -16,8 +16,8 @@ from mlx import nn
 
 from g3n_mlx.backends.mlx.layers import fused, linear, sliceable, stacked
 from g3n_mlx.backends.mlx.weights import Weights, evaluated, from_numpy
-from g3n_mlx.batch import Batch, Context
 from g3n_mlx.config.text import SLIDING, TextConfig
+from g3n_mlx.rows import Batch, Context
 
 Rope = dict[str, tuple[mx.array, mx.array]]  # positions [T] and periods [H / 2], for each kind of attention
 

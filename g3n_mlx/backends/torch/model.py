@@ -23,7 +23,6 @@ from g3n_mlx.backends.torch.steps import DecodeSteps
 from g3n_mlx.backends.torch.text import LanguageModel, RMSNorm
 from g3n_mlx.backends.torch.vision import VisionTower
 from g3n_mlx.backends.torch.weights import Placement, Weights, from_numpy
-from g3n_mlx.batch import Batch, Cache, Soft, embedder_rows
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.audio import AudioConfig
 from g3n_mlx.config.model import ModelConfig
@@ -32,6 +31,7 @@ from g3n_mlx.interface import KVArrays
 from g3n_mlx.kernels.library import instructions
 from g3n_mlx.matformer.loaded import LoadedLayers
 from g3n_mlx.matformer.plan import SlicePlan
+from g3n_mlx.rows import Batch, Cache, Soft, embedder_rows
 from g3n_mlx.sampling import SamplingParams
 
 logger = logging.getLogger(__name__)

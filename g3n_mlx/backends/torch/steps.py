@@ -9,8 +9,8 @@ from torch import Tensor
 
 from g3n_mlx.backends.torch.sampling import Step
 from g3n_mlx.backends.torch.text import LanguageModel, Start
-from g3n_mlx.batch import Batch, Cache
 from g3n_mlx.config.model import ModelConfig
+from g3n_mlx.rows import Batch, Cache
 
 
 class Begun(NamedTuple):

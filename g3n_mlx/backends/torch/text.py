@@ -19,8 +19,8 @@ from g3n_mlx.backends.torch.kernels import attention, elementwise
 from g3n_mlx.backends.torch.kernels.dense import padded
 from g3n_mlx.backends.torch.layers import gives_rows, linear, sliceable
 from g3n_mlx.backends.torch.weights import Weights, from_numpy
-from g3n_mlx.batch import Batch, Context
 from g3n_mlx.config.text import SLIDING, TextConfig
+from g3n_mlx.rows import Batch, Context
 
 Rope = dict[str, tuple[Tensor, Tensor]]  # cos and sin [T, 1, H] of the positions, for each kind of attention
 

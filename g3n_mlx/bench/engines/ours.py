@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from g3n_mlx.batch import Draw, Rows
 from g3n_mlx.bench.drafts import drafted, row_seconds
 from g3n_mlx.bench.engines.mlx_graph import count_graph, opaque_kernels
 from g3n_mlx.bench.measure import SHORT_PROMPT, Loaded, Request, Run
 from g3n_mlx.bench.measure import measure as measure_here
 from g3n_mlx.engine.cache import Cache
 from g3n_mlx.engine.runner import run
+from g3n_mlx.rows import Draw, Rows
 from g3n_mlx.sampling import SamplingParams
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from g3n_mlx.backends.torch.kernels.stored import calls
 from g3n_mlx.backends.torch.layers import Linear, QuantizedLinear
 from g3n_mlx.backends.torch.text import DecoderLayer, LanguageModel, by_sequence
-from g3n_mlx.batch import Batch, Context
 from g3n_mlx.config.text import TextConfig
 from g3n_mlx.kernels import library
+from g3n_mlx.rows import Batch, Context
 
 # Vectors of the widest instructions, 16 numbers, go over whole heads and over both their halves.
 HEAD_MULTIPLE = 32
