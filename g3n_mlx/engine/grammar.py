@@ -9,14 +9,14 @@ Sources: llguidance's docs/syntax.md, json_schema.md and special_tokens.md.
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote
 
 import numpy as np
 
 from g3n_mlx.engine import grammar_trial
+from g3n_mlx.engine.schemas import MAX_DEPTH, depth_of, inner_values, schema_at, with_kept_ranges
 from g3n_mlx.failures import BadValue, MissingPackage
 from g3n_mlx.installation import install_command
 from g3n_mlx.prompt.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ class GrammarLimits:
     """What a grammar from a stranger may cost."""
 
     characters: int = 256 << 10  # of a schema as JSON, a regex or a grammar
-    depth: int = 64  # of a schema: objects and lists inside each other
+    depth: int = MAX_DEPTH  # of a schema
     # What the compiler may descend through: the levels of a schema and of all that its references name, and rules.
     levels: int = 8000
     rules: int = 2000
@@ -117,7 +117,7 @@ class Grammars:
         _check_levels(schema, self.limits.levels)
         options = {"x-guidance": {"whitespace_pattern": WHITE_SPACE, "lenient": lenient}}
         try:
-            text = json.dumps(options if schema is True else {**_with_kept_ranges(schema), **options}, allow_nan=False)
+            text = json.dumps(options if schema is True else {**with_kept_ranges(schema), **options}, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise GrammarError(f"the schema is not JSON: {error}") from None
         self._check_length("schema", text)
@@ -230,7 +230,7 @@ class _Vocabulary:
 def _check_depth(schema: Any, limit: int) -> None:
     """Raises GrammarError when lists and objects stand deeper inside each other; before anything recurses."""
     level, depth = [schema], 0
-    while level := [inner for value in level for inner in _inner(value)]:
+    while level := [inner for value in level for inner in inner_values(value)]:
         depth += 1
         if depth > limit:
             raise GrammarError(f"the schema is more than {limit} levels deep: make it flatter, with $defs and $ref")
@@ -245,35 +245,14 @@ def _check_levels(schema: Any, limit: int) -> None:
     named, level = set[str](), [schema]
     while level:
         named |= {value["$ref"] for value in level if isinstance(value, Mapping) and isinstance(value.get("$ref"), str)}
-        level = [inner for value in level for inner in _inner(value)]
-    levels = _depth(schema)
+        level = [inner for value in level for inner in inner_values(value)]
+    levels = depth_of(schema)
     for reference in named:
-        levels += _depth(_at(schema, reference))
+        levels += depth_of(schema_at(schema, reference))
         if levels > limit:
             raise GrammarError(
                 f"the schema's references lead through more than {limit} levels: make it flatter, or smaller"
             )
-
-
-def _at(schema: Any, reference: str) -> Any:
-    """What a reference names; the whole schema when it can't be told."""
-    found = schema
-    for step in unquote(reference).removeprefix("#").split("/")[1:]:
-        name = step.replace("~1", "/").replace("~0", "~")
-        if isinstance(found, Mapping) and name in found:
-            found = found[name]
-        elif _is_list(found) and name.isdecimal() and int(name) < len(found):
-            found = found[int(name)]
-        else:
-            return schema
-    return found
-
-
-def _depth(schema: Any) -> int:
-    depth, level = 1, [schema]
-    while level := [inner for value in level for inner in _inner(value)]:
-        depth += 1
-    return depth
 
 
 def _utf8(kind: str, text: str) -> str:
@@ -283,69 +262,6 @@ def _utf8(kind: str, text: str) -> str:
     except UnicodeEncodeError as error:
         raise GrammarError(f"the {kind} is not UTF-8 text: {error.reason}") from None
     return text
-
-
-def _inner(value: Any) -> Iterable[Any]:
-    if isinstance(value, Mapping):
-        return value.values()
-    return value if _is_list(value) else ()
-
-
-def closed(schema: Any) -> Any:
-    """A copy of a schema in which objects that name their properties have no others, unless it says so itself.
-
-    For the schemas of classes: what a class doesn't know would be dropped, and a model could write it without end.
-    """
-    if not isinstance(schema, Mapping):
-        return schema
-    copy = _with_inner(schema, closed)
-    if "properties" in schema:
-        copy.setdefault("additionalProperties", False)
-    return copy
-
-
-def _with_inner(schema: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
-    """A copy of a schema, with a change made to every schema inside it."""
-    copy = dict(schema)
-    for key, value in schema.items():
-        if key in _NAMED_SCHEMAS and isinstance(value, Mapping):
-            copy[key] = {name: change(inner) for name, inner in value.items()}
-        elif key in _SCHEMAS:
-            copy[key] = [change(inner) for inner in value] if _is_list(value) else change(value)
-    return copy
-
-
-def _with_kept_ranges(schema: Any) -> Any:
-    """A copy of a schema whose ranges llguidance keeps.
-
-    Of a range inside one unit, as above 0 and at most 0.5, llguidance 1.9 lets the whole number in although it is
-    excluded: here such a range begins a billionth further in.
-    """
-    if not isinstance(schema, Mapping):
-        return schema
-    copy = _with_inner(schema, _with_kept_ranges)
-    low = [schema[key] for key in ("minimum", "exclusiveMinimum") if _is_bound(schema.get(key))]
-    high = [schema[key] for key in ("maximum", "exclusiveMaximum") if _is_bound(schema.get(key))]
-    if low and high and max(low) < min(high) <= max(low) + 1:
-        if max(low) == schema.get("exclusiveMinimum"):
-            copy["minimum"] = copy.pop("exclusiveMinimum") + 1e-9
-        if min(high) == schema.get("exclusiveMaximum"):
-            copy["maximum"] = copy.pop("exclusiveMaximum") - 1e-9
-    return copy
-
-
-# Where a schema has further schemas.
-_SCHEMAS = {"items", "prefixItems", "additionalItems", "additionalProperties", "allOf", "anyOf", "oneOf"}
-_NAMED_SCHEMAS = {"properties", "patternProperties", "$defs", "definitions"}
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple))
-
-
-def _is_bound(value: Any) -> bool:
-    """Whether it is a number, and so small that a billionth further is another one."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e6
 
 
 def _reason(error: str) -> str:

@@ -8,7 +8,8 @@ import numpy as np
 
 from g3n_mlx.engine.answer import Progress
 from g3n_mlx.engine.drafts import Mode
-from g3n_mlx.engine.grammar import Grammars, closed
+from g3n_mlx.engine.grammar import Grammars
+from g3n_mlx.engine.schemas import closed
 from g3n_mlx.engine.sequence import Constraint
 from g3n_mlx.failures import BadValue
 from g3n_mlx.media.audio import Audio

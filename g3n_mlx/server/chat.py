@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from g3n_mlx.engine.results import Chunk
+from g3n_mlx.engine.schemas import closed
 from g3n_mlx.engine.sequence import Constraint
 from g3n_mlx.model import Gemma3n
 from g3n_mlx.server.engine import Place, PlaceOf, unless_gone
@@ -87,7 +88,7 @@ async def _constraint(body: ChatRequest, offered: Tools | None, place: Place) ->
 
 def _schema(body: ChatRequest) -> dict[str, Any] | bool | None:
     """The schema of a response without calls; None for any text."""
-    return None if body.response_format is None else body.response_format.wanted
+    return None if body.response_format is None else closed(body.response_format.wanted)
 
 
 class _ChatShape:

@@ -609,3 +609,20 @@ def test_refusals_say_why(client):
 @pytest.mark.parametrize("depth", [980, 990, 991, 992, 993, 1000, 5000])
 def test_arguments_of_any_depth_come_back_into_the_prompt(depth):
     assert calls_text([("f", "[" * depth + "]" * depth)])
+
+
+def test_an_open_schema_gets_no_properties_of_its_own(client):
+    """Of twenty draws of a model that likes to go on, none has a property that the schema doesn't list."""
+    listed = {"type": "object", "properties": {"in": {"type": "object", "properties": {"a": {"enum": [1, 2]}}}}}
+    for seed in range(20):
+        done = client.chat.completions.create(
+            model="default",
+            messages=[{"role": "user", "content": "Write some JSON."}],
+            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": listed}},
+            temperature=2,
+            seed=seed,
+            max_tokens=200,
+        )
+        found = json.loads(done.choices[0].message.content)
+        assert found.keys() <= {"in"}
+        assert found.get("in", {}).keys() <= {"a"}

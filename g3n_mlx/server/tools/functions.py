@@ -6,16 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from g3n_mlx.engine.schemas import closed
 from g3n_mlx.failures import BadValue
 
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 _NO_PARAMETERS: Mapping[str, Any] = {"properties": {}}
-# With any of these, `properties` may not be the whole list.
-_FURTHER_PROPERTIES = {
-    *("additionalProperties", "unevaluatedProperties", "patternProperties", "dependentSchemas"),
-    *("allOf", "anyOf", "oneOf", "if", "$ref"),
-}
-
 # The values of these keywords are data, where nothing is a reference ...
 _DATA = {"const", "enum", "default", "examples"}
 # ... and of these, objects whose keys are names, not keywords.
@@ -48,9 +43,7 @@ class Function:
     @property
     def arguments(self) -> Mapping[str, Any]:
         """The schema that a call must fit: only the listed properties, unless the schema says more about others."""
-        if "properties" not in self.parameters or _FURTHER_PROPERTIES & self.parameters.keys():
-            return self.parameters
-        return {**self.parameters, "additionalProperties": False}
+        return closed(self.parameters)
 
     @property
     def call(self) -> Mapping[str, Any]:
