@@ -1,15 +1,18 @@
 """POST /v1/chat/completions: messages in, a response out, whole or as server-sent events, free or under a grammar."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from pydantic import ValidationError
 
 from g3n_mlx.engine.results import Chunk
 from g3n_mlx.engine.schemas import closed
 from g3n_mlx.engine.sequence import Constraint
 from g3n_mlx.model import Gemma3n
+from g3n_mlx.server.documents import with_documents
 from g3n_mlx.server.engine import Place, PlaceOf, unless_gone
 from g3n_mlx.server.errors import ApiError
 from g3n_mlx.server.exchange import Choices, respond, sampling_params, token_text
@@ -26,6 +29,19 @@ router = APIRouter()
 @router.post("/v1/chat/completions", response_model=Completion[ChatChoice])
 async def create_chat_completion(body: ChatRequest, request: Request, place: PlaceOf) -> Response:
     """A response to messages, `n` of them; in a stream, as server-sent events."""
+    return await respond(request, await chat_choices(body, request, place), stream=bool(body.stream))
+
+
+def chat_request(fields: Mapping[str, Any]) -> ChatRequest:
+    """What a request of another protocol asks for, None for what it leaves open; refused as one that came so."""
+    try:
+        return ChatRequest.model_validate({name: value for name, value in fields.items() if value is not None})
+    except ValidationError as error:
+        raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in error.errors()]) from None
+
+
+async def chat_choices(body: ChatRequest, request: Request, place: Place) -> Choices[ChatChoice]:
+    """The choices of a chat, for this route and for those that translate another protocol. Raises ApiError."""
     place.served = request.app.state.models.find(body.model)
     _check_formats(body)
     offered = Tools.from_request(body)
@@ -33,7 +49,7 @@ async def create_chat_completion(body: ChatRequest, request: Request, place: Pla
     is_json = _schema(body) is not None
     parsers = [offered and offered.parser(content_is_json=is_json) for _ in tasks]
     shape = _ChatShape(place.engine.model, parsers, logprobs=bool(body.logprobs))
-    return await respond(request, Choices(body, place, tasks, shape), stream=bool(body.stream))
+    return Choices(body, place, tasks, shape)
 
 
 async def _tasks(body: ChatRequest, offered: Tools | None, place: Place) -> list[Task]:
@@ -49,7 +65,8 @@ async def _tasks(body: ChatRequest, offered: Tools | None, place: Place) -> list
         )
         for choice in range(body.num_choices)
     ]
-    prompt = await place.prepared(template_messages(body.messages, offered and offered.system_text()))
+    messages = await with_documents(body.messages, place)
+    prompt = await place.prepared(template_messages(messages, offered and offered.system_text()))
     may_draft = body.draft is not False
     return [Task(prompt, each, await _constraint(body, offered, place), draft=may_draft) for each in params]
 

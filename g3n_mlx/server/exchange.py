@@ -1,4 +1,4 @@
-"""How a response is sent: all at once, or piece by piece as server-sent events.
+"""How a response is sent: all at once, or piece by piece as a stream.
 
 `respond` is for every route. Chat and completions share `Choices`, which runs their tasks, counts the usage and sends
 OpenAI's envelope; what stands in a choice is the route's own, its `Shape`.
@@ -8,7 +8,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
@@ -30,6 +30,9 @@ from g3n_mlx.server.schemas.generation import (
     RequestUsage,
 )
 
+EVENT_STREAM = "text/event-stream"
+DONE = "data: [DONE]\n\n"  # ends OpenAI's older streams
+
 P = TypeVar("P")
 C = TypeVar("C", ChatChoice, CompletionChoice)
 
@@ -42,6 +45,8 @@ class Exchange(Protocol[P]):
         """Where it runs."""
         ...
 
+    stream_type: ClassVar[str]  # the media type of a stream
+
     def pieces(self) -> AsyncIterator[P]:
         """The response as it comes, at least one piece; the first decides the status."""
         ...
@@ -51,7 +56,11 @@ class Exchange(Protocol[P]):
         ...
 
     def events(self, pieces: AsyncIterator[P]) -> AsyncIterator[str]:
-        """The pieces as JSON, one server-sent event each."""
+        """The pieces as they stand in the stream."""
+        ...
+
+    def failed(self, error: ApiError) -> str:
+        """What ends a stream that can't go on."""
         ...
 
 
@@ -62,19 +71,23 @@ async def respond(request: Request, exchange: Exchange[P], *, stream: bool) -> R
         response = await unless_gone(request, exchange.whole(pieces))
     else:
         first = await unless_gone(request, anext(pieces))
-        response = StreamingResponse(_sent(exchange.events(_chained(first, pieces))), media_type="text/event-stream")
+        response = StreamingResponse(_sent(exchange, _chained(first, pieces)), media_type=exchange.stream_type)
     # Known by now: the first piece has been computed.
     response.headers.update(request.app.state.models.headers(exchange.place.served))
     return response
 
 
-async def _sent(events: AsyncIterator[str]) -> AsyncIterator[str]:
+async def _sent(exchange: Exchange[P], pieces: AsyncIterator[P]) -> AsyncIterator[str]:
     try:
-        async for event in events:
-            yield f"data: {event}\n\n"
-        yield "data: [DONE]\n\n"
+        async for event in exchange.events(pieces):
+            yield event
     except ApiError as error:  # the status is sent already
-        yield f"data: {json.dumps(error.body())}\n\n"
+        yield exchange.failed(error)
+
+
+def event(data: str, name: str | None = None) -> str:
+    """A server-sent event."""
+    return f"data: {data}\n\n" if name is None else f"event: {name}\ndata: {data}\n\n"
 
 
 async def _chained(first: P, rest: AsyncIterator[P]) -> AsyncIterator[P]:
@@ -106,12 +119,14 @@ class Shape(Protocol[C]):
 class Choices(Generic[C]):
     """The exchange of chat and completions: tasks, their choices, their usage."""
 
+    stream_type: ClassVar[str] = EVENT_STREAM
+
     def __init__(self, body: GenerationRequest, place: Place, tasks: Sequence[Task], shape: Shape[C]) -> None:
         """tasks: `n` for each prompt."""
         self.place = place
         self._body, self._tasks, self._shape = body, tasks, shape
         self._id, self._created = f"{shape.id_prefix}-{uuid.uuid4().hex}", now()
-        self._usage = RequestUsage(
+        self.usage = RequestUsage(
             prompt_tokens=sum(len(task.prompt.token_ids) for task in tasks[:: body.num_choices]),
             completion_tokens=0,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=0),
@@ -129,17 +144,27 @@ class Choices(Generic[C]):
 
     async def whole(self, pieces: AsyncIterator[C]) -> Response:
         """All choices, complete."""
+        completion = self._completion(self._shape.kind, await self.complete(pieces), self.usage)
+        return Response(completion, media_type="application/json")
+
+    async def complete(self, pieces: AsyncIterator[C]) -> list[C]:
+        """The choices that the pieces add up to."""
         choices = [self._shape.empty(index) for index in range(len(self._tasks))]
         async for piece in pieces:
             self._shape.add(choices[piece.index], piece)
-        return Response(self._completion(self._shape.kind, choices, self._usage), media_type="application/json")
+        return choices
 
     async def events(self, pieces: AsyncIterator[C]) -> AsyncIterator[str]:
         """A chunk for each piece, and one with the usage where it is asked for."""
         async for piece in pieces:
-            yield self._completion(self._shape.chunk_kind, [piece])
+            yield event(self._completion(self._shape.chunk_kind, [piece]))
         if self._body.wants_usage:
-            yield self._completion(self._shape.chunk_kind, [], self._usage)
+            yield event(self._completion(self._shape.chunk_kind, [], self.usage))
+        yield DONE
+
+    def failed(self, error: ApiError) -> str:
+        """OpenAI's error as an event."""
+        return event(json.dumps(error.body()))
 
     def _completion(self, kind: str, choices: list[C], usage: RequestUsage | None = None) -> str:
         completion = Completion[Any](
@@ -159,7 +184,7 @@ class Choices(Generic[C]):
             yield index, step
 
     def _count(self, index: int, chunk: Chunk) -> None:
-        usage = self._usage
+        usage = self.usage
         if chunk.token is not None and usage.time_to_first_token_s is None:
             usage.time_to_first_token_s = time.monotonic() - self.place.arrived
         if chunk.usage is None:

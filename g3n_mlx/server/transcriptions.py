@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field, FiniteFloat
 from g3n_mlx.media.audio import Audio
 from g3n_mlx.server.engine import Place, PlaceOf
 from g3n_mlx.server.errors import ApiError
-from g3n_mlx.server.exchange import respond, sampling_params
+from g3n_mlx.server.exchange import DONE, EVENT_STREAM, event, respond, sampling_params
 from g3n_mlx.server.scheduler import Task
 from g3n_mlx.server.schemas.base import RequestBody
 from g3n_mlx.server.schemas.generation import divisible
@@ -104,6 +104,8 @@ class Segment:
 class _Transcript:
     """The exchange of one audio file, clip by clip."""
 
+    stream_type: ClassVar[str] = EVENT_STREAM
+
     place: Place
     form: AudioForm
     task: str
@@ -160,8 +162,13 @@ class _Transcript:
         """The words, all of them once more in the last event."""
         async for delta in pieces:
             if delta:
-                yield json.dumps({"type": "transcript.text.delta", "delta": delta})
-        yield json.dumps({"type": "transcript.text.done", "text": self._text(), "usage": self._usage()})
+                yield event(json.dumps({"type": "transcript.text.delta", "delta": delta}))
+        yield event(json.dumps({"type": "transcript.text.done", "text": self._text(), "usage": self._usage()}))
+        yield DONE
+
+    def failed(self, error: ApiError) -> str:
+        """OpenAI's error as an event."""
+        return event(json.dumps(error.body()))
 
     def _text(self) -> str:
         return " ".join(segment.text.strip() for segment in self.segments if segment.text.strip())

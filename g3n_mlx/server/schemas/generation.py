@@ -54,6 +54,10 @@ class SamplingFields(BaseModel):
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = None
 
+    @classmethod
+    def sampling_names(cls) -> list[str]:
+        return list(SamplingFields.model_fields)
+
     def sampling(self, choice: int) -> dict[str, Any]:
         """Keywords of `Gemma3n.sampling_params` for one choice: each choice of a request has its own seed."""
         options = {name: getattr(self, name) for name in SamplingFields.model_fields}

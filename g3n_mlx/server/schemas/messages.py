@@ -41,12 +41,21 @@ class InputAudio(Wire):
     format: str | None = None
 
 
+class FileData(Wire):
+    """A text or a PDF; its text goes into the prompt."""
+
+    REFUSED: ClassVar[Mapping[str, str]] = {"file_id": "this server stores no files: send file_data"}
+
+    file_data: str | None = None  # base64, alone or as a data: URI
+    filename: str | None = None
+
+
 class Part(Wire):
     """A part of a message's content."""
 
     REFUSED: ClassVar[Mapping[str, str]] = {
         **_PARTS_OF_MEDIA,
-        **dict.fromkeys(("image", "images", "audio", "video", "file", "source", "input_image"), SENT_ELSEWHERE),
+        **dict.fromkeys(("image", "images", "audio", "video", "source", "input_image"), SENT_ELSEWHERE),
     }
 
     type: str
@@ -56,6 +65,7 @@ class Part(Wire):
     audio_url: str | MediaUrl | None = None
     video_url: str | MediaUrl | None = None
     input_audio: InputAudio | None = None
+    file: FileData | None = None
 
 
 class FunctionCall(Wire):

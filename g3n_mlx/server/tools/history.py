@@ -1,9 +1,10 @@
 """Earlier calls and their results, as text that the model reads."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from g3n_mlx.prompt.fences import fence_around
 
 
 def calls_text(calls: Sequence[tuple[str, str]]) -> str:
@@ -24,6 +25,6 @@ def result_parts(name: str, content: Sequence[Mapping[str, Any]]) -> list[dict[s
     Text is put into a fence longer than any in it, media after it.
     """
     text = "\n".join(part.get("text") or "" for part in content if part["type"] == "text")
-    fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`{3,}", text))])
+    fence = fence_around(text)
     fenced = f"Result of {name or 'the function'}:\n{fence}tool_output\n{text}\n{fence}"
     return [{"type": "text", "text": fenced}, *(dict(part) for part in content if part["type"] != "text")]

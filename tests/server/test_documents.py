@@ -1,0 +1,63 @@
+"""Files in messages: text as it is, PDF files through a process of their own."""
+
+import base64
+
+import pytest
+
+from g3n_mlx.media.document import document_text
+
+pypdf = pytest.importorskip("pypdf")
+
+
+def pdf(text, pages=1):
+    """A PDF with the text on every page."""
+    content = f"BT /F1 12 Tf 20 100 Td ({text}) Tj ET".encode()
+    kids = " ".join(f"{4 + page} 0 R" for page in range(pages))
+    page = b"<< /Type /Page /Parent 2 0 R /Contents 3 0 R /MediaBox [0 0 300 200] /Resources << /Font << /F1 "
+    page += b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >> >> >> >>"
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        f"<< /Type /Pages /Kids [{kids}] /Count {pages} >>".encode(),
+        b"<< /Length %d >>\nstream\n%s\nendstream" % (len(content), content),
+        *[page] * pages,
+    ]
+    written, places = b"%PDF-1.4\n", []
+    for number, body in enumerate(objects, 1):
+        places.append(len(written))
+        written += b"%d 0 obj\n%s\nendobj\n" % (number, body)
+    table = b"".join(b"%010d 00000 n \n" % place for place in places)
+    end = b"xref\n0 %d\n0000000000 65535 f \n%strailer\n<< /Size %d /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n"
+    return written + end % (len(places) + 1, table, len(places) + 1, len(written))
+
+
+def test_texts():
+    assert document_text("\ufeffété".encode()) == "été"
+    assert document_text(pdf("Hello there", pages=2)) == "Hello there\n\nHello there"
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"\x00\x01\x02", "neither UTF-8 text nor a PDF"),
+        (b"\xff\xfe\xfd", "neither UTF-8 text nor a PDF"),
+        (b"  \n", "no text"),
+        (b"%PDF-1.7\nnothing of the kind", "can't be read"),
+        (pdf("x", pages=201), "201 pages, expected at most 200"),
+        (pdf(" "), "no text"),
+    ],
+)
+def test_what_has_no_text(data, words):
+    with pytest.raises(ValueError, match=words):
+        document_text(data)
+
+
+def test_a_file_in_a_chat(server, client):
+    file = {"file_data": base64.b64encode(pdf("What is 12 + 34?")).decode(), "filename": "question.pdf"}
+    content = [{"type": "text", "text": "Look:"}, {"type": "file", "file": file}]
+    found = client.chat.completions.create(
+        model="default", messages=[{"role": "user", "content": content}], max_tokens=1
+    )
+    same = [content[0], {"type": "text", "text": "question.pdf:\n```\nWhat is 12 + 34?\n```"}]
+    with server.http() as http:
+        body = {"messages": [{"role": "user", "content": same}]}
+        assert found.usage.prompt_tokens == http.post("/v1/tokenize", json=body).json()["count"]
