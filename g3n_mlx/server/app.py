@@ -11,9 +11,9 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from g3n_mlx.server import chat, completions, models, page, responses, transcriptions
+from g3n_mlx.server import chat, completions, models, ollama, page, responses, transcriptions
 from g3n_mlx.server.engine import Engine
-from g3n_mlx.server.errors import ApiError
+from g3n_mlx.server.errors import OLLAMA_PATH, ApiError
 from g3n_mlx.server.gate import Gate, GatePolicy
 from g3n_mlx.server.models import ModelTable
 
@@ -34,7 +34,7 @@ def create_app(engine: Engine, table: ModelTable, policy: GatePolicy) -> ASGIApp
     app = FastAPI(title="g3n_mlx", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.engine = engine
     app.state.models = table
-    for routes in (page, models, chat, responses, completions, transcriptions):
+    for routes in (page, models, chat, responses, completions, transcriptions, ollama):
         app.include_router(routes.router)
     app.add_exception_handler(ApiError, refused)
     app.add_exception_handler(RequestValidationError, invalid)
@@ -43,21 +43,25 @@ def create_app(engine: Engine, table: ModelTable, policy: GatePolicy) -> ASGIApp
     return Bounded(Gate(app, policy), engine)
 
 
-async def refused(_: Request, error: Any) -> Response:
+async def refused(request: Request, error: Any) -> Response:
     """An ApiError as it stands."""
-    return error.response()
+    return error.response(request.url.path)
 
 
 async def invalid(request: Request, error: Any) -> Response:
     """A body that does not fit its schema: 400 with the field at fault, as OpenAI has it."""
+    return _misfit(request, error).response(request.url.path)
+
+
+def _misfit(request: Request, error: Any) -> ApiError:
     first = error.errors()[0]
     if first["type"] == "unsupported_field":
-        return ApiError(400, first["msg"], param=first["ctx"]["path"][:200]).response()
+        return ApiError(400, first["msg"], param=first["ctx"]["path"][:200])
     if first["type"] == "json_invalid":
         at, reason = first["loc"][-1], first["ctx"]["error"]
-        return ApiError(400, f"the body is not JSON: {reason} at character {at}").response()
+        return ApiError(400, f"the body is not JSON: {reason} at character {at}")
     if tuple(first["loc"]) == ("body",) and "json" not in request.headers.get("content-type", ""):
-        return ApiError(400, "expected a JSON object, sent with the header Content-Type: application/json").response()
+        return ApiError(400, "expected a JSON object, sent with the header Content-Type: application/json")
     # Where a value may have several types there is an error for each: the deepest one is about the type that was meant,
     # and so is one that says more than that the type is wrong.
     found = max(error.errors(), key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
@@ -68,17 +72,31 @@ async def invalid(request: Request, error: Any) -> Response:
         elif _FIELD.fullmatch(step):
             field += f".{step}"
     field = field.lstrip(".")[:200]
-    return ApiError(400, f"{field or 'the body'}: {found['msg']}", param=field or None).response()
+    return ApiError(400, f"{field or 'the body'}: {found['msg']}", param=field or None)
 
 
-async def no_route(_: Request, error: Any) -> Response:
+async def no_route(request: Request, error: Any) -> Response:
     """What Starlette raises itself: unknown paths, methods, unreadable bodies."""
-    return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
+    return ApiError(error.status_code, str(error.detail), headers=error.headers).response(request.url.path)
 
 
-async def failed(_: Request, error: Any) -> Response:
+async def failed(request: Request, error: Any) -> Response:
     """A bug of ours; Starlette logs it."""
-    return ApiError(500, f"the server failed on this request: {type(error).__name__}; its log has more").response()
+    message = f"the server failed on this request: {type(error).__name__}; its log has more"
+    return ApiError(500, message).response(request.url.path)
+
+
+def as_ours(scope: Scope) -> Scope:
+    """A request as the routes expect it, whatever its program leaves out: /v1 before the path, or what the body is."""
+    changed: dict[str, Any] = {}
+    if scope["method"] == "HEAD":  # a GET whose body uvicorn leaves out
+        changed["method"] = "GET"
+    if re.match("/(chat|completions|responses|messages|audio|models|tokenize|detokenize)(/|$)", scope["path"]):
+        changed["path"] = f"/v1{scope['path']}"
+    if scope["path"].startswith(OLLAMA_PATH):  # the samples of its manual send JSON as a form
+        others = [pair for pair in scope["headers"] if pair[0] != b"content-type"]
+        changed["headers"] = [*others, (b"content-type", b"application/json")]
+    return {**scope, **changed}
 
 
 class Bounded:
@@ -96,8 +114,7 @@ class Bounded:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["method"] == "HEAD":  # a GET whose body uvicorn leaves out
-            scope = {**scope, "method": "GET"}
+        scope = as_ours(scope)
         begun = False
 
         async def counted(message: Message) -> None:
@@ -118,4 +135,6 @@ class Bounded:
             if not limit.expired():
                 raise
             if not begun:
-                await ApiError(408, "the request did not arrive in time").response()(scope, receive, counted)
+                await ApiError(408, "the request did not arrive in time").response(scope["path"])(
+                    scope, receive, counted
+                )

@@ -1,4 +1,7 @@
-"""Errors in OpenAI's shape: `{"error": {message, type, param, code}}` with the status that its clients expect."""
+"""Errors with the status that clients expect, in the shape of the protocol that the path belongs to.
+
+OpenAI's is `{"error": {message, type, param, code}}`; Ollama's and Anthropic's say less.
+"""
 
 import re
 from collections.abc import Mapping
@@ -7,6 +10,9 @@ from typing import Any
 from fastapi.responses import JSONResponse
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+# Anthropic's names, where they differ.
+ANTHROPIC_TYPES = {413: "request_too_large", 503: "overloaded_error"}
+OLLAMA_PATH, ANTHROPIC_PATH = "/api/", "/v1/messages"
 # Not in the standard: nginx's "client closed request". Only the log sees it.
 CLIENT_GONE = 499
 # Advice to install an extra ends a message. It is for whoever runs the server, and may name a folder of this machine.
@@ -32,14 +38,19 @@ class ApiError(Exception):
         self.code = code
         self.headers = headers
 
-    def body(self) -> dict[str, Any]:
-        """The JSON that OpenAI's clients read."""
+    def body(self, path: str = "") -> dict[str, Any]:
+        """The JSON that clients of this path read."""
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        param = None if self.param is None else _sendable(self.param)
-        return {"error": {"message": _sendable(self.message), "type": kind, "param": param, "code": self.code}}
+        message, param = _sendable(self.message), None if self.param is None else _sendable(self.param)
+        if path.startswith(OLLAMA_PATH):
+            return {"error": message}
+        if path.startswith(ANTHROPIC_PATH):
+            kind = ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else kind)
+            return {"type": "error", "error": {"type": kind, "message": message}}
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body(), self.status, headers=self.headers)
+    def response(self, path: str) -> JSONResponse:
+        return JSONResponse(self.body(path), self.status, headers=self.headers)
 
 
 def _sendable(text: str) -> str:

@@ -54,7 +54,7 @@ class Gate:
         try:
             self._check_origin(Headers(scope=scope))
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            await error.response(scope["path"])(scope, receive, send)
         else:
             await self._keyed(scope, receive, send)
 
@@ -67,7 +67,7 @@ class Gate:
             if length.isdecimal() and int(length) > max_bytes:
                 raise too_large(max_bytes)
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            await error.response(scope["path"])(scope, receive, send)
         else:
             await self._app(scope, limited(receive, max_bytes), send)
 

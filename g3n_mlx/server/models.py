@@ -55,6 +55,7 @@ class ModelTable:
 
         The name alone leaves the slice open; a name with a slice is served by that one whatever happens.
         """
+        name = name.removesuffix(":latest")  # Ollama's clients write it behind a name without a tag
         if name in ALIASES or name == self._name:
             return Served(self._name, is_open=True)
         if name not in self._slices:

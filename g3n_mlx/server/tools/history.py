@@ -28,3 +28,11 @@ def result_parts(name: str, content: Sequence[Mapping[str, Any]]) -> list[dict[s
     fence = fence_around(text)
     fenced = f"Result of {name or 'the function'}:\n{fence}tool_output\n{text}\n{fence}"
     return [{"type": "text", "text": fenced}, *(dict(part) for part in content if part["type"] != "text")]
+
+
+def arguments_of(text: str) -> dict[str, Any]:
+    """A call's arguments as an object, which is empty where max_tokens truncated their JSON."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {}
