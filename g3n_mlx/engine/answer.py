@@ -48,7 +48,7 @@ class Answer:
         def each(token: Step | int) -> bool:
             token_id = int(token)
             chunks.append(Chunk(self._stops.push(self._text.push(token_id)), token_id, *self._logprobs(token)))
-            return not self._stops.found
+            return self._stops.found is None
 
         reading = not self.decoding
         self.sequence.told(steps, each)
@@ -64,7 +64,7 @@ class Answer:
         found, timings = self._stops.found, self.sequence.timings
         rest = "" if found else self._stops.push(self._text.finish()) + self._stops.finish()
         reason = "length" if timings.at_limit and not found else "stop"
-        return Chunk(rest, finish_reason=reason, usage=usage(timings, self._peak_memory_bytes()))
+        return Chunk(rest, finish_reason=reason, stop=found, usage=usage(timings, self._peak_memory_bytes()))
 
     def _logprobs(self, token: Step | int) -> tuple[float | None, tuple[tuple[int, float], ...] | None]:
         top = self._params.top_logprobs

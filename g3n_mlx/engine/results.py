@@ -32,6 +32,7 @@ class Chunk:
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] | None = None
     finish_reason: str | None = None  # "stop" or "length", in the last chunk only
+    stop: str | None = None  # the stop string that ended it, there too
     usage: Usage | None = None
 
 

@@ -7,17 +7,17 @@ class StopStrings:
     """Passes text on, up to the first stop string; holds back what may yet become one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self.found = False
+        self.found: str | None = None  # the stop string that ended the text
         self._stops = stops
         self._held = ""
 
     def push(self, text: str) -> str:
         """The text that is safe to show after this piece."""
         self._held += text
-        starts = [start for stop in self._stops if (start := self._held.find(stop)) >= 0]
+        starts = [(start, stop) for stop in self._stops if (start := self._held.find(stop)) >= 0]
         if starts:
-            self.found = True
-            shown, self._held = self._held[: min(starts)], ""
+            start, self.found = min(starts)
+            shown, self._held = self._held[:start], ""
             return shown
         longest = max((_overlap(self._held, stop) for stop in self._stops), default=0)
         safe = len(self._held) - longest

@@ -29,16 +29,25 @@ class Preparer:
         self.tokenizer, self.opener, self.context_tokens = tokenizer, opener, context_tokens
         self.own_template = own_template
 
-    def prepare(self, messages: str | Sequence[Mapping[str, Any]], policy: MediaPolicy = ANY_MEDIA) -> Prompt:
+    def prepare(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        policy: MediaPolicy = ANY_MEDIA,
+        *,
+        continued: bool = False,
+    ) -> Prompt:
         """The prompt that asks for an answer to `messages`; a string is one user message.
 
+        continued: the answer goes on with the last message, which is the assistant's, instead of being a new turn.
         Media are fetched as the policy allows, opened and brought to the model's sizes. Raises ValueError naming the
         message or part that can't be used, and PromptTooLong when no context holds the text, before media are opened.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         if self.own_template is None:
-            rendered = render(messages)
+            rendered = render(messages, continued=continued)
+        elif continued:
+            raise BadValue("a message can only be continued with Gemma 3n's own template")
         else:
             rendered = self.own_template.render(messages, self.tokenizer.control_words)
         self._check_texts([piece for piece in rendered if isinstance(piece, str)])

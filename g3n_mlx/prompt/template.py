@@ -46,11 +46,14 @@ class Border:
 Piece = Control | Media | Border | str
 
 
-def render(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[Piece]:
+def render(
+    messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, *, continued: bool = False
+) -> list[Piece]:
     """The pieces of a conversation, beginning with `<bos>`; text pieces that touch belong together.
 
     messages: `{"role": ..., "content": text or a list of parts}`; a part is a string, `{"type": "text", "text": ...}`
-    or a media part. A border follows the system text and every `<start_of_turn>model` header.
+    or a media part. continued: the last message, the assistant's, is left open instead of being followed by a new turn.
+    A border follows the system text and every `<start_of_turn>model` header.
     Raises ValueError naming the message or part that can't be rendered.
     """
     check_messages(messages)
@@ -72,6 +75,10 @@ def render(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = 
             pieces += [system, Border()]
         pieces += _content(message["content"], where)
         pieces += [Control("<end_of_turn>"), "\n"]
+    if continued:
+        if turns[-1]["role"] not in ("assistant", "model"):
+            raise BadValue("the last message is not the assistant's, so it can't be continued")
+        return pieces[:-2]  # its end of turn
     if add_generation_prompt:
         pieces += _header("model")
     return pieces

@@ -12,6 +12,7 @@ from g3n_mlx.engine.results import Chunk
 from g3n_mlx.engine.schemas import closed
 from g3n_mlx.engine.sequence import Constraint
 from g3n_mlx.model import Gemma3n
+from g3n_mlx.prompt.prompt import Prompt
 from g3n_mlx.server.documents import with_documents
 from g3n_mlx.server.engine import Place, PlaceOf, unless_gone
 from g3n_mlx.server.errors import ApiError
@@ -52,6 +53,17 @@ async def chat_choices(body: ChatRequest, request: Request, place: Place) -> Cho
     return Choices(body, place, tasks, shape)
 
 
+async def chat_prompt(body: ChatRequest, place: Place) -> Prompt:
+    """The prompt of a chat, which need not leave room for an answer. Raises ApiError."""
+    return await _prompt(body, Tools.from_request(body), place, answered=False)
+
+
+async def _prompt(body: ChatRequest, offered: Tools | None, place: Place, *, answered: bool = True) -> Prompt:
+    messages = await with_documents(body.messages, place)
+    turns = template_messages(messages, offered and offered.system_text())
+    return await place.prepared(turns, answered=answered, continued=bool(body.continue_final_message))
+
+
 async def _tasks(body: ChatRequest, offered: Tools | None, place: Place) -> list[Task]:
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs is given without logprobs: true", param="top_logprobs")
@@ -65,8 +77,7 @@ async def _tasks(body: ChatRequest, offered: Tools | None, place: Place) -> list
         )
         for choice in range(body.num_choices)
     ]
-    messages = await with_documents(body.messages, place)
-    prompt = await place.prepared(template_messages(messages, offered and offered.system_text()))
+    prompt = await _prompt(body, offered, place)
     may_draft = body.draft is not False
     return [Task(prompt, each, await _constraint(body, offered, place), draft=may_draft) for each in params]
 
@@ -134,7 +145,10 @@ class _ChatShape:
             if chunk.finish_reason is not None:
                 parser = self._parsers[index]
                 called = parser is not None and parser.num_calls > 0 and chunk.finish_reason == "stop"
-                yield _piece(index, {}, reason="tool_calls" if called else chunk.finish_reason)
+                end = _piece(index, {}, reason="tool_calls" if called else chunk.finish_reason)
+                if chunk.stop is not None:
+                    end.stop_reason = chunk.stop
+                yield end
 
     def empty(self, index: int) -> ChatChoice:
         """A whole choice before its first piece."""
@@ -146,6 +160,8 @@ class _ChatShape:
         assert piece.delta is not None
         _extend(choice.message, piece.delta)
         choice.finish_reason = piece.finish_reason
+        if piece.stop_reason is not None:
+            choice.stop_reason = piece.stop_reason
         if piece.logprobs is not None:
             choice.logprobs = choice.logprobs or Logprobs(content=[])
             choice.logprobs.content += piece.logprobs.content

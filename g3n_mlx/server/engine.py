@@ -152,17 +152,22 @@ class Place:
         return await self.opened(lambda: make(self.engine.grammars), param, self.engine.grammar_threads)
 
     async def prepared(
-        self, messages: Sequence[dict[str, Any]], param: str = "messages", *, answered: bool = True
+        self,
+        messages: Sequence[dict[str, Any]],
+        param: str = "messages",
+        *,
+        answered: bool = True,
+        continued: bool = False,
     ) -> Prompt:
         """The prompt of some messages, their media fetched and opened; raises ApiError 400 when that can't be done.
 
-        answered: it must leave room for a response.
+        answered: it must leave room for a response. continued: the response goes on with the last message.
         """
         media = any(part["type"] != "text" for message in messages for part in message["content"])
         model = self.engine.model
 
         def work() -> Prompt:
-            prompt = model.preparer.prepare(messages, self.policy)
+            prompt = model.preparer.prepare(messages, self.policy, continued=continued)
             if answered:  # a prompt that leaves no room is refused before it waits
                 check_length(prompt, 1, model.config.text.max_position_embeddings)
             return prompt

@@ -62,7 +62,7 @@ class Gate:
         headers, max_bytes = Headers(scope=scope), self._policy.max_body_bytes
         try:
             if scope["path"] not in OPEN_PATHS:
-                self._check_key(headers.get("authorization", ""))
+                self._check_key(headers)
             length = headers.get("content-length", "0")
             if length.isdecimal() and int(length) > max_bytes:
                 raise too_large(max_bytes)
@@ -86,14 +86,13 @@ class Gate:
                 code="origin_not_allowed",
             )
 
-    def _check_key(self, authorization: str) -> None:
+    def _check_key(self, headers: Headers) -> None:
         if self._policy.api_key is None:
             return
-        scheme, _, key = authorization.partition(" ")
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given = key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")  # Anthropic's header
         # Compared as bytes: compare_digest takes no str beyond ASCII.
-        if scheme.lower() != "bearer" or not secrets.compare_digest(
-            key.strip().encode("utf-8"), self._policy.api_key.encode("utf-8")
-        ):
+        if not secrets.compare_digest(given.encode("utf-8"), self._policy.api_key.encode("utf-8")):
             raise ApiError(
                 401,
                 "the Authorization header has no valid key, expected 'Bearer' and the server's --api-key",

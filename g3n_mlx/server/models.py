@@ -109,7 +109,9 @@ async def tokenize(body: TokenizeRequest, request: Request, place: PlaceOf) -> T
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give either prompt, a text, or messages", param="prompt")
     if body.messages is not None:
-        ids = list((await place.prepared(template_messages(body.messages, None), answered=False)).token_ids)
+        turns = template_messages(body.messages, None)
+        prompt = await place.prepared(turns, answered=False, continued=body.continue_final_message)
+        ids = list(prompt.token_ids)
     else:
         assert body.prompt is not None
         ids = await place.encoded(body.prompt)

@@ -63,10 +63,6 @@ def test_arguments_of_a_call_may_be_an_object(server):
 REFUSED = [
     ({"messages": [{**SUM, "images": ["iVBORw0KGgo="]}]}, "messages[0].images"),
     ({"messages": [SUM, {"role": "assistant", "content": "12", "prefix": True}]}, "messages[1].prefix"),
-    (
-        {"messages": [SUM, {"role": "assistant", "content": "12"}], "continue_final_message": True},
-        "continue_final_message",
-    ),
     ({"messages": [SUM], "guided_json": EMPTY}, "guided_json"),
     ({"messages": [SUM], "guided_choice": ["a"]}, "guided_choice"),
     ({"messages": [SUM], "structured_outputs": {"json": EMPTY}}, "structured_outputs"),

@@ -88,6 +88,7 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    continue_final_message: bool | None = None  # goes on with a last message of the assistant
     response_format: ResponseFormat | None = None
     grammar: GrammarField | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
@@ -128,3 +129,4 @@ class ChatChoice(BaseModel):
     delta: dict[str, Any] | None = None
     logprobs: Logprobs | None = None
     finish_reason: str | None = None
+    stop_reason: str | None = None  # the stop string that ended it, as vLLM names it

@@ -18,7 +18,9 @@ class CompletionRequest(GenerationRequest):
 
     REFUSED: ClassVar[Mapping[str, str]] = {
         **GenerationRequest.REFUSED,
-        **dict.fromkeys(("response_format", "grammar", "tools", "messages"), "/v1/chat/completions has it"),
+        **dict.fromkeys(
+            ("response_format", "grammar", "tools", "messages", "continue_final_message"), "/v1/chat/completions has it"
+        ),
     }
 
     prompt: (

@@ -98,7 +98,6 @@ class GenerationRequest(RequestBody, SamplingFields):
         "system": "send a message of the role system",
         "instructions": "send a message of the role system",
         "documents": "put their texts into a message",
-        "continue_final_message": "an answer is always a new turn",
         **dict.fromkeys(
             ("chat_template", "template", "raw", "context", "prompt_embeds", "mm_processor_kwargs"), OUR_TEMPLATE
         ),

@@ -91,7 +91,7 @@ class Message(Wire):
 
     REFUSED: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("images", "videos", "audios", "audio", "image", "video", "files"), SENT_ELSEWHERE),
-        **dict.fromkeys(("prefix", "partial"), "an answer is always a new turn"),
+        **dict.fromkeys(("prefix", "partial"), "set continue_final_message beside messages"),
         "function_call": "send tool_calls",
     }
 

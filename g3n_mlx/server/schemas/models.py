@@ -14,12 +14,12 @@ class TokenizeRequest(RequestBody):
     """POST /v1/tokenize: a text, or messages as the model would read them."""
 
     REFUSED: ClassVar[Mapping[str, str]] = {
-        "continue_final_message": "an answer is always a new turn",
         **dict.fromkeys(("chat_template", "tools", "documents"), OUR_TEMPLATE),
     }
 
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
+    continue_final_message: bool = False  # as in chat completions
     add_special_tokens: bool = True  # <bos> before a text
 
 
