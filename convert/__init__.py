@@ -30,6 +30,7 @@ from g3n_mlx.convert.write import (
     write_shards,
 )
 from g3n_mlx.failures import BadValue
+from g3n_mlx.matformer.adapted import AdapterLike, named_adapters, open_adapted
 from g3n_mlx.matformer.plan import SlicePlan, find_slice, plan_slice
 from g3n_mlx.matformer.table import slices_for
 from g3n_mlx.matformer.view import open_sliced
@@ -59,6 +60,7 @@ def convert(
     recipe: str | Path | None = None,
     dtype: str | None = None,
     revision: str | None = None,
+    adapter: AdapterLike | None = None,
     progress: bool = True,
 ) -> Path:
     """Writes a checkpoint, sliced and quantized as asked, into a new folder; returns the folder.
@@ -66,7 +68,8 @@ def convert(
     source: a folder of any layout, or a hub id. q_bits: 2, 3, 4, 5, 6 or 8; None does not quantize. ple_bits: of the
     PLE table, 8 by default. matformer: name of a slice in matformer_config, a CSV file (None: the published
     table). recipe: a JSON file with bits by module, instead of q_bits (checkpoint/recipe.py). dtype: "bfloat16" by
-    default, "float16" or "float32"; of an already quantized source it stays what it is.
+    default, "float16" or "float32"; of an already quantized source it stays what it is. adapter: LoRA
+    adapters, as `load` takes them, which are merged before anything is quantized.
     Raises ValueError or OSError when the source, the slice, the recipe, the disk or the output folder does not fit.
     """
     if matformer_config is not None and matformer is None:
@@ -77,7 +80,12 @@ def convert(
     folder = resolve(source, revision)
     output = Path(output).expanduser()
     plan = None if matformer is None else plan_for(folder, matformer, matformer_config)
-    checkpoint = open_sliced(folder, plan)
+    checkpoint = open_adapted(folder, plan, named_adapters(adapter))
+    if checkpoint.low_ranks:
+        raise BadValue(
+            f"{folder} is quantized, so nothing can be merged into it: start from the unquantized checkpoint, or give "
+            "the adapter where the model is loaded"
+        )
     if not (folder / "tokenizer.json").is_file():
         logger.warning("%s has no tokenizer.json: put one into %s, or nobody can chat with it", folder, output)
     from g3n_mlx.prompt.own_template import chat_template_note  # takes as long to import as all of the converter

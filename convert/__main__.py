@@ -22,6 +22,7 @@ from g3n_mlx.config.text import TextConfig
 from g3n_mlx.convert import DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS, convert
 from g3n_mlx.convert.quantize import FLOATS
 from g3n_mlx.failures import BadValue, MissingFile, size_in_words
+from g3n_mlx.matformer.adapted import parsed_adapters
 from g3n_mlx.matformer.choice import UNASKED_BITS, best_fitting
 from g3n_mlx.matformer.listing import PUBLISHED_TOWER_BYTES, table
 from g3n_mlx.matformer.plan import fits, is_whole, whole_model
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
     for name in ("q_bits", "ple_bits", "q_group_size"):
         if getattr(flags, name) is not None and not flags.quantize and not flags.list_slices:
             parser.error(f"--{name.replace('_', '-')} is for a conversion with -q")
+    if flags.list_slices and flags.adapter:
+        parser.error("--list-slices converts nothing: leave out --adapter")
     if flags.list_slices and flags.matformer:
         parser.error("--list-slices lists all slices: leave out --matformer")
     log_to_stderr(logging.WARNING)
@@ -78,6 +81,7 @@ def _convert(flags: argparse.Namespace) -> int:
         recipe=flags.recipe,
         dtype=flags.dtype,
         revision=flags.revision,
+        adapter=parsed_adapters(flags.adapter),
     )
     size = sum(path.stat().st_size for path in output.iterdir())
     say(f"wrote {output}: {size_in_words(size)}")
@@ -197,6 +201,7 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     add("--recipe", type=Path, metavar="FILE", help="JSON of bits by module, as g3n slices search writes it")
     add_model_flag(add, "--matformer", help="MatFormer slice to take, by name or short form (e2.49b-block)")
     add_model_flag(add, "--matformer-config")
+    add_model_flag(add, "--adapter", help="LoRA adapter to merge, folder or hub id, PATH or PATH=WEIGHT; repeatable")
     add("--dtype", choices=FLOATS, help="of what is not quantized (default bfloat16)")
     add(
         "--list-slices",

@@ -39,6 +39,12 @@ MODEL_FLAGS: dict[str, dict[str, Any]] = {
     "--revision": {"metavar": "NAME", "help": "branch, tag or commit of a hub id"},
     "--matformer": {"metavar": "SLICE", "help": "MatFormer slice to take at load, by name or short form"},
     "--matformer-config": {"type": Path, "metavar": "FILE", "help": "CSV table of slices of your own"},
+    "--adapter": {
+        "action": "append",
+        "default": [],
+        "metavar": "PATH[=X]",
+        "help": "LoRA adapter, folder or hub id, with a weight other than 1; repeatable",
+    },
     "--q-bits": {"type": int, "metavar": "N", "help": "quantize at first load, into the cache: 2 to 6, or 8"},
     "--backend": {"choices": ["auto", "mlx", "torch"], "default": "auto"},
     "--device": {"metavar": "NAME", "help": "cpu, cuda, cuda:1, ...; default: the backend's best"},
@@ -114,6 +120,7 @@ def load_from(
     finally:
         gc.freeze()
         gc.enable()
+    from g3n_mlx.matformer.adapted import parsed_adapters
     from g3n_mlx.sizing import SPEED_BITS, chosen_in_words, fast_enough, fitting, is_quantized
 
     source, matformer, q_bits, told = model_of(arguments, tell), arguments.matformer, arguments.q_bits, tell or say
@@ -135,6 +142,7 @@ def load_from(
         revision=arguments.revision,
         chat_template=arguments.chat_template,
         activations=arguments.activations,
+        adapter=parsed_adapters(arguments.adapter),
     )
     if speed is None:
         return model

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from g3n_mlx.checkpoint.folder import Checkpoint
+from g3n_mlx.checkpoint.folder import Changes, Checkpoint
 from g3n_mlx.matformer.plan import SlicePlan
 from g3n_mlx.rows import Batch, Cache, Sampler, SoftTokens
 from g3n_mlx.sampling import SamplingParams
@@ -52,6 +52,13 @@ class Model(Protocol):
         """The slice that a plan for this model takes from it, over the same weights, which live as long as either does.
 
         checkpoint: the model's own, viewed through the plan; the slice reads from it what can't be shared.
+        """
+        ...
+
+    def adapted(self, checkpoint: Checkpoint, changes: Changes) -> "Model":
+        """The same model with an adapter, over the same weights, which live as long as either does.
+
+        checkpoint: the model's own with the changes; dense weights of the text model have theirs beside them.
         """
         ...
 

@@ -18,7 +18,7 @@ from g3n_mlx.engine.runner import Runner, model_thread
 from g3n_mlx.failures import BadValue, Error, FileProblem, MissingPackage
 from g3n_mlx.installation import install_command
 from g3n_mlx.interface import Model
-from g3n_mlx.matformer.view import open_sliced
+from g3n_mlx.matformer.adapted import AdapterLike, changes_of_slice, named_adapters, open_adapted, with_changes
 from g3n_mlx.model import ACTIVATION_BYTES, Gemma3n
 from g3n_mlx.prompt.own_template import OwnTemplate, chat_template_note
 from g3n_mlx.prompt.tokenizer import Tokenizer
@@ -42,6 +42,7 @@ def load(
     revision: str | None = None,
     chat_template: str = "gemma",
     activations: str = "exact",
+    adapter: AdapterLike | None = None,
 ) -> Gemma3n:
     """Loads a Gemma 3n checkpoint of any layout from a folder or the Hugging Face hub.
 
@@ -53,6 +54,8 @@ def load(
     differ.
     activations: "int8" rounds what a prompt's products with quantized weights take, in groups, to 8 bits: a faster
     approximation on a CPU (docs/performance.md).
+    adapter: a LoRA or DoRA adapter of PEFT, mlx-lm or mlx-vlm, as a folder or hub id; or several, {"a": 1.0, "b": 0.5}
+    with their weights, each over what those before it make. Dense weights are merged, quantized ones stay as they are.
     Raises ImportError without a backend, FileNotFoundError, ValueError and the hub's errors, each in one sentence.
     """
     for what, value in (("backend", backend), ("matformer", matformer), ("dtype", dtype), ("device", device)):
@@ -72,11 +75,13 @@ def load(
     folder = hub.resolve(path_or_id, revision)
     name = folder.resolve().name if Path(path_or_id).expanduser().is_dir() else str(path_or_id).rstrip("/")
     plan = None if matformer is None else plan_for(folder, matformer, matformer_config)
+    adapters = named_adapters(adapter)
     if q_bits is None:
-        checkpoint = open_sliced(folder, plan)
+        checkpoint = open_adapted(folder, plan, adapters)
     else:
+        changes = changes_of_slice(folder, plan, adapters)
         folder = cached_conversion(folder, q_bits=q_bits, plan=plan)
-        checkpoint = Checkpoint.open(folder)
+        checkpoint = with_changes(Checkpoint.open(folder), changes)
     activations_dtype = devices.dtype_of(dtype, place, bool(checkpoint.quantizations))
     dtype_name = devices.dtype_name(activations_dtype)
     tokenizer = Tokenizer.from_folder(folder)
@@ -94,6 +99,7 @@ def load(
         dtype=dtype_name,
         generation_config=_generation_config(folder),
         own_template=own_template,
+        adapters=tuple(adapters),
     )
 
 

@@ -13,7 +13,9 @@ from typing import Any, Self, Unpack
 
 import numpy as np
 
+from g3n_mlx.checkpoint.adapter import changes_of
 from g3n_mlx.checkpoint.folder import Checkpoint
+from g3n_mlx.checkpoint.hub import resolve_adapter
 from g3n_mlx.config.model import ModelConfig, token_ids
 from g3n_mlx.engine.answer import Answer, Progress, chunks_of
 from g3n_mlx.engine.cache import Cache
@@ -30,6 +32,8 @@ from g3n_mlx.engine.scores import PromptReader, TokenScore
 from g3n_mlx.engine.sequence import Constraint, TokenSequence, check_length, prefill_spans
 from g3n_mlx.engine.soft_tokens import EmbeddedMedia
 from g3n_mlx.failures import BadValue, size_in_words
+from g3n_mlx.interface import Model
+from g3n_mlx.matformer.adapted import AdapterLike, named_adapters
 from g3n_mlx.matformer.plan import SlicePlan, check_plan, find_slice, plan_slice
 from g3n_mlx.matformer.table import Slice, slices_for
 from g3n_mlx.matformer.view import can_slice, sliced
@@ -75,6 +79,7 @@ class Gemma3n:
         dtype: str,
         generation_config: Mapping[str, Any],
         own_template: OwnTemplate | None = None,
+        adapters: Sequence[str] = (),
     ) -> None:
         self.checkpoint = checkpoint
         self.tokenizer = tokenizer
@@ -83,6 +88,7 @@ class Gemma3n:
         self.device = device
         self.dtype = dtype  # of the activations
         self.slice_name = slice_name
+        self.adapters = tuple(adapters)  # as they were named
         self.sampling_defaults, eos = _published(generation_config, checkpoint)
         # Where neither file says it, what ends a turn of the chat template.
         named = eos or self.config.eos_token_ids or [tokenizer.id_of("<eos>"), tokenizer.id_of("<end_of_turn>")]
@@ -103,6 +109,7 @@ class Gemma3n:
         facts = [
             self.name,
             *([] if self.slice_name is None else [f"slice {self.slice_name}"]),
+            *([f"with {' and '.join(self.adapters)}"] if self.adapters else []),
             f"{' and '.join(map(str, bits))} bits" if bits else "not quantized",
             f"{self.backend} on {self.device}",
             self.dtype,
@@ -165,11 +172,36 @@ class Gemma3n:
             table = slices_for(self.checkpoint.folder, None if matformer_config is None else Path(matformer_config))
             plan = plan_slice(self.config.text, find_slice(chosen, table, self.config.text))
         runner, checkpoint = self.runner, sliced(self.checkpoint, plan)
-        model = runner.call(lambda: runner.model.slice(checkpoint, plan))
-        other = copy.copy(self)  # tokenizer, template and media rules are the same
-        other.checkpoint, other.plan, other.slice_name = checkpoint, plan, plan.slice_name
-        other.runner = runner.of_slice(model)
+        other = self._beside(runner.call(lambda: runner.model.slice(checkpoint, plan)), checkpoint)
+        other.plan, other.slice_name = plan, plan.slice_name
         other._embedded = self._embedded.shared_with(other.runner)
+        return other
+
+    def adapted(self, adapter: AdapterLike) -> "Gemma3n":
+        """The same model with an adapter, over the same weights: it takes memory for the adapter and conversations.
+
+        adapter: as in `load`. Both models answer independently, and each is closed by itself, as slices are. An adapter
+        of a tower has this model read it once more. Raises ValueError and the hub's errors.
+        """
+        other = self
+        for name, weight in named_adapters(adapter).items():
+            before, changes = other, changes_of(resolve_adapter(name), other.checkpoint, weight)
+            checkpoint = before.checkpoint.changed(changes, beside=True)
+            model = before.runner.call(lambda b=before, c=checkpoint, d=changes: b.runner.model.adapted(c, d))
+            other = before._beside(model, checkpoint)
+            other.adapters = (*before.adapters, name)
+            shared = before._embedded.shared_with(other.runner)
+            other._embedded = EmbeddedMedia(other.runner) if changes.reaches_towers else shared
+            if before is not self:
+                before.close()
+        if other is self:
+            raise BadValue("no adapter was given")
+        return other
+
+    def _beside(self, model: Model, checkpoint: Checkpoint) -> "Gemma3n":
+        """Another model over weights of this one: tokenizer, template and media rules are the same."""
+        other = copy.copy(self)
+        other.checkpoint, other.runner = checkpoint, self.runner.of_slice(model)
         other._conversation, other._conversation_lock = None, threading.Lock()
         other._drafting_slices, other._nested = {}, {}
         return other

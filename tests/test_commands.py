@@ -59,6 +59,7 @@ def test_all_flags_reach_load(monkeypatch, tmp_path):
         "--dtype": "float32",
         "--chat-template": "own",
         "--activations": "int8",
+        "--adapter": "tuned=0.5",
     }
     assert flags.keys() == MODEL_FLAGS.keys()
     load_from(command_line("chat")().parse_args([word for pair in flags.items() for word in pair]))
@@ -73,6 +74,7 @@ def test_all_flags_reach_load(monkeypatch, tmp_path):
         "dtype": "float32",
         "chat_template": "own",
         "activations": "int8",
+        "adapter": {"tuned": 0.5},
     }
 
 

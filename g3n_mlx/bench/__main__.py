@@ -37,6 +37,7 @@ from g3n_mlx.config.model import ModelConfig, read_config
 from g3n_mlx.convert import cached_conversion, plan_for
 from g3n_mlx.failures import BadValue, MissingPackage, WorkerFailed, check_folder_of, one_line
 from g3n_mlx.installation import install_command
+from g3n_mlx.matformer.adapted import parsed_adapters
 
 NAME = "g3n-bench"
 PROMPT_SEED = 0
@@ -178,9 +179,12 @@ def _requests(arguments: argparse.Namespace, folder: Path, config: ModelConfig) 
         dtype=arguments.dtype,
         draft=arguments.draft,
         activations=arguments.activations,
+        adapters=parsed_adapters(arguments.adapter),
     )
     if not arguments.against:
         return [ours]
+    if arguments.adapter:
+        raise BadValue("--against measures the peer without an adapter: leave out --adapter, or convert with it first")
     bits = arguments.q_bits or read_config(folder).get("quantization", {}).get("bits")
     peer_model = _peer_model(arguments, folder)
     peer = replace(ours, engine=arguments.against, model=peer_model, binary=arguments.peer_binary, q_bits=bits)

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ class Request:
     dtype: str | None = None  # of the activations
     draft: str = "off"  # how tokens are drafted in answers of their own; all other figures are without drafts
     activations: str = "exact"
+    adapters: dict[str, float] = field(default_factory=dict[str, float])  # with their weights
     started_at: float = 0.0  # time.monotonic() when the process was started: the system's clock, not the process's
 
 

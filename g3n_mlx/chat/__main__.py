@@ -61,7 +61,6 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     answer.add_argument("--system-prompt", metavar="TEXT", help="what the model is told before the conversation")
     answer.add_argument("--max-tokens", type=int, metavar="N", help="of one answer; default: to the context limit")
     answer.add_argument("--temperature", "--temp", type=float, metavar="X", help="0 always takes the most likely token")
-    answer.add_argument("--top-p", type=float, metavar="X")
     answer.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
     add_draft_flag(answer.add_argument, "auto")
     parser.add_argument("--verbose", action="store_true", help="log lines, and figures after every answer")

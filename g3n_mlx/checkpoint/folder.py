@@ -6,8 +6,9 @@ Convolution kernels are always given as published: output, input, height, width.
 """
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from g3n_mlx.checkpoint.check import (
     tower_shapes,
 )
 from g3n_mlx.checkpoint.head import without_head
+from g3n_mlx.checkpoint.low_rank import LowRank
 from g3n_mlx.checkpoint.names import (
     STEM,
     canonical_tensors,
@@ -38,6 +40,28 @@ from g3n_mlx.config.manifest import PLE_TABLE, TEXT, dead_manifest, text_manifes
 from g3n_mlx.config.model import ModelConfig, read_config
 from g3n_mlx.failures import BadValue, MissingFile
 
+# Of a number that an adapter adds, as a decode step reads it.
+_ADAPTER_BYTES = 2
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
+class Changes:
+    """What adapters change of a checkpoint (checkpoint/adapter.py); the files stay open as long as this is held."""
+
+    low_ranks: Mapping[str, LowRank]  # by module path
+    tensors: Mapping[str, Source]  # by name, whole ones instead of the checkpoint's
+    files: Sequence[OpenFiles] = ()  # of these
+
+    def __post_init__(self) -> None:
+        for files in self.files:
+            files.hold()
+            weakref.finalize(self, files.release)
+
+    @property
+    def reaches_towers(self) -> bool:
+        """Whether they change more than the text model."""
+        return any(not name.startswith(TEXT) for name in (*self.low_ranks, *self.tensors))
+
 
 class Checkpoint:
     """The tensors of an opened folder under their canonical names: all of them, or a view that keeps some."""
@@ -50,12 +74,15 @@ class Checkpoint:
         sources: Mapping[str, Source],
         quantizations: Mapping[str, Quantization],
         files: OpenFiles,
+        low_ranks: Mapping[str, LowRank] | None = None,
     ):
         self.folder = folder
         self.config = config
         self.raw_config = raw_config  # config.json with a nested text_config, without quantization
         self.sources = sources
         self.quantizations = quantizations  # module path -> how its weight is stored, for all that are quantized
+        # Module path -> what an adapter adds beside the weight; what is merged into a dense one is in its source.
+        self.low_ranks = low_ranks or {}
         self._dead_paths = {name.removesuffix(".weight") for name in dead_manifest(config.text)}
         self._files = files
         files.hold()
@@ -96,14 +123,42 @@ class Checkpoint:
         raw_config: dict[str, Any],
         sources: Mapping[str, Source],
         quantizations: Mapping[str, Quantization],
+        low_ranks: Mapping[str, LowRank] | None = None,
     ) -> "Checkpoint":
         """Other tensors cut from the same files, which stay open until the last of the views is closed."""
         self._require_open()
-        return Checkpoint(self.folder, config, raw_config, sources, quantizations, self._files)
+        return Checkpoint(self.folder, config, raw_config, sources, quantizations, self._files, low_ranks)
+
+    def changed(self, changes: Changes, *, beside: bool = False) -> "Checkpoint":
+        """The same checkpoint with what adapters change.
+
+        A dense weight is merged while it is read, a quantized one keeps what is added beside it. beside: so do the text
+        model's dense ones, which are then those of the files still.
+        """
+        self._require_open()
+        sources, quantizations, low_ranks = dict(self.sources), dict(self.quantizations), dict(self.low_ranks)
+        for name, source in changes.tensors.items():
+            path = name.removesuffix(".weight")
+            if quantizations.pop(path, None) is not None:
+                for part in PARTS:
+                    del sources[f"{path}.{part}"]
+            low_ranks.pop(path, None)
+            sources[name] = source
+        for path, low_rank in changes.low_ranks.items():
+            name = f"{path}.weight"
+            if path in quantizations or path in low_ranks or (beside and path.startswith(TEXT)):
+                before = low_ranks.get(path)
+                low_ranks[path] = low_rank if before is None else before.then(low_rank)
+            else:
+                before = sources[name].low_rank
+                low_rank = low_rank if before is None else before.then(low_rank)
+                sources[name] = replace(sources[name], low_rank=low_rank)
+        files = OpenFiles([], [self._files, *changes.files])
+        return Checkpoint(self.folder, self.config, self.raw_config, sources, quantizations, files, low_ranks)
 
     def again(self) -> "Checkpoint":
         """The same tensors once more, to be closed by whoever asked; without that, when nobody holds it any more."""
-        return self.view(self.config, self.raw_config, self.sources, self.quantizations)
+        return self.view(self.config, self.raw_config, self.sources, self.quantizations, self.low_ranks)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -121,7 +176,7 @@ class Checkpoint:
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype of a tensor."""
         source = self.sources[name]
-        return TensorInfo(source.shape, source.stored.dtype)
+        return TensorInfo(source.shape, source.dtype_name)
 
     def quantization(self, path: str) -> Quantization | None:
         """How the weight of a module is stored; None is dense."""
@@ -130,7 +185,7 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Stored bytes of every tensor that a model reads."""
-        return sum(self.sources[name].num_bytes for name in self.names)
+        return sum(self.sources[name].num_bytes for name in self.names) + self._num_added * _ADAPTER_BYTES
 
     @property
     def nbytes_per_token(self) -> int:
@@ -138,7 +193,7 @@ class Checkpoint:
 
         The head reads all of embed_tokens; of the PLE table a token reads one row, of the embedders nothing.
         """
-        return sum(self.sources[name].num_bytes for name in self._text_names())
+        return sum(self.sources[name].num_bytes for name in self._text_names()) + self._num_added * _ADAPTER_BYTES
 
     def nbytes_in_memory(self, itemsize: int) -> int:
         """Bytes that the text model's weights take once they are loaded, numbers of the activations being this wide.
@@ -148,7 +203,12 @@ class Checkpoint:
         sources = [self.sources[name] for name in self._text_names()]
         return sum(
             source.num_bytes if source.stored.dtype == "U32" else prod(source.shape) * itemsize for source in sources
-        )
+        ) + (self._num_added * itemsize)
+
+    @property
+    def _num_added(self) -> int:
+        """Numbers that adapters add beside weights."""
+        return sum(low_rank.num_elements for low_rank in self.low_ranks.values())
 
     def _text_names(self) -> Iterator[str]:
         """The text model's tensors but for the PLE table, which is never read as a whole."""

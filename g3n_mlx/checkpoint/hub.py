@@ -64,6 +64,19 @@ def resolve(path_or_id: str | Path, revision: str | None = None, *, weights: boo
     return found
 
 
+def resolve_adapter(path_or_id: str | Path) -> Path:
+    """The local folder of an adapter, given as a folder, as one file of it or as a hub id; raises as `resolve` does."""
+    if not isinstance(path_or_id, str | Path) or not str(path_or_id).strip():
+        raise BadValue(f"the adapter is {path_or_id!r}, expected a folder or a hub id")
+    path = Path(path_or_id).expanduser()
+    if path.exists():
+        return path
+    hub_id = str(path_or_id).rstrip("/")
+    if not _HUB_ID.fullmatch(hub_id):
+        raise MissingFile(f"no adapter at {str(path_or_id)!r}, nor is it a hub id; give a folder, or owner/name")
+    return _snapshot(hub_id, None, [SETTINGS, "adapter*.safetensors"])
+
+
 def tensor_headers(hub_id: str, revision: str | None = None) -> dict[str, TensorInfo]:
     """Dtypes and shapes of a hub id's tensors, by the names on disk, of which the files' headers alone are read.
 
@@ -106,17 +119,21 @@ def default_model() -> tuple[Path, str]:
 
 
 def _download(hub_id: str, revision: str | None, files: list[str]) -> Path:
+    folder = _snapshot(hub_id, revision, files)
+    version = "" if revision is None else f" at revision {revision!r}"
+    if not (folder / "config.json").is_file():
+        if (folder / SETTINGS).is_file():
+            raise MissingFile(f"{hub_id}{version}: {adapter_message(folder)}")
+        raise MissingFile(f"{hub_id}{version} has no config.json; is it a model in safetensors format?")
+    return folder
+
+
+def _snapshot(hub_id: str, revision: str | None, files: list[str]) -> Path:
     # Imported here: the hub client takes a third of a second to import, and a local folder does not need it.
     import huggingface_hub
 
-    version = "" if revision is None else f" at revision {revision!r}"
     with _hub_errors(hub_id, revision):
-        folder = huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=files)
-    if not (Path(folder) / "config.json").is_file():
-        if (Path(folder) / SETTINGS).is_file():
-            raise MissingFile(f"{hub_id}{version}: {adapter_message(Path(folder))}")
-        raise MissingFile(f"{hub_id}{version} has no config.json; is it a model in safetensors format?")
-    return Path(folder)
+        return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=files))
 
 
 @contextmanager

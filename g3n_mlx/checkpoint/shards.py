@@ -144,17 +144,20 @@ class MappedTensor:
 
 
 class OpenFiles:
-    """The files of one folder, which several views read and the last one closes."""
+    """The files of one folder, or of several, which several views read and the last one closes."""
 
-    def __init__(self, shards: Sequence[Shard]):
-        self._shards = shards
+    def __init__(self, shards: Sequence[Shard], others: "Sequence[OpenFiles]" = ()):
+        """others: files that are held as long as these."""
+        self._shards, self._others = shards, others
+        for files in others:
+            files.hold()
         self._holders = 0
         self._lock = threading.Lock()
 
     def release_pages(self) -> None:
         """As Shard.release_pages, for all of them."""
-        for shard in self._shards:
-            shard.release_pages()
+        for files in (*self._shards, *self._others):
+            files.release_pages()
 
     def hold(self) -> None:
         with self._lock:
@@ -167,6 +170,8 @@ class OpenFiles:
             if self._holders == 0:
                 for shard in self._shards:
                     shard.close()
+                for files in self._others:
+                    files.release()
 
 
 def open_shards(folder: Path) -> tuple[list[Shard], dict[str, StoredTensor]]:
@@ -182,7 +187,7 @@ def open_shards(folder: Path) -> tuple[list[Shard], dict[str, StoredTensor]]:
             shard = Shard(path)
             opened.callback(shard.close)
             shards.append(shard)
-            for name, stored in _read_header(shard):
+            for name, stored in read_header(shard):
                 if name in tensors:
                     raise BadValue(f"{name} is in both {tensors[name].shard.path.name} and {path.name} of {folder}")
                 tensors[name] = stored
@@ -201,7 +206,8 @@ def _release(mapped: mmap.mmap) -> None:
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def _read_header(shard: Shard) -> Iterator[tuple[str, StoredTensor]]:
+def read_header(shard: Shard) -> Iterator[tuple[str, StoredTensor]]:
+    """The tensors of a file by their names; raises ValueError where it is damaged."""
     path = shard.path
     size = path.stat().st_size
     advice = "download it again"

@@ -6,6 +6,7 @@ from math import prod
 
 import numpy as np
 
+from g3n_mlx.checkpoint.low_rank import LowRank
 from g3n_mlx.checkpoint.quantization import Quantization, dequantize, to_float32
 from g3n_mlx.checkpoint.shards import DTYPES, MappedTensor, Shard, StoredTensor
 
@@ -33,15 +34,21 @@ class Source:
     columns: Ranges | None = None  # kept columns in stored units: words of packed codes, or scales, one per group
     axes: tuple[int, ...] | None = None  # the transposition from the stored to the published order
     absent: bool = False  # not on disk: reads as zeros
+    low_rank: LowRank | None = None  # of an adapter that is merged while the tensor is read, which gives float32
+
+    @property
+    def dtype_name(self) -> str:
+        """As safetensors spells it, of what is read."""
+        return self.stored.dtype if self.low_rank is None else "F32"
 
     @property
     def dtype(self) -> np.dtype:
-        return DTYPES[self.stored.dtype]
+        return DTYPES[self.dtype_name]
 
     @property
     def num_bytes(self) -> int:
-        """Size of what is kept."""
-        return prod(self.shape) * self.dtype.itemsize
+        """Size of what is kept, as it is stored."""
+        return prod(self.shape) * DTYPES[self.stored.dtype].itemsize
 
     def narrowed(self, rows: Ranges | None, columns: Ranges | None) -> "Source":
         """Some rows and columns of what is kept here; None is all of them."""
@@ -49,7 +56,9 @@ class Source:
         for axis, kept in enumerate((rows, columns)):
             if kept is not None:
                 shape[axis] = sum(stop - start for start, stop in kept)
-        return replace(self, shape=tuple(shape), rows=_within(self.rows, rows), columns=_within(self.columns, columns))
+        low_rank = None if self.low_rank is None else self.low_rank.narrowed(rows, columns)
+        kept_rows, kept_columns = _within(self.rows, rows), _within(self.columns, columns)
+        return replace(self, shape=tuple(shape), rows=kept_rows, columns=kept_columns, low_rank=low_rank)
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows [start, stop) of what is kept, in memory of their own."""
@@ -59,16 +68,19 @@ class Source:
         if self.absent:
             return np.zeros((stop - start, *self.shape[1:]), self.dtype)
         array = _read_rows(self, start, stop)
-        return array if self.axes is None else np.ascontiguousarray(array.transpose(self.axes))
+        array = array if self.axes is None else np.ascontiguousarray(array.transpose(self.axes))
+        return array if self.low_rank is None else self.low_rank.merged(array, start)
 
     def mapped(self) -> np.ndarray | None:
         """What is kept as a read-only view of the file (`Shard.view`), its rows perhaps apart; None where it is none.
 
-        That is so for kernels turned to another order of axes, rows or columns from several places, and tensors that
-        are empty, absent or not aligned to the size of their numbers.
+        That is so for kernels turned to another order of axes, rows or columns from several places, tensors that are
+        empty, absent or not aligned to the size of their numbers, and weights that an adapter is merged into.
         """
         stored = self.stored
         if self.absent or self.axes is not None or not self.num_bytes or stored.offset % self.dtype.itemsize:
+            return None
+        if self.low_rank is not None:
             return None
         if any(ranges is not None and len(ranges) != 1 for ranges in (self.rows, self.columns)):
             return None
@@ -123,7 +135,7 @@ class RowTable:
 def _read_rows(source: Source, start: int, stop: int) -> np.ndarray:
     """Rows [start, stop) of what is kept, axes as stored."""
     stored = source.stored
-    dtype = source.dtype
+    dtype = DTYPES[stored.dtype]
     row_bytes = prod(stored.shape[1:]) * dtype.itemsize
     spans = None
     if source.columns is not None:

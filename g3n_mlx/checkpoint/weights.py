@@ -1,11 +1,11 @@
 """A checkpoint's tensors by module path, as the arrays of a backend."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from g3n_mlx.checkpoint.folder import Checkpoint
+from g3n_mlx.checkpoint.folder import Changes, Checkpoint
 from g3n_mlx.checkpoint.quantization import Quantization
 from g3n_mlx.checkpoint.source import RowTable
 
@@ -43,11 +43,12 @@ class Weights(Generic[Array]):
         placement: Placement[Array],
         path: str = "",
         loaded: Callable[[str], Any] | None = None,
+        changes: Changes | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.placement = placement
         self.path = path
-        self._loaded = loaded
+        self._loaded, self._changes = loaded, changes
 
     @property
     def dtype(self) -> Any:
@@ -62,22 +63,45 @@ class Weights(Generic[Array]):
     def at(self, name: str | int) -> "Weights[Array]":
         """The weights of a submodule."""
         path = f"{self.path}.{name}" if self.path else str(name)
-        return Weights(self.checkpoint, self.placement, path, self._loaded)
+        return Weights(self.checkpoint, self.placement, path, self._loaded, self._changes)
 
-    def sharing(self, loaded: Callable[[str], Any]) -> "Weights[Array]":
-        """The same weights for a slice of a loaded model. loaded: what it shares with that model at a module path."""
-        return Weights(self.checkpoint, self.placement, self.path, loaded)
+    def sharing(self, loaded: Callable[[str], Any], changes: Changes | None = None) -> "Weights[Array]":
+        """The same weights for a slice of a loaded model, or for that model with an adapter.
+
+        loaded: what it shares with that model at a module path. changes: the adapter's.
+        """
+        return Weights(self.checkpoint, self.placement, self.path, loaded, changes or Changes({}, {}))
 
     def reopened(self) -> "Weights[Array]":
         """The same weights over files that stay open as long as these are held."""
         return Weights(self.checkpoint.again(), self.placement, self.path)
 
-    def shared(self) -> Any:
+    def shared(self, parts: Sequence[str] = ()) -> Any:
         """This module, as the loaded model that a slice is taken from holds it, or a view of it; None: read the files.
 
-        It is a module of the backend.
+        It is a module of the backend. A linear layer is shared without what an adapter adds to it (`low_rank`).
+        parts: of a module that stands for several beside it, their names.
         """
-        return None if self._loaded is None else self._loaded(self.path)
+        if self._loaded is None:
+            return None
+        assert self._changes is not None
+        parent, _, name = self.path.rpartition(".")
+        below = tuple(f"{parent}.{part}." for part in parts or [name])
+        if any(changed.startswith(below) for changed in (*self._changes.tensors, *self._changes.low_ranks)):
+            return None
+        return self._loaded(self.path)
+
+    def low_rank(self) -> tuple[Array, Array, Array | None] | None:
+        """What an adapter adds beside this module's weight: A [r, K], B [N, r] and the factors [N], if there are any.
+
+        What the loaded model has added already is left out.
+        """
+        found = (self.checkpoint if self._changes is None else self._changes).low_ranks.get(self.path)
+        if found is None:
+            return None
+        placed = [self.placement.cast(self.placement.placed(x)) for x in (found.down, found.up)]
+        factor = None if found.factor is None else self.placement.cast(self.placement.placed(found.factor))
+        return placed[0], placed[1], factor
 
     def tensor(self, name: str = "weight") -> Array:
         """A whole tensor in the activations' dtype; it may be a view of the file and must not be written to."""

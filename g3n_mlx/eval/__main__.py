@@ -52,6 +52,7 @@ class Variant:
     q_bits: int | None  # None leaves the checkpoint as stored
     matformer: str | None  # None is the whole model
     revision: str | None = None  # of a hub id
+    adapter: str | None = None  # as --adapter takes it; None is the model without
 
 
 def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
@@ -65,12 +66,14 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     """The flags, of a command that was called as prog."""
     parser = command_parser(prog, "Accuracy on examples, or perplexity and KL divergence on a text, of every variant.")
     variants = parser.add_argument_group(
-        "variants", "all combinations of --model, --matformer, --q-bits, --backend and --dtype, which are repeatable"
+        "variants",
+        "all combinations of --model, --matformer, --adapter, --q-bits, --backend and --dtype, repeatable",
     )
     add_model_flags(
         variants.add_argument,
         model={"action": "append"},
         matformer={"action": "append", "default": [], "help": "this one, or all, beside the whole"},
+        adapter={"help": "with this LoRA adapter, PATH or PATH=WEIGHT, beside the model without"},
         q_bits={
             "action": "append",
             "default": [],
@@ -155,12 +158,13 @@ def _variants(arguments: argparse.Namespace) -> list[Variant]:
     bits = _bits(folders, arguments.q_bits)
     backends = [chosen_backend(name) for given in arguments.backend or ["auto"] for name in BACKENDS[given]]
     variants = [
-        Variant(model, *rest, arguments.revision)
+        Variant(model, *ways, arguments.revision, adapter)
         for model in folders
-        for rest in product(backends, arguments.dtype or [None], bits[model], [None, *slices[model]])
+        for ways in product(backends, arguments.dtype or [None], bits[model], [None, *slices[model]])
+        for adapter in [None, *arguments.adapter]
     ]
     if arguments.against:
-        variants.insert(0, replace(variants[0], model=arguments.against, revision=None))
+        variants.insert(0, replace(variants[0], model=arguments.against, revision=None, adapter=None))
     return list(dict.fromkeys(variants))
 
 
@@ -205,6 +209,7 @@ def _bits(folders: dict[str, Path], wanted: Sequence[int]) -> dict[str, list[int
 
 def _load(variant: Variant, arguments: argparse.Namespace) -> "Gemma3n":
     from g3n_mlx.loading import load
+    from g3n_mlx.matformer.adapted import parsed_adapters
 
     return load(
         variant.model,
@@ -217,6 +222,7 @@ def _load(variant: Variant, arguments: argparse.Namespace) -> "Gemma3n":
         revision=variant.revision,
         chat_template=arguments.chat_template,
         activations=arguments.activations,
+        adapter=None if variant.adapter is None else parsed_adapters([variant.adapter]),
     )
 
 

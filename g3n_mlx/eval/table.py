@@ -21,6 +21,7 @@ def names(entries: list[dict[str, Any]]) -> list[tuple[str, ...]]:
         "dtype": [entry["dtype"] or "own dtype" for entry in entries],
         "q_bits": [f"{entry['q_bits']} bits" if entry["q_bits"] else "as stored" for entry in entries],
         "matformer": [entry["matformer"] or "whole" for entry in entries],
+        "adapter": [entry["adapter"] or "no adapter" for entry in entries],
     }
     shown = [values for part, values in parts.items() if part == "backend" or len(set(values)) > 1]
     return list(zip(*shown, strict=True))

@@ -1,8 +1,9 @@
-"""The layers of a loaded model as a slice of it takes them: shared, or narrowed to views of the same memory."""
+"""The layers of a loaded model as a slice of it, or it with an adapter, takes them: shared, or views of them."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
+from g3n_mlx.checkpoint.folder import Changes
 from g3n_mlx.checkpoint.source import Ranges
 from g3n_mlx.config.text import TextConfig
 from g3n_mlx.matformer.plan import PROJECTION, Cut, SlicePlan, cut
@@ -10,11 +11,12 @@ from g3n_mlx.matformer.plan import PROJECTION, Cut, SlicePlan, cut
 
 @dataclass(frozen=True, slots=True)
 class LoadedLayers:
-    """What a slice shares with the model that it is taken from."""
+    """What a slice shares with the model that it is taken from, or a model with an adapter with the one without."""
 
     model: Any  # a backend's Gemma3nModel
     config: TextConfig  # of that model
     plan: SlicePlan
+    changes: Changes | None = None  # of an adapter
     _found: dict[str, Any] = field(default_factory=dict[str, Any])  # modules by their paths
 
     def at(self, path: str) -> Any:

@@ -141,6 +141,11 @@ def whole_model(config: TextConfig) -> Slice:
     return Slice("Whole model", "whole", config.num_hidden_layers, None, None, config.intermediate_size, ())
 
 
+def whole_plan(config: TextConfig) -> SlicePlan:
+    """A plan that keeps everything."""
+    return SlicePlan("whole", tuple(range(config.num_hidden_layers)), config.intermediate_size)
+
+
 def slice_config(raw_config: dict[str, Any], plan: SlicePlan) -> dict[str, Any]:
     """The config.json of a slice; every value follows from the checkpoint's own.
 

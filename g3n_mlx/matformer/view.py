@@ -1,10 +1,12 @@
 """A checkpoint seen through a MatFormer slice: the same files, with only what the slice keeps listed and read."""
 
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from g3n_mlx.checkpoint.folder import Checkpoint
+from g3n_mlx.checkpoint.folder import Changes, Checkpoint
+from g3n_mlx.checkpoint.low_rank import LowRank
 from g3n_mlx.checkpoint.quantization import Quantization
 from g3n_mlx.checkpoint.source import Ranges, Source
 from g3n_mlx.config.text import TextConfig
@@ -43,7 +45,35 @@ def sliced(checkpoint: Checkpoint, plan: SlicePlan) -> Checkpoint:
             sources[name] = source if kept == Cut() else source.narrowed(kept.rows, columns)
     names = ((plan.sliced_name(path), quantization) for path, quantization in checkpoint.quantizations.items())
     quantizations = {name: quantization for name, quantization in names if name is not None}
-    return checkpoint.view(replace(checkpoint.config, text=text), raw_config, sources, quantizations)
+    low_ranks = _cut_low_ranks(checkpoint.low_ranks, plan, checkpoint.config.text)
+    return checkpoint.view(replace(checkpoint.config, text=text), raw_config, sources, quantizations, low_ranks)
+
+
+def cut_changes(changes: Changes, plan: SlicePlan, config: TextConfig) -> Changes:
+    """What adapters change of a slice. changes, config: of the whole checkpoint.
+
+    Raises ValueError when they change nothing that the slice keeps.
+    """
+    tensors: dict[str, Source] = {}
+    for source_name, source in changes.tensors.items():
+        name = plan.sliced_name(source_name)
+        if name is not None:
+            kept = cut(plan, config, source_name.rpartition(".")[0])
+            tensors[name] = source if kept == Cut() else source.narrowed(kept.rows, kept.columns)
+    low_ranks = _cut_low_ranks(changes.low_ranks, plan, config)
+    if not (tensors or low_ranks):
+        raise BadValue(f"the adapter changes only layers that slice {plan.slice_name!r} skips")
+    return Changes(low_ranks, tensors, changes.files)
+
+
+def _cut_low_ranks(low_ranks: Mapping[str, LowRank], plan: SlicePlan, config: TextConfig) -> dict[str, LowRank]:
+    found: dict[str, LowRank] = {}
+    for path, low_rank in low_ranks.items():
+        name = plan.sliced_name(path)
+        if name is not None:
+            kept = cut(plan, config, path)
+            found[name] = low_rank if kept == Cut() else low_rank.narrowed(kept.rows, kept.columns)
+    return found
 
 
 def can_slice(checkpoint: Checkpoint, chosen: Slice) -> bool:

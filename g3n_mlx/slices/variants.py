@@ -47,14 +47,16 @@ class Variants:
     def _mixed(self, candidate: Candidate) -> Checkpoint:
         """The checkpoint with the modules whose bits the candidate chooses taken from its conversions."""
         base = self.whole.checkpoint
-        sources, chosen = dict(base.sources), quantizations(base, candidate)
+        sources, low_ranks, chosen = dict(base.sources), dict(base.low_ranks), quantizations(base, candidate)
         for path, quantization in chosen.items():
+            if (merged := sources[f"{path}.weight"].low_rank) is not None:  # the conversions are without the adapter
+                low_ranks[path] = merged
             # Every conversion has the PLE table, at 8 bits.
             bits = candidate.outside.token_bits if path == PLE_TABLE else quantization.bits
             converted = self._conversion(bits)
             del sources[f"{path}.weight"]
             sources |= {f"{path}.{part}": converted.sources[f"{path}.{part}"] for part in PARTS}
-        return base.view(base.config, base.raw_config, sources, chosen)
+        return base.view(base.config, base.raw_config, sources, chosen, low_ranks)
 
     def _conversion(self, bits: int) -> Checkpoint:
         if bits not in self._conversions:

@@ -154,7 +154,7 @@ def test_an_adapter_alone_is_called_one(tiny_folder: Path, tmp_path: Path, name,
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "g/e2b"}')
     if with_config:
         shutil.copy(tiny_folder / "config.json", folder)
-    called = r"LoRA adapter, .* merge it into its base model 'g/e2b' first"
+    called = r"LoRA adapter, .* give its base model 'g/e2b' as the model, and this folder as --adapter"
     with pytest.raises(Error, match=called):
         load(folder)
     with pytest.raises(Error, match=called):

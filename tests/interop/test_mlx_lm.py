@@ -131,3 +131,55 @@ def test_a_slice_of_ours_loads_there(backend, run_peer, tiny_folder, prompt_ids,
     )
     run_peer(LOGITS, folder, json.dumps(prompt_ids), tmp_path / "theirs.npy")
     assert np.abs(np.load(tmp_path / "theirs.npy") - our_logits(folder, prompt_ids, backend)).max() <= 1e-3
+
+
+ADAPT = """
+import json, sys
+from pathlib import Path
+import mlx.core as mx, numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
+from mlx_lm.utils import load_model
+folder, target, kind, ids = sys.argv[1:]
+target = Path(target)
+# By itself it adapts AltUp's coefficients as well, which its own Gemma 3n then can't run.
+keys = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+parameters = {"rank": 4, "scale": 1.5, "dropout": 0.0, "keys": keys}
+model, _ = load_model(Path(folder), strict=True)
+model.freeze()
+linear_to_lora_layers(model, 6, parameters, use_dora=kind == "dora")
+mx.random.seed(1)
+trained = {}
+for name, array in tree_flatten(model.trainable_parameters()):
+    is_magnitude = name.endswith(".m")
+    noise = mx.random.normal(array.shape, dtype=mx.float32)
+    trained[name] = array * (1 + 0.1 * noise) if is_magnitude else 0.15 * noise
+target.mkdir()
+mx.save_safetensors(str(target / "adapters.safetensors"), trained)
+settings = {"fine_tune_type": kind, "num_layers": 6, "lora_parameters": parameters}
+(target / "adapter_config.json").write_text(json.dumps(settings))
+model, _ = load_model(Path(folder), strict=True)
+load_adapters(model, str(target))
+logits = model(mx.array([json.loads(ids)]), cache=make_prompt_cache(model))
+np.save(target / "logits.npy", np.array(logits.astype(mx.float32))[0])
+"""
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("options", [{}, {"q_bits": 4, "q_group_size": 32}], ids=str)
+def test_adapters_of_their_trainer(kind, options, run_peer, backends, tiny_folder, prompt_ids, tmp_path):
+    """Over dense and over quantized weights; with keys of KV-sharing layers, which neither reads."""
+    from g3n_mlx import load
+    from g3n_mlx.convert import convert
+
+    folder = convert(tiny_folder, tmp_path / "float32", dtype="float32", progress=False, **options)
+    run_peer(ADAPT, folder, tmp_path / "adapter", kind, json.dumps(prompt_ids))
+    expected = np.load(tmp_path / "adapter" / "logits.npy")
+    for backend in backends:
+        given = {"backend": backend, "dtype": "float32", "device": "cpu"}
+        plain = load(folder, **given)
+        assert np.abs(plain.logits(prompt_ids) - expected).max() > 1
+        for model in (load(folder, adapter=tmp_path / "adapter", **given), plain.adapted(tmp_path / "adapter")):
+            # As far as the models agree without an adapter: their floors of AltUp's magnitudes differ.
+            assert np.abs(model.logits(prompt_ids) - expected).max() <= 1e-3

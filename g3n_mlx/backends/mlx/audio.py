@@ -8,13 +8,13 @@ Letters of attention: W queries of a chunk, U chunks, C keys of a chunk's contex
 import mlx.core as mx
 from mlx import nn
 
-from g3n_mlx.backends.mlx.layers import Linear, QuantizedLinear, linear
+from g3n_mlx.backends.mlx.layers import linear
 from g3n_mlx.backends.mlx.text import RMSNorm
 from g3n_mlx.backends.mlx.weights import Weights, evaluated, from_numpy
 from g3n_mlx.config.audio import FIXED_NORM_EPS, SSCP_FREQUENCY_PADDING, AudioConfig
 
 
-def projected(layer: Linear | QuantizedLinear, x: mx.array) -> mx.array:
+def projected(layer: nn.Module, x: mx.array) -> mx.array:
     """A linear layer, which takes rows, over the last axis."""
     return mx.unflatten(layer(x.flatten(0, -2)), 0, x.shape[:-1])
 

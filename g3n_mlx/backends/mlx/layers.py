@@ -35,8 +35,14 @@ def fused(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
     return call
 
 
-def linear(weights: Weights) -> "Linear | QuantizedLinear":
-    """The layer for a weight [N, K] in whatever form it is stored, or in which a slice shares it."""
+def linear(weights: Weights) -> "Linear | QuantizedLinear | AdaptedLinear":
+    """The layer for a weight [N, K] in whatever form it is stored, or in which a slice shares it, with its adapter."""
+    layer, low_rank = plain_linear(weights), weights.low_rank()
+    return layer if low_rank is None else AdaptedLinear(layer, *low_rank)
+
+
+def plain_linear(weights: Weights) -> "Linear | QuantizedLinear":
+    """The same without what an adapter adds to it here."""
     shared = weights.shared()
     if shared is not None:
         return shared
@@ -105,12 +111,40 @@ class QuantizedLinear(nn.Module):
         return other
 
 
+class AdaptedLinear(nn.Module):
+    """y = factor * (x W^T + x A^T B^T), beside a weight that stays as it is stored."""
+
+    def __init__(self, layer: Any, down: mx.array, up: mx.array, factor: mx.array | None) -> None:
+        """down: A [r, K]. up: B [N, r]. factor: [N], of DoRA."""
+        super().__init__()
+        self.layer: Any = layer
+        self.down, self.up, self.factor = Linear(down), Linear(up), factor
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[T, K] -> [T, N]."""
+        y = self.layer(x) + self.up(self.down(x))
+        return y if self.factor is None else y * self.factor
+
+    def narrowed(self, rows: int | None, columns: int | None) -> "AdaptedLinear":
+        """The layer over the first rows and columns; None is all of them."""
+        factor = None if self.factor is None else self.factor[:rows]
+        down, up = self.down.narrowed(None, columns).weight, self.up.narrowed(rows, None).weight
+        return AdaptedLinear(self.layer.narrowed(rows, columns), down, up, factor)
+
+    def picked(self, rows: Ranges) -> "AdaptedLinear":
+        """The layer over some ranges of rows, which are copied."""
+        factor = None if self.factor is None else joined(self.factor, rows)
+        return AdaptedLinear(self.layer.picked(rows), self.down.weight, joined(self.up.weight, rows), factor)
+
+
 def stacked(layers: list[Any], whole: Any | None) -> Any | None:
-    """One layer over the rows of all of these, which become views of it; None where they are stored unlike.
+    """One layer over the rows of all of these, which become views of it; None for unlike or adapted ones.
 
     Several small products of the same row are so one, which keeps a GPU busier. whole: the stack that a slice shares
     with its model, where it has been narrowed to no fewer rows.
     """
+    if any(isinstance(layer, AdaptedLinear) for layer in layers):
+        return None
     if whole is not None:
         return whole if whole.weight.shape[0] == sum(layer.weight.shape[0] for layer in layers) else None
     kind = {(type(layer), getattr(layer, "bits", 0), getattr(layer, "group_size", 0)) for layer in layers}
@@ -195,6 +229,8 @@ def joined(x: mx.array, rows: Ranges) -> mx.array:
 
 def sliceable(layer: nn.Module, of_rows: bool) -> nn.Module:
     """The layer in a form whose first rows, or else columns, are views: most layers as they are."""
+    if isinstance(layer, AdaptedLinear):
+        return AdaptedLinear(sliceable(layer.layer, of_rows), layer.down.weight, layer.up.weight, layer.factor)
     if of_rows or not isinstance(layer, QuantizedLinear):
         return layer
     slabs = Slabs(layer)

@@ -21,13 +21,13 @@ from g3n_mlx.backends.mlx.steps import DecodeSteps
 from g3n_mlx.backends.mlx.text import LanguageModel, RMSNorm
 from g3n_mlx.backends.mlx.vision import VisionTower
 from g3n_mlx.backends.mlx.weights import Placement, Weights, evaluated, from_numpy
-from g3n_mlx.checkpoint.folder import Checkpoint
+from g3n_mlx.checkpoint.folder import Changes, Checkpoint
 from g3n_mlx.config.audio import AudioConfig
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.config.vision import VisionConfig
 from g3n_mlx.interface import KVArrays
 from g3n_mlx.matformer.loaded import LoadedLayers
-from g3n_mlx.matformer.plan import SlicePlan
+from g3n_mlx.matformer.plan import SlicePlan, whole_plan
 from g3n_mlx.rows import Batch, Cache, Soft, embedder_rows
 from g3n_mlx.sampling import SamplingParams
 
@@ -123,18 +123,21 @@ class Gemma3nModel(nn.Module):
         device: mx.Device,
         loaded: LoadedLayers | None = None,
     ) -> None:
-        """loaded: for a slice, the layers that it shares with the model from which it is taken."""
+        """loaded: for a slice or a model with an adapter, the layers that it shares with the model that is there."""
         super().__init__()
         self.config: ModelConfig = checkpoint.config
         self.device = device
         self.weights = Weights(checkpoint, Placement(dtype, device))
-        weights = self.weights if loaded is None else self.weights.sharing(loaded.at)
+        weights = self.weights if loaded is None else self.weights.sharing(loaded.at, loaded.changes)
         self.language_model = LanguageModel(self.config.text, weights.at("language_model"))
         self.decode_steps = DecodeSteps(self.language_model, self.config)
         # Of the chunk of a prompt that is being computed: numbers of its own, which keep no keys and values alive.
         self._chunk: list[mx.array] | None = None
-        self.is_sliceable = loaded is not None
-        self.towers: Towers = Towers(self.weights.reopened()) if loaded is None else loaded.model.towers
+        self.is_sliceable = loaded is not None and loaded.changes is None
+        if loaded is None or (loaded.changes is not None and loaded.changes.reaches_towers):
+            self.towers: Towers = Towers(self.weights.reopened())
+        else:
+            self.towers = loaded.model.towers
 
     def slice(self, checkpoint: Checkpoint, plan: SlicePlan) -> "Gemma3nModel":
         """The slice that a plan for this model takes from it, in the same memory; each is closed by itself.
@@ -150,6 +153,17 @@ class Gemma3nModel(nn.Module):
         loaded = LoadedLayers(self, self.config.text, plan)
         model = Gemma3nModel(checkpoint, self.weights.dtype, self.device, loaded)
         mx.eval(model.language_model.parameters())  # all views at once
+        return model
+
+    def adapted(self, checkpoint: Checkpoint, changes: Changes) -> "Gemma3nModel":
+        """The same model with an adapter, over the same weights; each is closed by itself.
+
+        checkpoint: this model's with the changes, those of dense weights beside them.
+        """
+        mx.set_default_device(self.device)
+        loaded = LoadedLayers(self, self.config.text, whole_plan(self.config.text), changes)
+        model = Gemma3nModel(checkpoint, self.weights.dtype, self.device, loaded)
+        mx.eval(model.language_model.parameters())
         return model
 
     @property

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from g3n_mlx.backends.mlx.layers import fused, linear, sliceable, stacked
+from g3n_mlx.backends.mlx.layers import fused, linear, plain_linear, sliceable, stacked
 from g3n_mlx.backends.mlx.weights import Weights, evaluated, from_numpy
 from g3n_mlx.config.text import SLIDING, TextConfig
 from g3n_mlx.rows import Batch, Context
@@ -75,7 +75,8 @@ class MLP(nn.Module):
         self.up_proj = linear(weights.at("up_proj"))
         self.down_proj = linear(weights.at("down_proj"))
         # Both of one row in one product; a slice with fewer units has views of its own.
-        self.gate_up_proj = stacked([self.gate_proj, self.up_proj], weights.at("gate_up_proj").shared())
+        whole = weights.at("gate_up_proj").shared(("gate_proj", "up_proj"))
+        self.gate_up_proj = stacked([self.gate_proj, self.up_proj], whole)
         # In the weights' dtype, as the reference has it.
         cutoff = config.sparsity_cutoff(layer_idx)
         self.cutoff = None if cutoff is None else mx.array(cutoff, dtype=weights.dtype)
@@ -183,7 +184,7 @@ class Attention(nn.Module):
     def __init__(self, config: TextConfig, layer_idx: int, weights: Weights) -> None:
         super().__init__()
         self.layer_idx, self.owner_idx = layer_idx, config.kv_owners[layer_idx]
-        self.head_dim = config.head_dim
+        self.head_dim, self.num_kv_heads = config.head_dim, config.num_key_value_heads
         self.kind = config.layer_types[layer_idx]
         self.window = config.sliding_window if self.kind == SLIDING else None
         self.q_proj = linear(weights.at("q_proj"))
@@ -194,7 +195,8 @@ class Attention(nn.Module):
             self.v_proj = linear(weights.at("v_proj"))
             self.k_norm = norm(weights.at("k_norm"), config.rms_norm_eps)
             self.v_norm = RMSNorm(None, config.rms_norm_eps)
-            self.qkv_proj = stacked([self.q_proj, self.k_proj, self.v_proj], weights.at("qkv_proj").shared())
+            whole = weights.at("qkv_proj").shared(("q_proj", "k_proj", "v_proj"))
+            self.qkv_proj = stacked([self.q_proj, self.k_proj, self.v_proj], whole)
             queries, keys, heads = self.q_norm.weight, self.k_norm.weight, config.num_key_value_heads
             assert queries is not None
             assert keys is not None
@@ -217,7 +219,7 @@ class Attention(nn.Module):
         heads = self.qkv_proj(x).reshape(x.shape[0], -1, 1, self.head_dim)  # [T, N + 2 K, 1, H]
         # The norm rounds before it multiplies by a weight, so that the product here is the same.
         normed = self.v_norm(heads) * self._norms
-        keys = self.k_proj.weight.shape[0] // self.head_dim
+        keys = self.num_kv_heads
         turned = rotated(normed[:, :-keys], rope[self.kind])
         return turned[:, :-keys], turned[:, -keys:], normed[:, -keys:]
 
@@ -338,7 +340,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self._dtype = weights.dtype
         # The head, tied to the token embeddings [V, D].
-        self.embed_tokens = linear(weights.at("embed_tokens"))
+        self.embed_tokens = plain_linear(weights.at("embed_tokens"))
         self.layers = [
             DecoderLayer(config, layer_idx, weights.at(f"layers.{layer_idx}"))
             for layer_idx in range(config.num_hidden_layers)

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from g3n_mlx.backends.torch.kernels.towers import pointwise, rms_norm_
-from g3n_mlx.backends.torch.layers import Linear, PackedLinear, QuantizedLinear, linear
+from g3n_mlx.backends.torch.layers import Linear, linear
 from g3n_mlx.backends.torch.text import RMSNorm
 from g3n_mlx.backends.torch.weights import Weights, from_numpy
 from g3n_mlx.config.audio import FIXED_NORM_EPS, SSCP_FREQUENCY_PADDING, AudioConfig
 
 
-def projected(layer: Linear | QuantizedLinear | PackedLinear, x: Tensor) -> Tensor:
+def projected(layer: nn.Module, x: Tensor) -> Tensor:
     """A linear layer, which takes rows, over the last axis."""
     if isinstance(layer, Linear) and x.dtype == torch.float32:
         return pointwise(x, layer.weight)

@@ -5,6 +5,7 @@ loaded model multiplies by.
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,14 @@ from g3n_mlx.checkpoint.quantization import Quantization
 from g3n_mlx.checkpoint.source import Ranges
 
 
-def linear(weights: Weights) -> "Linear | QuantizedLinear | PackedLinear":
-    """The layer for a weight [N, K] in whatever form it is stored, or in which a slice shares it."""
+def linear(weights: Weights) -> "Linear | QuantizedLinear | PackedLinear | AdaptedLinear":
+    """The layer for a weight [N, K] in whatever form it is stored, or in which a slice shares it, with its adapter."""
+    layer, low_rank = plain_linear(weights), weights.low_rank()
+    return layer if low_rank is None else AdaptedLinear(layer, *low_rank)
+
+
+def plain_linear(weights: Weights) -> "Linear | QuantizedLinear | PackedLinear":
+    """The same without what an adapter adds to it here."""
     shared = weights.shared()
     if shared is not None:
         return shared
@@ -125,6 +132,32 @@ class QuantizedLinear(nn.Module):
         return other
 
 
+class AdaptedLinear(nn.Module):
+    """y = factor * (x W^T + x A^T B^T), beside a weight that stays as it is stored."""
+
+    def __init__(self, layer: Any, down: Tensor, up: Tensor, factor: Tensor | None) -> None:
+        """down: A [r, K]. up: B [N, r]. factor: [N], of DoRA."""
+        super().__init__()
+        self.layer: Any = layer
+        self.down, self.up, self.factor = Linear(down), Linear(up), factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, K] -> [T, N]."""
+        y = self.layer(x) + self.up(self.down(x))
+        return y if self.factor is None else y * self.factor
+
+    def narrowed(self, rows: int | None, columns: int | None) -> "AdaptedLinear":
+        """The layer over the first rows and columns; None is all of them."""
+        factor = None if self.factor is None else self.factor[:rows]
+        down, up = self.down.narrowed(None, columns).weight, self.up.narrowed(rows, None).weight
+        return AdaptedLinear(self.layer.narrowed(rows, columns), down, up, factor)
+
+    def picked(self, rows: Ranges) -> "AdaptedLinear":
+        """The layer over some ranges of rows, which are copied."""
+        factor = None if self.factor is None else joined(self.factor, rows)
+        return AdaptedLinear(self.layer.picked(rows), self.down.weight, joined(self.up.weight, rows), factor)
+
+
 def joined(x: Tensor, rows: Ranges) -> Tensor:
     """Ranges of the rows of [N, K], one behind the other."""
     return torch.cat([x[start:stop] for start, stop in rows])
@@ -132,6 +165,8 @@ def joined(x: Tensor, rows: Ranges) -> Tensor:
 
 def sliceable(layer: nn.Module, of_rows: bool) -> nn.Module:
     """The layer in a form whose first rows, or else columns, are views: most layers as they are."""
+    if isinstance(layer, AdaptedLinear):
+        return AdaptedLinear(sliceable(layer.layer, of_rows), layer.down.weight, layer.up.weight, layer.factor)
     if not isinstance(layer, PackedLinear):
         return layer
     slabs = Slabs(layer, of_rows)

@@ -23,14 +23,14 @@ from g3n_mlx.backends.torch.steps import DecodeSteps
 from g3n_mlx.backends.torch.text import LanguageModel, RMSNorm
 from g3n_mlx.backends.torch.vision import VisionTower
 from g3n_mlx.backends.torch.weights import Placement, Weights, from_numpy
-from g3n_mlx.checkpoint.folder import Checkpoint
+from g3n_mlx.checkpoint.folder import Changes, Checkpoint
 from g3n_mlx.config.audio import AudioConfig
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.config.vision import VisionConfig
 from g3n_mlx.interface import KVArrays
 from g3n_mlx.kernels.library import instructions
 from g3n_mlx.matformer.loaded import LoadedLayers
-from g3n_mlx.matformer.plan import SlicePlan
+from g3n_mlx.matformer.plan import SlicePlan, whole_plan
 from g3n_mlx.rows import Batch, Cache, Soft, embedder_rows
 from g3n_mlx.sampling import SamplingParams
 
@@ -129,19 +129,22 @@ class Gemma3nModel(nn.Module):
         device: torch.device,
         loaded: LoadedLayers | None = None,
     ) -> None:
-        """loaded: for a slice, the layers that it shares with the model from which it is taken."""
+        """loaded: for a slice or a model with an adapter, the layers that it shares with the model that is there."""
         super().__init__()
         self.config: ModelConfig = checkpoint.config
         self.device = device
         self.weights = Weights(checkpoint, Placement(dtype, device))
-        weights = self.weights if loaded is None else self.weights.sharing(loaded.at)
+        weights = self.weights if loaded is None else self.weights.sharing(loaded.at, loaded.changes)
         self.language_model = LanguageModel(self.config.text, weights.at("language_model"))
         self.decode_steps = DecodeSteps(self.language_model, self.config)
         self.fused = fused_model(self.language_model)
         path = "PyTorch's operations" if self.fused is None else f"the kernels in C ({instructions()})"
         logger.info("decode steps on %s run through %s", device, path)
-        self.is_sliceable = loaded is not None
-        self.towers: Towers = Towers(self.weights.reopened()) if loaded is None else loaded.model.towers
+        self.is_sliceable = loaded is not None and loaded.changes is None
+        if loaded is None or (loaded.changes is not None and loaded.changes.reaches_towers):
+            self.towers: Towers = Towers(self.weights.reopened())
+        else:
+            self.towers = loaded.model.towers
 
     def slice(self, checkpoint: Checkpoint, plan: SlicePlan) -> "Gemma3nModel":
         """The slice that a plan for this model takes from it, in the same memory; each is closed by itself.
@@ -153,6 +156,14 @@ class Gemma3nModel(nn.Module):
             for layer in self.language_model.layers:
                 layer.mlp.make_sliceable()
         loaded = LoadedLayers(self, self.config.text, plan)
+        return Gemma3nModel(checkpoint, self.weights.dtype, self.device, loaded)
+
+    def adapted(self, checkpoint: Checkpoint, changes: Changes) -> "Gemma3nModel":
+        """The same model with an adapter, over the same weights; each is closed by itself.
+
+        checkpoint: this model's with the changes, those of dense weights beside them.
+        """
+        loaded = LoadedLayers(self, self.config.text, whole_plan(self.config.text), changes)
         return Gemma3nModel(checkpoint, self.weights.dtype, self.device, loaded)
 
     @property

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from g3n_mlx.backends.torch.kernels import attention, elementwise
 from g3n_mlx.backends.torch.kernels.dense import padded
-from g3n_mlx.backends.torch.layers import gives_rows, linear, sliceable
+from g3n_mlx.backends.torch.layers import gives_rows, linear, plain_linear, sliceable
 from g3n_mlx.backends.torch.weights import Weights, from_numpy
 from g3n_mlx.config.text import SLIDING, TextConfig
 from g3n_mlx.rows import Batch, Context
@@ -289,7 +289,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.dtype, self.device = weights.dtype, weights.device
         # The head, tied to the token embeddings [V, D].
-        self.embed_tokens = linear(weights.at("embed_tokens"))
+        self.embed_tokens = plain_linear(weights.at("embed_tokens"))
         self.embedding_rows = None if gives_rows(self.embed_tokens) else weights.at("embed_tokens").rows()
         self.layers: list[DecoderLayer] = nn.ModuleList(  # pyright: ignore[reportAttributeAccessIssue]
             DecoderLayer(config, layer_idx, weights.at(f"layers.{layer_idx}"))

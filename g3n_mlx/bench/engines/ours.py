@@ -44,6 +44,7 @@ def _load(request: Request) -> Loaded:
         device=request.device,
         dtype=request.dtype,
         activations=request.activations,
+        adapter=request.adapters,
     )
 
     def generate(prompts: Sequence[list[int]], count: int, on_token: Callable[[], None]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from g3n_mlx.backends.torch.kernels.stored import calls
-from g3n_mlx.backends.torch.layers import Linear, QuantizedLinear
+from g3n_mlx.backends.torch.layers import AdaptedLinear, Linear, QuantizedLinear
 from g3n_mlx.backends.torch.text import DecoderLayer, LanguageModel, by_sequence
 from g3n_mlx.config.text import TextConfig
 from g3n_mlx.kernels import library
@@ -38,6 +38,7 @@ def fused_model(network: LanguageModel) -> "FusedModel | None":
         and library.library() is not None
         and config.head_dim % HEAD_MULTIPLE == 0
         and config.altup_num_inputs <= library.MAX_INPUTS
+        and not any(isinstance(layer, AdaptedLinear) for layer in network.modules())
         and all(is_covered(layer) for layer in network.modules() if hasattr(layer, "embed") and layer is not network)
     )
     return FusedModel(network) if covered else None
