@@ -69,6 +69,14 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
         metavar="NAMES",
         help="slices that requests may name as MODEL:SLICE, with commas between; all or none; default: all",
     )
+    model.add_argument(
+        "--lora",
+        type=_named_adapter,
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="LoRA adapter, folder or hub id, that requests get by the model id NAME; repeatable",
+    )
     access = parser.add_argument_group("access")
     access.add_argument("--host", default="127.0.0.1", help="address to listen at; default: 127.0.0.1, this machine")
     access.add_argument("--port", type=_port, default=8080, help="0 takes a free one; default: 8080")
@@ -111,6 +119,13 @@ def _port(text: str) -> int:
     return value
 
 
+def _named_adapter(text: str) -> tuple[str, str]:
+    name, _, path = text.partition("=")
+    if not name.strip() or not path.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
+    return name.strip(), path
+
+
 def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     if not all(names):
@@ -130,7 +145,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from g3n_mlx.server.gate import GatePolicy
     from g3n_mlx.server.metrics import Metrics
     from g3n_mlx.server.models import ModelTable
-    from g3n_mlx.server.offer import largest_first, offered
+    from g3n_mlx.server.offer import largest_first, offered, with_adapters
     from g3n_mlx.server.scheduler import Scheduler
     from g3n_mlx.server.shedding import Shedding
 
@@ -158,6 +173,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     shedding = None
     if arguments.shed:
         shedding = Shedding(largest_first(model, slices, arguments.shed), arguments.shed_after)
+    name, loaded = arguments.served_model_name or model.name, _short_name(model, arguments.matformer_config)
+    adapted = with_adapters(model, arguments.lora, ModelTable(name, loaded, list(slices)).ids)
     scheduler = Scheduler(
         model,
         parallel=arguments.parallel,
@@ -166,10 +183,10 @@ def _serve(arguments: argparse.Namespace) -> int:
         draft=arguments.draft,
         slices=slices,
         shedding=shedding,
+        adapted=adapted,
     )
     engine = Engine(model, scheduler, limits, metrics)
-    name, loaded = arguments.served_model_name or model.name, _short_name(model, arguments.matformer_config)
-    table = ModelTable(name, loaded, list(slices))
+    table = ModelTable(name, loaded, list(slices), list(adapted))
     policy = GatePolicy(
         api_key=arguments.api_key,
         hosts=frozenset(name.lower() for name in [*arguments.allow_host, arguments.host]),

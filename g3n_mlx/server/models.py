@@ -30,12 +30,14 @@ router = APIRouter()
 
 
 class ModelTable:
-    """The ids that requests may name: the loaded model's, and those of its slices."""
+    """The ids that requests may name: the loaded model's, those of its slices, and those of its adapters."""
 
-    def __init__(self, name: str, slice_name: str | None, slices: Sequence[str] = ()) -> None:
+    def __init__(
+        self, name: str, slice_name: str | None, slices: Sequence[str] = (), adapters: Sequence[str] = ()
+    ) -> None:
         """name: as served. slice_name: of the slice that was taken at load, None for the whole model.
 
-        slices: short names of what is offered beside it.
+        slices: short names of what is offered beside it. adapters: their names, which are ids.
         """
         self.created = now()
         self._name = name
@@ -44,11 +46,12 @@ class ModelTable:
         if slice_name is not None or slices:
             self._slices[f"{name}:{self.loaded}"] = None
         self._slices |= {f"{name}:{short_name}": short_name for short_name in slices}
+        self._adapters = adapters
 
     @property
     def ids(self) -> list[str]:
         """What requests may name; the first is what they get that name nothing."""
-        return [self._name, *self._slices]
+        return [self._name, *self._slices, *self._adapters]
 
     def find(self, name: str) -> Served:
         """What serves a request that names a model; raises ApiError 404 with the ids there are.
@@ -58,6 +61,8 @@ class ModelTable:
         name = name.removesuffix(":latest")  # Ollama's clients write it behind a name without a tag
         if name in ALIASES or name == self._name:
             return Served(self._name, is_open=True)
+        if name in self._adapters:
+            return Served(name, name)
         if name not in self._slices:
             known = ", ".join(map(repr, self.ids))
             raise ApiError(
@@ -67,7 +72,8 @@ class ModelTable:
 
     def headers(self, served: Served) -> dict[str, str]:
         """What a response says of the slice that made it."""
-        return {SLICE_HEADER: served.slice or self.loaded} if self._slices else {}
+        chosen = None if served.slice in self._adapters else served.slice
+        return {SLICE_HEADER: chosen or self.loaded} if self._slices else {}
 
 
 @router.get("/v1/models")

@@ -1,4 +1,4 @@
-"""Which slices of its model a server offers."""
+"""Which slices of its model a server offers, and with which adapters."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +28,19 @@ def offered(
     if asked and not found:
         raise BadValue(f"--slices {','.join(asked)}: {model.name} has no slices to offer")
     return {e.short_name: plan_slice(text, e) for e in found if ALL in names or e.name in wanted}
+
+
+def with_adapters(model: Gemma3n, adapters: Sequence[tuple[str, str]], taken: Sequence[str]) -> dict[str, Gemma3n]:
+    """The model with each of some adapters, by their names: pairs of a name and a folder or hub id.
+
+    taken: ids that stand for something else already. Raises ValueError, also for a name given twice, and as `adapted`.
+    """
+    found: dict[str, Gemma3n] = {}
+    for name, path in adapters:
+        if name in taken or name in found:
+            raise BadValue(f"--lora {name}={path}: the model id {name!r} is taken, choose another name")
+        found[name] = model.adapted(path)
+    return found
 
 
 def largest_first(model: Gemma3n, slices: Mapping[str, SlicePlan], names: Sequence[str]) -> list[str]:

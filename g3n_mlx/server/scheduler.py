@@ -62,7 +62,7 @@ class Served:
     """Which model answers a request: the one that it named, or what the scheduler chooses when it starts."""
 
     model_id: str = ""  # as the response names it
-    slice: str | None = None  # by short name; None: the model as it was loaded
+    slice: str | None = None  # by short name, or an adapter by name; None: the model as it was loaded
     is_open: bool = False  # whether the scheduler may still choose a smaller slice
 
 
@@ -115,15 +115,17 @@ class Scheduler:
         draft: str = "auto",
         slices: Mapping[str, SlicePlan] | None = None,
         shedding: Shedding | None = None,
+        adapted: Mapping[str, Gemma3n] | None = None,
     ) -> None:
         """The model answers once here: proof that it can, and the measure of what caches will take.
 
         draft: see Gemma3n.checked_draft. slices: what may be asked for, by short name. shedding: chooses one of them
-        for requests that leave it open.
+        for requests that leave it open. adapted: the model with adapters, by name; they are closed with it.
         """
         self._model = model
         self._slices, self._shedding = slices or {}, shedding
-        self._models: dict[str | None, Gemma3n] = {None: model}  # and the slices in use
+        self._models: dict[str | None, Gemma3n] = {None: model}  # and the slices in use, and those with adapters
+        self._models.update(adapted or {})
         self._parallel = parallel
         self._cache_bytes = cache_bytes
         self._metrics = metrics

@@ -30,7 +30,7 @@ from g3n_mlx.server.engine import Engine, ServerLimits
 from g3n_mlx.server.gate import GatePolicy
 from g3n_mlx.server.metrics import Metrics
 from g3n_mlx.server.models import ModelTable
-from g3n_mlx.server.offer import offered
+from g3n_mlx.server.offer import offered, with_adapters
 from g3n_mlx.server.scheduler import Scheduler
 
 STRICT = {"paths": None, "private_hosts": False, "max_bytes": 8 << 20, "timeout_s": 20.0}
@@ -77,15 +77,19 @@ def started(folder: Path, **options: Any) -> Server:
     gate = given({"api_key": None, "hosts": frozenset(), "cors_origins": frozenset(), "max_body_bytes": 4 << 20})
     names = given({"name": "tiny", "slice_name": None})
     offer, shedding = options.pop("slices", ["none"]), options.pop("shedding", None)
+    adapters = options.pop("adapters", ())
     metrics = Metrics()
     backend = options.pop("backend", served_backend())
     # In float32 an answer is the same whether its prompt was cached or not: what differs, no draw sees.
     model = load(folder, backend=backend, dtype="float32")
     slices = offered(model, offer, ())
-    scheduler = Scheduler(model, parallel=parallel, metrics=metrics, slices=slices, shedding=shedding, **scheduling)
+    adapted = with_adapters(model, adapters, ModelTable(**names, slices=list(slices)).ids)
+    scheduler = Scheduler(
+        model, parallel=parallel, metrics=metrics, slices=slices, shedding=shedding, adapted=adapted, **scheduling
+    )
     policy = MediaPolicy(**{**STRICT, **options})
     engine = Engine(model, scheduler, ServerLimits(parallel=parallel, policy=policy, **limits), metrics)
-    app = create_app(engine, ModelTable(**names, slices=list(slices)), GatePolicy(**gate))
+    app = create_app(engine, ModelTable(**names, slices=list(slices), adapters=list(adapted)), GatePolicy(**gate))
     listener = socket.create_server(("127.0.0.1", 0))
     runner = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=120))
     thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]})
