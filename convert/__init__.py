@@ -18,9 +18,10 @@ from g3n_mlx.checkpoint.names import canonical_tensors
 from g3n_mlx.checkpoint.quantization import Quantization
 from g3n_mlx.checkpoint.recipe import choose_quantizations, read_recipe
 from g3n_mlx.checkpoint.shards import open_shards
-from g3n_mlx.config.manifest import TEXT, dead_manifest
+from g3n_mlx.config.manifest import TEXT
 from g3n_mlx.config.model import ModelConfig
-from g3n_mlx.convert.quantize import FLOATS, plan_jobs
+from g3n_mlx.convert.methods import method_named
+from g3n_mlx.convert.quantize import FLOATS, Method, affine, plan_jobs, readable
 from g3n_mlx.convert.write import (
     appearing_folder,
     check_free_name,
@@ -61,6 +62,9 @@ def convert(
     dtype: str | None = None,
     revision: str | None = None,
     adapter: AdapterLike | None = None,
+    method: str = "affine",
+    moments: str | Path | None = None,
+    dequantize: bool = False,
     progress: bool = True,
 ) -> Path:
     """Writes a checkpoint, sliced and quantized as asked, into a new folder; returns the folder.
@@ -69,11 +73,17 @@ def convert(
     PLE table, 8 by default. matformer: name of a slice in matformer_config, a CSV file (None: the published
     table). recipe: a JSON file with bits by module, instead of q_bits (checkpoint/recipe.py). dtype: "bfloat16" by
     default, "float16" or "float32"; of an already quantized source it stays what it is. adapter: LoRA
-    adapters, as `load` takes them, which are merged before anything is quantized.
+    adapters, as `load` takes them, which are merged before anything is quantized. method: "affine" as MLX quantizes,
+    "mse" with the least squared error of the weights, "gptq" with that of their products, for which moments names the
+    folder that `g3n_mlx.calibration.measure` filled. dequantize: reads a quantized source as the numbers that it stands
+    for, to store them dense, or anew with q_bits or a recipe.
     Raises ValueError or OSError when the source, the slice, the recipe, the disk or the output folder does not fit.
     """
     if matformer_config is not None and matformer is None:
         raise BadValue("matformer_config was given without matformer: name the slice to take from it")
+    if method != "affine" and recipe is None and q_bits is None:
+        raise BadValue(f"method is {method!r}, but nothing is quantized: give q_bits or a recipe")
+    quantizing = method_named(method, None if moments is None else Path(moments).expanduser())
     if recipe is not None and q_bits is not None:
         raise BadValue("recipe and q_bits were both given: the recipe says how every module is stored")
     rules = None if recipe is None else read_recipe(Path(recipe).expanduser())
@@ -81,10 +91,10 @@ def convert(
     output = Path(output).expanduser()
     plan = None if matformer is None else plan_for(folder, matformer, matformer_config)
     checkpoint = open_adapted(folder, plan, named_adapters(adapter))
-    if checkpoint.low_ranks:
+    if checkpoint.low_ranks and not dequantize:
         raise BadValue(
-            f"{folder} is quantized, so nothing can be merged into it: start from the unquantized checkpoint, or give "
-            "the adapter where the model is loaded"
+            f"{folder} is quantized, so nothing can be merged into it: start from the unquantized checkpoint, "
+            "dequantize it, or give the adapter where the model is loaded"
         )
     if not (folder / "tokenizer.json").is_file():
         logger.warning("%s has no tokenizer.json: put one into %s, or nobody can chat with it", folder, output)
@@ -101,7 +111,7 @@ def convert(
     try:
         check_free_name(output)
         place = appearing_folder(output, wait_for_others=False)
-        _write(checkpoint, plan, output, place, choose, dtype, progress)
+        _write(checkpoint, plan, output, place, choose, dtype, progress, quantizing, dequantize)
     finally:
         checkpoint.close()
     return output
@@ -168,26 +178,25 @@ def _write(
     choose: Choice | None,
     dtype: str | None,
     progress: bool,
+    method: Method = affine,
+    dequantize: bool = False,
 ) -> None:
     """choose: how modules are to be stored, by the shapes of all tensors; None leaves them as they are."""
     if dtype is not None and dtype not in FLOATS:
         raise BadValue(f"dtype is {dtype!r}, expected one of {', '.join(FLOATS)}")
-    present = checkpoint.quantizations
+    present = {} if dequantize else checkpoint.quantizations
     if present and (choose is not None or dtype is not None):
         found = Counter(present.values()).most_common(1)[0][0]
         raise BadValue(
             f"{checkpoint.folder} is quantized already ({found.bits} bits in groups of {found.group_size}): it can be "
-            "sliced as it is; for other bits or another dtype start from the unquantized checkpoint"
+            "sliced as it is; for other bits or another dtype start from the unquantized checkpoint, or dequantize it"
         )
-    if choose is None:
-        chosen, stored = present, None if present else FLOATS[dtype or "bfloat16"]
-    else:
-        shapes = {name: checkpoint.info(name).shape for name in checkpoint.names} | dead_manifest(
-            checkpoint.config.text
-        )
-        chosen = choose(shapes)
-        stored = FLOATS[dtype or "bfloat16"]
-    jobs = plan_jobs(checkpoint, {} if present else chosen, stored)
+    if dequantize and not checkpoint.quantizations:
+        raise BadValue(f"{checkpoint.folder} is not quantized: there is nothing to dequantize")
+    tensors = readable(checkpoint, dequantize)
+    chosen = present if choose is None else choose({name: tensor.shape for name, tensor in tensors.items()})
+    stored = None if present else FLOATS[dtype or "bfloat16"]
+    jobs = plan_jobs(tensors, {} if present else chosen, stored, method)
     with place as partial:
         check_space(output, jobs)
         write_shards(partial, jobs, progress)

@@ -20,6 +20,7 @@ from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig, read_config
 from g3n_mlx.config.text import TextConfig
 from g3n_mlx.convert import DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS, convert
+from g3n_mlx.convert.methods import METHODS
 from g3n_mlx.convert.quantize import FLOATS
 from g3n_mlx.failures import BadValue, MissingFile, size_in_words
 from g3n_mlx.matformer.adapted import parsed_adapters
@@ -48,6 +49,10 @@ def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
         parser.error("--matformer-config needs --matformer, --fits or --list-slices")
     if flags.recipe and (flags.quantize or flags.list_slices or flags.fits is not None):
         parser.error("--recipe says how every module is stored: leave out -q, --fits and --list-slices")
+    if flags.method != "affine" and not (flags.quantize or flags.recipe):
+        parser.error("--method is for a conversion with -q or --recipe")
+    if (flags.calibration is not None) != (flags.method == "gptq"):
+        parser.error("--method gptq needs --calibration, the others take none")
     for name in ("q_bits", "ple_bits", "q_group_size"):
         if getattr(flags, name) is not None and not flags.quantize and not flags.list_slices:
             parser.error(f"--{name.replace('_', '-')} is for a conversion with -q")
@@ -82,10 +87,28 @@ def _convert(flags: argparse.Namespace) -> int:
         dtype=flags.dtype,
         revision=flags.revision,
         adapter=parsed_adapters(flags.adapter),
+        method=flags.method,
+        moments=_moments(flags, matformer) if flags.method == "gptq" else None,
+        dequantize=flags.dequantize,
     )
     size = sum(path.stat().st_size for path in output.iterdir())
     say(f"wrote {output}: {size_in_words(size)}")
     return 0
+
+
+def _moments(flags: argparse.Namespace, matformer: str | None) -> Path:
+    """What the modules of the source multiply when it reads --calibration; loads it, with PyTorch or MLX."""
+    from g3n_mlx.calibration import measure
+    from g3n_mlx.loading import load
+
+    with load(
+        flags.hf_path,
+        matformer=matformer,
+        matformer_config=flags.matformer_config if matformer else None,
+        revision=flags.revision,
+        adapter=parsed_adapters(flags.adapter),
+    ) as model:
+        return measure(model, flags.calibration)
 
 
 def _list_slices(flags: argparse.Namespace) -> int:
@@ -196,6 +219,19 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
         metavar=None,
         help=f"bits per weight (default {_DEFAULT_BITS}, 8 where --fits has room)",
     )
+    add(
+        "--method",
+        choices=METHODS,
+        default="affine",
+        help="mse and gptq: less error, more time; default: affine, as MLX",
+    )
+    add(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="for gptq: text, or JSON lines with messages, like your own data",
+    )
+    add("--dequantize", action="store_true", help="read a quantized source as numbers: write them dense, or -q anew")
     add("--q-group-size", type=int, choices=GROUP_SIZES, help=f"default {DEFAULT_GROUP_SIZE}")
     add("--ple-bits", type=int, choices=BITS, help=f"bits of the PLE table (default {DEFAULT_PLE_BITS})")
     add("--recipe", type=Path, metavar="FILE", help="JSON of bits by module, as g3n slices search writes it")

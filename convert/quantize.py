@@ -9,12 +9,30 @@ import numpy as np
 
 from g3n_mlx.checkpoint.finite import all_finite
 from g3n_mlx.checkpoint.folder import Checkpoint
-from g3n_mlx.checkpoint.quantization import Quantization, quantize, to_float32
+from g3n_mlx.checkpoint.quantization import PARTS, Quantization, dequantize, quantize, to_float32
 from g3n_mlx.checkpoint.shards import DTYPES
 from g3n_mlx.config.manifest import TEXT, dead_manifest
 from g3n_mlx.failures import BadValue
 
 FLOATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+# How a block of rows of a module's weight is quantized: by its path, which says what was measured of its inputs.
+Method = Callable[[str, np.ndarray, Quantization], tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+def affine(path: str, rows: np.ndarray, how: Quantization) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As MLX quantizes."""
+    return quantize(rows, how.bits, how.group_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Readable:
+    """A tensor of the source as the conversion reads it."""
+
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors spells it
+    read: Callable[[int, int], np.ndarray]  # rows [start, stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,49 +69,62 @@ def quantized_outputs(path: str, shape: tuple[int, ...], quantization: Quantizat
     )
 
 
-def plan_jobs(checkpoint: Checkpoint, quantizations: Mapping[str, Quantization], dtype: str | None) -> list[TensorJob]:
-    """Everything that the new checkpoint holds, under the published names.
+def readable(checkpoint: Checkpoint, dequantize: bool) -> dict[str, Readable]:
+    """What the source holds, by canonical names. dequantize: quantized weights as the numbers that they stand for.
 
-    The unused keys and values of KV-sharing layers are written too, as zeros where the source lacks them: mlx-lm
+    The unused keys and values of KV-sharing layers are among them, as zeros where the source lacks them: mlx-lm
     requires them.
-    dtype: of all floats, as safetensors spells it; None leaves every tensor as it is stored.
     """
-    jobs = [
-        _job(
-            name,
-            checkpoint.info(name).shape,
-            checkpoint.info(name).dtype,
-            partial(checkpoint.read, name),
-            quantizations,
-            dtype,
-        )
-        for name in (*checkpoint.names, *checkpoint.dead_names)
-    ]
-    stored = dtype or checkpoint.info(f"{TEXT}norm.weight").dtype
+    found: dict[str, Readable] = {}
+    for name in (*checkpoint.names, *checkpoint.dead_names):
+        info, (path, _, part) = checkpoint.info(name), name.rpartition(".")
+        quantization = checkpoint.quantization(path) if dequantize else None
+        if quantization is None:
+            found[name] = Readable(info.shape, info.dtype, partial(checkpoint.read, name))
+        elif part == "weight":
+            shape = (info.shape[0], info.shape[1] * 32 // quantization.bits)
+            found[name] = Readable(shape, "F32", partial(_dequantized, checkpoint, path, quantization))
+    stored = checkpoint.info(f"{TEXT}norm.weight").dtype
     for name, shape in dead_manifest(checkpoint.config.text).items():
         if name not in checkpoint.dead_names:
-            jobs.append(_job(name, shape, stored, partial(_zeros, shape[1:], stored), quantizations, dtype))
-    return jobs
+            found[name] = Readable(shape, stored, partial(_zeros, shape[1:], stored))
+    return found
+
+
+def plan_jobs(
+    tensors: Mapping[str, Readable],
+    quantizations: Mapping[str, Quantization],
+    dtype: str | None,
+    method: Method = affine,
+) -> list[TensorJob]:
+    """Everything that the new checkpoint holds, under the published names.
+
+    dtype: of all floats, as safetensors spells it; None leaves every tensor as it is stored.
+    """
+    return [_job(name, tensor, quantizations, dtype, method) for name, tensor in tensors.items()]
 
 
 def _job(
-    name: str,
-    shape: tuple[int, ...],
-    stored: str,
-    read: Callable[[int, int], np.ndarray],
-    quantizations: Mapping[str, Quantization],
-    dtype: str | None,
+    name: str, tensor: Readable, quantizations: Mapping[str, Quantization], dtype: str | None, method: Method
 ) -> TensorJob:
-    published = f"model.{name}"
-    target = dtype if dtype and stored in FLOATS.values() else stored
-    quantization = quantizations.get(name.removesuffix(".weight"))
+    published, shape = f"model.{name}", tensor.shape
+    target = dtype if dtype and tensor.dtype in FLOATS.values() else tensor.dtype
+    path = name.removesuffix(".weight")
+    quantization = quantizations.get(path)
     if quantization is None:
         outputs = (Output(published, target, shape),)
-        produce = partial(_copy, published, read, DTYPES[target])
+        produce = partial(_copy, published, tensor.read, DTYPES[target])
     else:
         outputs = quantized_outputs(published.removesuffix(".weight"), shape, quantization, target)
-        produce = partial(_quantize, published, read, DTYPES[target], quantization)
-    return TensorJob(outputs, shape[0] if shape else 1, prod(shape) * DTYPES[stored].itemsize, produce)
+        produce = partial(_quantize, path, tensor.read, DTYPES[target], quantization, method)
+    return TensorJob(outputs, shape[0] if shape else 1, prod(shape) * DTYPES[tensor.dtype].itemsize, produce)
+
+
+def _dequantized(checkpoint: Checkpoint, path: str, quantization: Quantization, start: int, stop: int) -> np.ndarray:
+    packed, scales, biases = (checkpoint.read(f"{path}.{part}", start, stop) for part in PARTS)
+    rows = dequantize(packed, scales, biases, quantization.bits, quantization.group_size)
+    low_rank = checkpoint.low_ranks.get(path)
+    return rows if low_rank is None else low_rank.merged(rows, start)
 
 
 def _zeros(row: tuple[int, ...], dtype: str, start: int, stop: int) -> np.ndarray:
@@ -110,18 +141,19 @@ def _copy(
 
 
 def _quantize(
-    name: str,
+    path: str,
     read: Callable[[int, int], np.ndarray],
     dtype: np.dtype,
     quantization: Quantization,
+    method: Method,
     start: int,
     stop: int,
 ) -> tuple[np.ndarray, ...]:
     rows = _cast(read(start, stop), dtype)
     try:
-        return quantize(rows, quantization.bits, quantization.group_size)
+        return method(path, rows, quantization)
     except ValueError:
-        raise BadValue(_not_finite(name, dtype)) from None
+        raise BadValue(_not_finite(f"model.{path}.weight", dtype)) from None
 
 
 def _not_finite(name: str, dtype: np.dtype) -> str:

@@ -6,7 +6,7 @@ rows of a KV cache. Calls return at once; `int(step)` waits for the token. So a 
 before the last token is known. All calls come from one thread (engine/runner.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -59,6 +59,16 @@ class Model(Protocol):
         """The same model with an adapter, over the same weights, which live as long as either does.
 
         checkpoint: the model's own with the changes; dense weights of the text model have theirs beside them.
+        """
+        ...
+
+    def second_moments(
+        self, widths: Mapping[str, int], block_width: int, run: Callable[[], None]
+    ) -> dict[str, list[np.ndarray]]:
+        """Means of x x^T, float32, over the rows that linear layers multiply in calls of the model, by module path.
+
+        widths: columns K of these modules' weights. run: makes the calls, of more than one row each. Each module has
+        matrices for blocks of columns, none where it multiplied nothing.
         """
         ...
 

@@ -47,3 +47,20 @@ class LoadedLayers:
 def _end(ranges: Ranges | None) -> int | None:
     """How many of the first rows or columns of an FFN's matrix are kept; None for all."""
     return None if ranges is None else ranges[0][1]
+
+
+def module_at(model: Any, path: str) -> Any:
+    """The module of a backend's model at a path, as in `language_model.layers.3.mlp.up_proj`."""
+    for part in path.split("."):
+        model = model[int(part)] if part.isdigit() else getattr(model, part)
+    return model
+
+
+def put_module(model: Any, path: str, module: Any) -> None:
+    """Puts another module at a path."""
+    parent, _, last = path.rpartition(".")
+    within = module_at(model, parent)
+    if last.isdigit():
+        within[int(last)] = module
+    else:
+        setattr(within, last, module)

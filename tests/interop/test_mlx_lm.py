@@ -87,7 +87,11 @@ def spellings(raw: dict, weights: dict) -> dict[str, tuple[dict, dict]]:
 
 
 @pytest.mark.parametrize("spelling", ["google", "transformers 5", "text only"])
-@pytest.mark.parametrize("options", [{}, {"q_bits": 4}, {"q_bits": 3, "q_group_size": 32, "ple_bits": 6}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"q_bits": 4}, {"q_bits": 3, "q_group_size": 32, "ple_bits": 6}, {"q_bits": 3, "method": "mse"}],
+    ids=str,
+)
 def test_our_conversion_loads_there(
     spelling, options, backend, run_peer, tiny_folder, prompt_ids, our_logits, tmp_path
 ):

@@ -11,6 +11,7 @@ from functools import cached_property, wraps
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 
 from g3n_mlx.backends.mlx.weights import Weights, evaluated
@@ -220,6 +221,41 @@ class SlabLinear(nn.Module):
         """The layer over the first columns; None is all of them."""
         assert rows is None, rows
         return self if columns is None else SlabLinear(self._slabs, columns)
+
+
+class Block:
+    """Some columns of a module's inputs, and the sum of their products."""
+
+    def __init__(self, start: int, stop: int) -> None:
+        self.start, self.stop = start, stop
+        self.sum: mx.array | None = None  # float32 [k, k]
+
+
+class Recorder(nn.Module):
+    """A linear layer that keeps the second moments of what it multiplies (g3n_mlx/calibration.py)."""
+
+    def __init__(self, layer: Any, width: int, block_width: int) -> None:
+        """width: K. block_width: columns of one matrix of moments."""
+        super().__init__()
+        self.layer, self.count = layer, 0
+        self.blocks = [Block(start, min(start + block_width, width)) for start in range(0, width, block_width)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[T, K] -> [T, N]."""
+        rows = x.astype(mx.float32)
+        for block in self.blocks:
+            part = rows[:, block.start : block.stop]
+            block.sum = evaluated(part.T @ part if block.sum is None else block.sum + part.T @ part)
+        self.count += x.shape[0]
+        return self.layer(x)
+
+    def embed(self, ids: mx.array) -> mx.array:
+        """Rows of the weight, as the layer has them."""
+        return self.layer.embed(ids)
+
+    def moments(self) -> list[np.ndarray]:
+        """Means of x x^T, float32, block by block; none where nothing was multiplied."""
+        return [np.array(block.sum) / self.count for block in self.blocks if block.sum is not None]
 
 
 def joined(x: mx.array, rows: Ranges) -> mx.array:

@@ -7,6 +7,7 @@ loaded model multiplies by.
 import copy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -156,6 +157,41 @@ class AdaptedLinear(nn.Module):
         """The layer over some ranges of rows, which are copied."""
         factor = None if self.factor is None else joined(self.factor, rows)
         return AdaptedLinear(self.layer.picked(rows), self.down.weight, joined(self.up.weight, rows), factor)
+
+
+class Block:
+    """Some columns of a module's inputs, and the sum of their products."""
+
+    def __init__(self, start: int, stop: int) -> None:
+        self.start, self.stop = start, stop
+        self.sum: Tensor | None = None  # float32 [k, k]
+
+
+class Recorder(nn.Module):
+    """A linear layer that keeps the second moments of what it multiplies (g3n_mlx/calibration.py)."""
+
+    def __init__(self, layer: Any, width: int, block_width: int) -> None:
+        """width: K. block_width: columns of one matrix of moments."""
+        super().__init__()
+        self.layer, self.count = layer, 0
+        self.blocks = [Block(start, min(start + block_width, width)) for start in range(0, width, block_width)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, K] -> [T, N]."""
+        rows = x.float()
+        for block in self.blocks:
+            part = rows[:, block.start : block.stop]
+            block.sum = part.T @ part if block.sum is None else block.sum + part.T @ part
+        self.count += x.shape[0]
+        return self.layer(x)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Rows of the weight, as the layer has them."""
+        return self.layer.embed(ids)
+
+    def moments(self) -> list[np.ndarray]:
+        """Means of x x^T, float32, block by block; none where nothing was multiplied."""
+        return [block.sum.cpu().numpy() / self.count for block in self.blocks if block.sum is not None]
 
 
 def joined(x: Tensor, rows: Ranges) -> Tensor:

@@ -8,7 +8,7 @@ Source: transformers, modeling_gemma3n.py, `Gemma3nModel`.
 
 import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from g3n_mlx.backends.torch import kv_arrays
 from g3n_mlx.backends.torch.audio import AudioTower
 from g3n_mlx.backends.torch.kernels.fused import fused_model
-from g3n_mlx.backends.torch.layers import linear
+from g3n_mlx.backends.torch.layers import Recorder, linear
 from g3n_mlx.backends.torch.sampling import Sampler, Step
 from g3n_mlx.backends.torch.steps import DecodeSteps
 from g3n_mlx.backends.torch.text import LanguageModel, RMSNorm
@@ -29,7 +29,7 @@ from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.config.vision import VisionConfig
 from g3n_mlx.interface import KVArrays
 from g3n_mlx.kernels.library import instructions
-from g3n_mlx.matformer.loaded import LoadedLayers
+from g3n_mlx.matformer.loaded import LoadedLayers, module_at, put_module
 from g3n_mlx.matformer.plan import SlicePlan, whole_plan
 from g3n_mlx.rows import Batch, Cache, Soft, embedder_rows
 from g3n_mlx.sampling import SamplingParams
@@ -170,6 +170,26 @@ class Gemma3nModel(nn.Module):
     def kv_arrays(self) -> KVArrays:
         """What the sequences' KV caches are made of."""
         return kv_arrays
+
+    def second_moments(
+        self, widths: Mapping[str, int], block_width: int, run: Callable[[], None]
+    ) -> dict[str, list[np.ndarray]]:
+        """Means of x x^T over the rows that linear layers multiply in calls of the model, by module path.
+
+        widths: columns of these modules' weights. run: makes the calls, of more than one row each.
+        """
+        fused, self.fused = self.fused, None  # its kernels read the weights by themselves
+        recorders = {path: Recorder(module_at(self, path), width, block_width) for path, width in widths.items()}
+        try:
+            for path, recorder in recorders.items():
+                put_module(self, path, recorder)
+            with torch.no_grad():
+                run()
+        finally:
+            for path, recorder in recorders.items():
+                put_module(self, path, recorder.layer)
+            self.fused = fused
+        return {path: recorder.moments() for path, recorder in recorders.items()}
 
     def make_sampler(self, params: SamplingParams, prompt_ids: Sequence[int]) -> Sampler:
         """A sampler for one answer."""
