@@ -3,6 +3,7 @@
 import argparse
 import ipaddress
 import logging
+import os
 import re
 import socket
 import sys
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from g3n_mlx.model import Gemma3n
 
 NAME = "g3n-server"
+DRAIN_S = 60  # at shutdown, for what is in progress
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _ORIGIN = re.compile(r"\*|[A-Za-z][A-Za-z0-9+.-]*://[^/?#@\s]+/?")
@@ -47,8 +49,7 @@ def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
     log_to_stderr(arguments.log_level.upper(), "%(levelname)s %(name)s: %(message)s")
     if arguments.media_root is not None and not arguments.media_root.is_dir():
         parser.error(f"--media-root {str(arguments.media_root)!r} is no folder")
-    if arguments.api_key is not None and not arguments.api_key.strip():
-        parser.error("--api-key is empty, expected a key; leave the flag out to ask for none")
+    arguments.api_key = _api_key(parser, arguments)
     for origin in arguments.cors_origin:
         if not _ORIGIN.fullmatch(origin):
             parser.error(f"--cors-origin {origin!r} is no origin, expected SCHEME://HOST[:PORT], as https://a.b, or *")
@@ -61,7 +62,14 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     model = parser.add_argument_group("model")
     add_model_flags(model.add_argument)
     add_choice_flags(parser)
-    model.add_argument("--served-model-name", metavar="NAME", help="id in /v1/models; default: the folder's name")
+    model.add_argument(
+        "--served-model-name",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="id in /v1/models; default: the folder's name; repeatable",
+    )
+    model.add_argument("--any-model", action="store_true", help="answer to every model id, whatever a program asks for")
     model.add_argument(
         "--slices",
         type=_names,
@@ -80,7 +88,10 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     access = parser.add_argument_group("access")
     access.add_argument("--host", default="127.0.0.1", help="address to listen at; default: 127.0.0.1, this machine")
     access.add_argument("--port", type=_port, default=8080, help="0 takes a free one; default: 8080")
-    access.add_argument("--api-key", metavar="KEY", help="what requests must bring as Authorization: Bearer KEY")
+    access.add_argument("--api-key", metavar="KEY", help="what requests must bring; or set G3N_API_KEY")
+    access.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="the key, where no list of processes shows it"
+    )
     access.add_argument("--allow-host", metavar="NAME", action="append", default=[], help="a name of this server")
     access.add_argument(
         "--cors-origin", metavar="ORIGIN", action="append", default=[], help="web pages that may call, as https://a.b"
@@ -100,7 +111,6 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     load.add_argument("--max-queue", type=count, default=64, metavar="N", help="requests behind them; default: 64")
     load.add_argument("--cache-memory", type=positive_float, default=4.0, metavar="GB", help="of caches; default: 4")
     load.add_argument("--request-timeout", type=positive_float, default=600.0, metavar="S", help="default: 600")
-    load.add_argument("--drain-timeout", type=count, default=60, metavar="S", help="at shutdown; default: 60")
     load.add_argument("--max-body", type=positive, default=64, metavar="MB", help="of a request; default: 64")
     load.add_argument(
         "--shed", type=_names, default=[], metavar="SLICES", help="under load, answer with these instead of waiting"
@@ -110,6 +120,24 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     )
     parser.add_argument("--log-level", choices=LOG_LEVELS, default="info")
     return parser
+
+
+def _api_key(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> str | None:
+    """The key of --api-key, --api-key-file or G3N_API_KEY, in this order; None for none."""
+    key, flag = arguments.api_key, "--api-key"
+    if key is not None and arguments.api_key_file is not None:
+        parser.error("give --api-key or --api-key-file, one of them")
+    if arguments.api_key_file is not None:
+        flag = "--api-key-file"
+        try:
+            key = arguments.api_key_file.read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            parser.error(f"--api-key-file {str(arguments.api_key_file)!r} can't be read: {error}")
+    if key is None:
+        return os.environ.get("G3N_API_KEY") or None
+    if not key.strip():
+        parser.error(f"{flag} is empty, expected a key; leave the flag out to ask for none")
+    return key
 
 
 def _port(text: str) -> int:
@@ -173,7 +201,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     shedding = None
     if arguments.shed:
         shedding = Shedding(largest_first(model, slices, arguments.shed), arguments.shed_after)
-    name, loaded = arguments.served_model_name or model.name, _short_name(model, arguments.matformer_config)
+    name, loaded = [*arguments.served_model_name, model.name][0], _short_name(model, arguments.matformer_config)
     adapted = with_adapters(model, arguments.lora, ModelTable(name, loaded, list(slices)).ids)
     scheduler = Scheduler(
         model,
@@ -186,10 +214,17 @@ def _serve(arguments: argparse.Namespace) -> int:
         adapted=adapted,
     )
     engine = Engine(model, scheduler, limits, metrics)
-    table = ModelTable(name, loaded, list(slices), list(adapted))
+    table = ModelTable(
+        name,
+        loaded,
+        list(slices),
+        list(adapted),
+        other_names=arguments.served_model_name[1:],
+        any_name=arguments.any_model,
+    )
     policy = GatePolicy(
         api_key=arguments.api_key,
-        hosts=frozenset(name.lower() for name in [*arguments.allow_host, arguments.host]),
+        hosts=frozenset(name.lower() for name in [*arguments.allow_host, arguments.host, *_own_names(arguments.host)]),
         cors_origins=frozenset(origin.lower().rstrip("/") for origin in arguments.cors_origin),
         max_body_bytes=arguments.max_body << 20,
     )
@@ -199,10 +234,12 @@ def _serve(arguments: argparse.Namespace) -> int:
         log_level=arguments.log_level,
         log_config=None,
         server_header=False,
-        timeout_graceful_shutdown=arguments.drain_timeout,
+        timeout_graceful_shutdown=DRAIN_S,
     )
     host, port = listener.getsockname()[:2]
-    log.info("listening at http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    log.info("listening at %s", url)
+    log.info("chat page: %s/", url)
     # uvicorn raises the signal that it has obeyed once more after its shutdown: to be told to stop is no failure.
     with suppress(KeyboardInterrupt, Terminated):
         uvicorn.Server(config).run(sockets=[listener])
@@ -239,6 +276,11 @@ def _short_name(model: "Gemma3n", table: Path | None) -> str | None:
     if model.slice_name is None:
         return None
     return find_slice(model.slice_name, slices_for(model.checkpoint.folder, table)).short_name
+
+
+def _own_names(host: str) -> list[str]:
+    """The name that the local network knows this machine by, where the server listens to that network."""
+    return [] if _is_loopback(host) else [f"{socket.gethostname().partition('.')[0]}.local"]
 
 
 def _is_loopback(host: str) -> bool:

@@ -16,7 +16,7 @@ from g3n_mlx.prompt.prompt import Prompt
 from g3n_mlx.server.documents import with_documents
 from g3n_mlx.server.engine import Place, PlaceOf, unless_gone
 from g3n_mlx.server.errors import ApiError
-from g3n_mlx.server.exchange import Choices, respond, sampling_params, token_text
+from g3n_mlx.server.exchange import Choices, at_least, respond, sampling_params, token_text
 from g3n_mlx.server.messages import template_messages
 from g3n_mlx.server.scheduler import Task
 from g3n_mlx.server.schemas.chat import ChatChoice, ChatRequest, Logprobs, TokenLogprob, TopLogprob
@@ -72,6 +72,7 @@ async def _tasks(body: ChatRequest, offered: Tools | None, place: Place) -> list
             place.engine.model,
             **body.sampling(choice),
             max_tokens=body.max_completion_tokens or body.max_tokens,
+            ignore_eos=bool(body.ignore_eos),
             logprobs=body.logprobs,
             top_logprobs=body.top_logprobs,
         )
@@ -79,7 +80,10 @@ async def _tasks(body: ChatRequest, offered: Tools | None, place: Place) -> list
     ]
     prompt = await _prompt(body, offered, place)
     may_draft = body.draft is not False
-    return [Task(prompt, each, await _constraint(body, offered, place), draft=may_draft) for each in params]
+    return [
+        Task(prompt, each, at_least(body, each, await _constraint(body, offered, place), place), draft=may_draft)
+        for each in params
+    ]
 
 
 def _check_formats(body: ChatRequest) -> None:

@@ -15,7 +15,7 @@ from g3n_mlx.model import Gemma3n
 from g3n_mlx.prompt.prompt import Prompt
 from g3n_mlx.server.engine import TOO_LONG, Place, PlaceOf, unless_gone
 from g3n_mlx.server.errors import ApiError
-from g3n_mlx.server.exchange import Choices, respond, sampling_params, token_text
+from g3n_mlx.server.exchange import Choices, at_least, respond, sampling_params, token_text
 from g3n_mlx.server.scheduler import Task
 from g3n_mlx.server.schemas.completions import MAX_PROMPTS, CompletionChoice, CompletionLogprobs, CompletionRequest
 from g3n_mlx.server.schemas.generation import Completion
@@ -62,9 +62,10 @@ async def _tasks(body: CompletionRequest, place: Place) -> list[Task]:
                     top_logprobs=body.logprobs,
                     # Evaluation tools ask for one token behind the scores and cut off its entry (lm_eval's
                     # local-completions): it has to be there also when it is the end of the text.
-                    ignore_eos=scored is not None and body.max_tokens == 1,
+                    ignore_eos=bool(body.ignore_eos) or (scored is not None and body.max_tokens == 1),
                 )
-            tasks.append(Task(prompt, params, scored=scored, draft=body.draft is not False))
+            constraint = None if params is None else at_least(body, params, None, place)
+            tasks.append(Task(prompt, params, constraint, scored=scored, draft=body.draft is not False))
     return tasks
 
 

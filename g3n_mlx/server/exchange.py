@@ -13,7 +13,9 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 
+from g3n_mlx.engine.at_least import AtLeast
 from g3n_mlx.engine.results import Chunk
+from g3n_mlx.engine.sequence import Constraint
 from g3n_mlx.model import Gemma3n
 from g3n_mlx.sampling import SamplingParams
 from g3n_mlx.server.engine import Place, unless_gone
@@ -206,6 +208,17 @@ def sampling_params(model: Gemma3n, **options: Any) -> SamplingParams:
         return model.sampling_params(**options)
     except ValueError as error:
         raise ApiError(400, str(error), param=str(error).partition(" ")[0]) from None
+
+
+def at_least(
+    body: GenerationRequest, params: SamplingParams, constraint: Constraint | None, place: Place
+) -> Constraint | None:
+    """The constraint of an answer that has its `min_tokens` before it may end by itself."""
+    if not body.min_tokens:
+        return constraint
+    model = place.engine.model
+    ends = {*model.eos_token_ids, *params.stop_token_ids}
+    return AtLeast(body.min_tokens, ends, model.config.text.vocab_size, constraint)
 
 
 def token_text(model: Gemma3n, token_id: int) -> str:

@@ -1,10 +1,12 @@
 """The models, their state and their tokens: /v1/models, /health, /metrics, /v1/tokenize, /v1/detokenize."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from g3n_mlx.installation import version
 from g3n_mlx.server.engine import Engine, PlaceOf
 from g3n_mlx.server.errors import ApiError
 from g3n_mlx.server.messages import template_messages
@@ -33,11 +35,19 @@ class ModelTable:
     """The ids that requests may name: the loaded model's, those of its slices, and those of its adapters."""
 
     def __init__(
-        self, name: str, slice_name: str | None, slices: Sequence[str] = (), adapters: Sequence[str] = ()
+        self,
+        name: str,
+        slice_name: str | None,
+        slices: Sequence[str] = (),
+        adapters: Sequence[str] = (),
+        *,
+        other_names: Sequence[str] = (),
+        any_name: bool = False,
     ) -> None:
         """name: as served. slice_name: of the slice that was taken at load, None for the whole model.
 
         slices: short names of what is offered beside it. adapters: their names, which are ids.
+        other_names: of the served model. any_name: it answers to every other name as well.
         """
         self.created = now()
         self._name = name
@@ -47,11 +57,12 @@ class ModelTable:
             self._slices[f"{name}:{self.loaded}"] = None
         self._slices |= {f"{name}:{short_name}": short_name for short_name in slices}
         self._adapters = adapters
+        self._other_names, self._any_name = other_names, any_name
 
     @property
     def ids(self) -> list[str]:
         """What requests may name; the first is what they get that name nothing."""
-        return [self._name, *self._slices, *self._adapters]
+        return [self._name, *self._other_names, *self._slices, *self._adapters]
 
     def find(self, name: str) -> Served:
         """What serves a request that names a model; raises ApiError 404 with the ids there are.
@@ -59,10 +70,14 @@ class ModelTable:
         The name alone leaves the slice open; a name with a slice is served by that one whatever happens.
         """
         name = name.removesuffix(":latest")  # Ollama's clients write it behind a name without a tag
-        if name in ALIASES or name == self._name:
+        if name in ALIASES:
             return Served(self._name, is_open=True)
+        if name == self._name or name in self._other_names:
+            return Served(name, is_open=True)
         if name in self._adapters:
             return Served(name, name)
+        if name not in self._slices and self._any_name:
+            return Served(name, is_open=True)
         if name not in self._slices:
             known = ", ".join(map(repr, self.ids))
             raise ApiError(
@@ -89,6 +104,31 @@ async def get_model(name: str, request: Request) -> ServedModel:
     """One of the ids, or a 404."""
     table: ModelTable = request.app.state.models
     return _described(request, table.find(name).model_id)
+
+
+@router.get("/props")
+async def props(request: Request) -> dict[str, Any]:
+    """What the server runs, by llama-server's names, and its slices and limits."""
+    engine: Engine = request.app.state.engine
+    table: ModelTable = request.app.state.models
+    model, limits = engine.model, engine.limits
+    context_tokens = model.config.text.max_position_embeddings
+    return {
+        "default_generation_settings": {"n_ctx": context_tokens, "params": dict(model.sampling_defaults)},
+        "total_slots": limits.parallel,
+        "model_alias": table.ids[0],
+        "modalities": {"vision": model.config.vision is not None, "audio": model.config.audio is not None},
+        "build_info": f"g3n_mlx {version()}, {model.backend} on {model.device}",
+        "model_ids": table.ids,
+        "slice": table.loaded,
+        "limits": {
+            "max_queue": limits.max_queue,
+            "request_timeout_s": limits.request_timeout_s,
+            "max_media_bytes": limits.policy.max_bytes,
+            "max_image_pixels": limits.policy.max_pixels,
+            "max_audio_s": limits.policy.max_seconds,
+        },
+    }
 
 
 @router.get("/health")

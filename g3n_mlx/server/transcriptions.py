@@ -25,6 +25,8 @@ from g3n_mlx.server.schemas.generation import divisible
 
 CLIP_TOKENS = 512  # nobody says more in half a minute, so a response that runs away ends here
 MAX_AUDIO_S = 4 * 3600.0  # of one file, half a gigabyte an hour while it is decoded; chat messages have a limit below
+# The names that clients of these routes send unasked.
+AUDIO_MODELS = ("whisper-1", "gpt-4o-transcribe", "gpt-4o-mini-transcribe")
 MULTIPART = Form(media_type="multipart/form-data")
 LANGUAGES = {
     "ar": "Arabic", "bn": "Bengali", "cs": "Czech", "da": "Danish", "de": "German", "el": "Greek", "en": "English",
@@ -83,7 +85,8 @@ async def create_translation(request: Request, place: PlaceOf, form: Annotated[A
 
 async def _respond(request: Request, transcript: "_Transcript") -> Response:
     form = transcript.form
-    transcript.place.served = request.app.state.models.find(form.model)
+    name = "default" if form.model in AUDIO_MODELS else form.model
+    transcript.place.served = request.app.state.models.find(name)
     if form.stream and form.response_format not in ("json", "text"):
         raise ApiError(400, f"{form.response_format} can't be streamed: use json", param="stream")
     return await respond(request, transcript, stream=form.stream)

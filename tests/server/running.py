@@ -75,7 +75,7 @@ def started(folder: Path, **options: Any) -> Server:
     scheduling = given({"cache_bytes": 64 << 20, "draft": "auto"})
     limits = given({"max_queue": 64, "request_timeout_s": 300.0})
     gate = given({"api_key": None, "hosts": frozenset(), "cors_origins": frozenset(), "max_body_bytes": 4 << 20})
-    names = given({"name": "tiny", "slice_name": None})
+    names = given({"name": "tiny", "slice_name": None, "other_names": (), "any_name": False})
     offer, shedding = options.pop("slices", ["none"]), options.pop("shedding", None)
     adapters = options.pop("adapters", ())
     metrics = Metrics()

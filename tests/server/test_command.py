@@ -50,11 +50,23 @@ class Process:
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGTERM")
 def test_a_process_of_its_own(demo, tmp_path):
     """It says where it is, answers, and ends what it has begun before it goes."""
-    flags = ["--served-model-name", "gemma", "--slices", "half,skip", "--shed", "quarter", "--shed-after", "60"]
-    process = Process(demo, *flags, "--api-key", "k", "--log-level", "info", cwd=tmp_path)
+    flags = [
+        "--served-model-name",
+        "gemma",
+        "--served-model-name",
+        "gpt-4o",
+        "--slices",
+        "half,skip",
+        "--shed",
+        "quarter",
+        "--shed-after",
+        "60",
+    ]
+    (tmp_path / "key").write_text("k\n")
+    process = Process(demo, *flags, "--api-key-file", str(tmp_path / "key"), "--log-level", "info", cwd=tmp_path)
     client = openai.OpenAI(api_key="k", base_url=f"{process.url}/v1", max_retries=0, timeout=120)
     ids = [entry.id for entry in client.models.list()]
-    assert ids == ["gemma", "gemma:whole", "gemma:half", "gemma:quarter", "gemma:skip"]
+    assert ids == ["gemma", "gpt-4o", "gemma:whole", "gemma:half", "gemma:quarter", "gemma:skip"]
     manual = (REPOSITORY / "docs" / "server.md").read_text("utf-8")
     (code,) = re.findall(r"<!-- test: openai -->\n```python\n(.*?)```", manual, re.DOTALL)
     code = code.replace("http://127.0.0.1:8080", process.url).replace('"none"', '"k"')
@@ -80,7 +92,7 @@ def test_help_names_every_flag(capsys):
     for flag in ("--model", "--matformer", "--host", "--api-key", "--media-root", "--allow-media-host", "--max-queue"):
         assert flag in told
     known = set(re.findall(r"--[a-z][a-z-]*", told))
-    assert len(known) <= 34
+    assert len(known) <= 36
     manual = (REPOSITORY / "docs" / "server.md").read_text("utf-8")
     others = {"--tasks", "--model_args"}  # of lm_eval
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", manual)) - others <= known

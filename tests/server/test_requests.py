@@ -75,7 +75,6 @@ REFUSED = [
     ({"messages": [SUM], "system": "Be rude."}, "system"),
     ({"messages": [SUM], "mirostat": 2}, "mirostat"),
     ({"messages": [SUM], "repeat_penalty": 1.3}, "repeat_penalty"),
-    ({"messages": [SUM], "min_tokens": 9}, "min_tokens"),
     ({"messages": [SUM], "chat_template": "{{ x }}"}, "chat_template"),
     ({"messages": [SUM], "response_format": {"type": "text", "regex": "a"}}, "response_format.regex"),
     (sent([{"type": "text", "text": "Hi", "image": "a.png"}]), "messages[0].content[0].image"),
@@ -169,3 +168,47 @@ def test_errors_do_not_hold_the_servers_paths(serve, tmp_path, name):
         reply = post(server, sent([{"type": "image_url", "image_url": {"url": url}}]))
         assert reply.status_code == 400
         assert str(tmp_path) not in reply.text
+
+
+def chosen(server, model):
+    return post(server, {"model": model, "messages": [SUM], "max_tokens": 1})
+
+
+def test_names_of_the_model(server, serve):
+    assert chosen(server, "tiny:latest").json()["model"] == "tiny"
+    assert chosen(server, "gpt-4o").status_code == 404
+    named = serve(other_names=("gpt-4o",))
+    assert [chosen(named, name).json().get("model") for name in ("gpt-4o", "tiny", "x")] == ["gpt-4o", "tiny", None]
+    anything = serve(any_name=True, slices=["half"])
+    assert [chosen(anything, name).json()["model"] for name in ("x", "tiny:half")] == ["x", "tiny:half"]
+    assert chosen(anything, "tiny:half").headers["x-g3n-slice"] == "half"
+
+
+def test_a_transcription_by_the_name_that_programs_send(client):
+    assert client.audio.transcriptions.create(model="whisper-1", file=("a.wav", sound())).usage.seconds == 0.5
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/v1/chat/completions", {"messages": [SUM]}), ("/v1/completions", {"prompt": "12 + 34"})]
+)
+def test_an_answer_of_at_least_some_tokens(server, path, body):
+    """The model's own end comes sooner, so an answer this long has waited for it."""
+    free = post(server, {**body, "max_tokens": 60}, path).json()["usage"]["completion_tokens"]
+    assert free < 60
+    fields = {**body, "max_tokens": 60, "min_tokens": free + 5}
+    assert free + 5 <= post(server, fields, path).json()["usage"]["completion_tokens"] <= 60
+    usage = post(server, {**body, "max_tokens": free + 9, "ignore_eos": True}, path).json()["usage"]
+    assert usage["completion_tokens"] == free + 9
+
+
+def test_a_schema_goes_before_the_least_tokens(server):
+    schema = {"type": "json_schema", "json_schema": {"schema": {"const": 1}}}
+    assert answer(server, {"messages": [SUM], "response_format": schema, "min_tokens": 30}).strip() == "1"
+
+
+def test_props(server):
+    with server.http() as http:
+        found = http.get("/props").json()
+    assert found["modalities"] == {"vision": True, "audio": True}
+    assert found["default_generation_settings"]["n_ctx"] > 0
+    assert found["limits"]["max_queue"] == 64

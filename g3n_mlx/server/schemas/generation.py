@@ -86,7 +86,7 @@ class GenerationRequest(RequestBody, SamplingFields):
             (
                 *("typical_p", "tfs_z", "top_a", "top_n_sigma", "mirostat", "mirostat_mode", "dynatemp_range"),
                 *("dry_multiplier", "xtc_probability", "use_beam_search", "length_penalty", "allowed_token_ids"),
-                *("bad_words", "min_tokens", "logits_processors", "smoothing_factor", "epsilon_cutoff", "eta_cutoff"),
+                *("bad_words", "logits_processors", "smoothing_factor", "epsilon_cutoff", "eta_cutoff"),
                 *("no_repeat_ngram_size", "encoder_repetition_penalty", "penalty_alpha", "guidance_scale"),
             ),
             _NOT_DRAWN_SO,
@@ -104,7 +104,6 @@ class GenerationRequest(RequestBody, SamplingFields):
         **dict.fromkeys(("truncate_prompt_tokens", "prompt_truncate_len"), "shorten the prompt"),
         **dict.fromkeys(("lora", "adapters", "lora_request", "adapter_id"), "there are no adapters"),
         "web_search_options": "there is no search",
-        "ignore_eos": "an answer ends where the model ends it",
     }
     NEUTRAL: ClassVar[Mapping[str, Any]] = {
         **dict.fromkeys(("typical_p", "tfs_z", "length_penalty", "repeat_penalty", "encoder_repetition_penalty"), 1),
@@ -113,6 +112,8 @@ class GenerationRequest(RequestBody, SamplingFields):
     }
 
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    ignore_eos: bool | None = None  # goes on to the limit, whatever the model says
+    min_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None  # before it may end by itself
     draft: bool | None = None  # False: no tokens are drafted; the text is the same
     stream: bool | None = None
     stream_options: StreamOptions | None = None
