@@ -85,6 +85,7 @@ def load(
     activations_dtype = devices.dtype_of(dtype, place, bool(checkpoint.quantizations))
     dtype_name = devices.dtype_name(activations_dtype)
     tokenizer = Tokenizer.from_folder(folder)
+    tokenizer.check_ids(checkpoint.config.text.vocab_size)
     own_template = _own_template(checkpoint) if chat_template == "own" else None
     if chat_template == "gemma" and (note := chat_template_note(folder, checkpoint.config.media_kinds)) is not None:
         logger.warning("%s", note)

@@ -410,3 +410,19 @@ def test_defaults_on_metal(monkeypatch):
 def test_arguments_of_a_wrong_kind_are_named(options, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         load(**{"path_or_id": "demo", **options})
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_token_beyond_the_embeddings(open_model, tiny_folder, tmp_path, special):
+    """A user's text becomes an ordinary token, and never a control token."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    path = folder / "tokenizer.json"
+    stored, vocab_size = json.loads(path.read_text()), files.read_config(folder)["text_config"]["vocab_size"]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    stored["added_tokens"].append({"id": vocab_size, "content": "<extra>", "special": special, **flags})
+    path.write_text(json.dumps(stored))
+    if special:
+        assert open_model(folder).generate("a <extra> b", max_tokens=1).usage.completion_tokens == 1
+        return
+    with pytest.raises(Error, match=rf"the token '<extra>' has the id {vocab_size}, but the model's vocab_size is"):
+        open_model(folder)
