@@ -84,7 +84,8 @@ class MLP(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """[T, D] -> [T, D]."""
         if x.shape[0] == 1 and self.gate_up_proj is not None:
-            gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)  # [T, F]
+            # As rows: halves of one row would keep its stride, and down_proj would copy what becomes of them.
+            gate, up = mx.split(self.gate_up_proj(x).reshape(2, -1), 2)  # [1, F]
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
         if self.cutoff is not None:
