@@ -42,6 +42,11 @@ static void add_units(Step *s, const Layer *l, long row, long first, long count)
             const uint8_t *later = l->units.codes + ((long)units[at_most(end + UNITS_AHEAD, chosen - 1)] * hidden + first) / 2;
             for (long byte = 0; byte < count / 2; byte += 64) __builtin_prefetch(later + byte);
         }
+        const long later_group = units[at_most(end + UNITS_AHEAD / 2, chosen - 1)] / group_size * hidden + first;
+        for (long i = 0; i < count; i += 32) {
+            __builtin_prefetch(l->units.scales + later_group + i);
+            __builtin_prefetch(l->units.biases + later_group + i);
+        }
         for (long block = 0; block < count; block += UNIT_COLUMNS) {
             Floats part[VECTORS];
             UNROLLED (int i = 0; i < VECTORS; i++) part[i] = (Floats){0};
@@ -103,7 +108,8 @@ static void ffn(Place *place, Step *s, const Layer *l, int rows, Fan *gate_and_u
         for (long i = first; i < last; i++) values[i] *= out[s->units[row * s->ffn_width + i]];
     }
     end_loop(place);
-    const long share = 4 * UNIT_COLUMNS, shares = (m->hidden + share - 1) / share;
+    // Few shares: each of them looks up all units' pages.
+    const long share = at_least(1, m->hidden / UNIT_COLUMNS / place->threads) * UNIT_COLUMNS, shares = (m->hidden + share - 1) / share;
     long dense = 0;
     for (long row = 0; row < rows; row++) dense += !reads_units(s, l, row);
     for EACH(place, item, rows * shares) {

@@ -5,6 +5,7 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "instructions.h"
 #include "lanes.h"
@@ -101,7 +102,19 @@ void g3n_embed(const Matrix *matrix, const int64_t *ids, int count, float *out) 
     for (int i = 0; i < count; i++) g3n_dequantize(matrix, ids[i], ids[i] + 1, 0, out + (long)i * matrix->columns);
 }
 
+// Asks for large pages where a buffer covers whole ones: its units are read here and there, and each small page costs a
+// look into the page table.
+static void use_large_pages(void *p, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    const uintptr_t page = 1 << 21, first = ((uintptr_t)p + page - 1) / page * page, end = ((uintptr_t)p + bytes) / page * page;
+    if (end > first) madvise((void *)first, end - first, MADV_HUGEPAGE);
+#else
+    (void)p, (void)bytes;
+#endif
+}
+
 void g3n_units(const Matrix *matrix, uint8_t *codes, uint16_t *scales, uint16_t *biases) {
+    use_large_pages(codes, (size_t)matrix->columns * matrix->rows / 2);
     UnitsWork work = {matrix, codes, scales, biases};
     pool_run(chosen->units, &work);
 }

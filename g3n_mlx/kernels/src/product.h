@@ -123,6 +123,10 @@ INLINE Words row_words(const char *at, long count, const int whole) {
 
 // Bytes by which codes are fetched ahead of their use: with one row of activations that comes soon.
 #define AHEAD(M) ((M) == 1 ? 2048 : 8192)
+// The same for scales and biases, whose streams are too thin for the processor to follow by itself.
+#define SCALES_AHEAD 256
+// Rows of a list.
+#define ROWS_AHEAD 3
 
 // R rows of the weight by M rows of activations: constants once inlined, so that all sums stay in registers.
 #define MOST_R 2
@@ -141,6 +145,16 @@ INLINE Places places_of(const Matrix *m, const long *which, const int R) {
         at.biases[r] = (const char *)m->biases + scale_start;
     }
     return at;
+}
+
+// Fetches what comes of a row's codes, scales and biases; of the latter whenever a line of the cache begins. Many rows of
+// activations are bound by arithmetic, which these fetches would only delay.
+INLINE void fetch_ahead(const Places *at, const int r, const int M, const int scale_bits, const int shift, long word) {
+    const long scale = (word >> shift) * (scale_bits / 8);
+    __builtin_prefetch(at->codes[r] + 4 * word + AHEAD(M));
+    if (M > 4 || scale % 64) return;
+    __builtin_prefetch(at->scales[r] + scale + SCALES_AHEAD);
+    __builtin_prefetch(at->biases[r] + scale + SCALES_AHEAD);
 }
 
 // Adds what the biases give, and writes the sums.
@@ -178,7 +192,7 @@ INLINE void add_planes(const Matrix *m, const Operand *o, const Places *at, cons
     Floats scale[MOST_R], part[MOST_R][MOST_M];
     UNROLLED (int r = 0; r < R; r++) {
         codes[r] = row_words(at->codes[r] + 4 * word, m->columns / planes - word, whole);
-        __builtin_prefetch(at->codes[r] + 4 * word + AHEAD(M));
+        fetch_ahead(at, r, M, scale_bits, shift, word);
         scale[r] = lane_scales(at->scales[r], scale_bits, word, shift, m->columns / m->group, whole);
         UNROLLED (int i = 0; i < M; i++) part[r][i] = (Floats){0};
     }
@@ -222,7 +236,7 @@ INLINE void add_pairs(const Matrix *m, const Operand *o, const Places *at, const
     __m512bh plane[MOST_R][4];
     UNROLLED (int r = 0; r < R; r++) {
         __m512i codes = (__m512i)row_words(at->codes[r] + 4 * word, m->columns / 8 - word, whole);
-        __builtin_prefetch(at->codes[r] + 4 * word + AHEAD(M));
+        fetch_ahead(at, r, M, scale_bits, shift, word);
         scale[r] = lane_scales(at->scales[r], scale_bits, word, shift, m->columns / m->group, whole);
         plane[r][0] = (__m512bh)_mm512_permutexvar_epi16(codes, table);
         plane[r][1] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table);
@@ -428,6 +442,16 @@ INLINE void band(const Product *p, const int32_t *listed, long start, long stop,
     }
 }
 
+// Fetches a row of a list before its turn: where it begins, nothing before it tells the processor.
+INLINE void fetch_row(const Matrix *m, long row) {
+    const Places at = places_of(m, &row, 1);
+    for (long byte = 0; byte < (long)m->columns * m->bits / 8; byte += 64) __builtin_prefetch(at.codes[0] + byte);
+    for (long byte = 0; byte < groups_of(m) * (m->scale_bits / 8); byte += 64) {
+        __builtin_prefetch(at.scales[0] + byte);
+        __builtin_prefetch(at.biases[0] + byte);
+    }
+}
+
 // One row of activations: nothing to keep in a cache, so whole rows of the weight, one stream of memory.
 INLINE void single(const Product *p, const int32_t *listed, long start, long stop) {
     const Matrix *m = p->matrix;
@@ -438,6 +462,7 @@ INLINE void single(const Product *p, const int32_t *listed, long start, long sto
     for (; start < stop; start++) {                                  \
         long which[MOST_R];                                          \
         set_rows(which, listed, start, 1);                           \
+        if (listed) fetch_row(m, listed[at_most(start + ROWS_AHEAD, stop - 1)]); \
         const Places at = places_of(m, which, 1);                    \
         EMPTY_TOTALS(1, 1)                                           \
         KIND(p, which, 1, 0, 1, BITS, SCALES, 0, words, total);      \
