@@ -101,12 +101,13 @@ class Tokenizer:
         Control tokens beyond are left alone: a text-only checkpoint may have the tokenizer of one with media.
         """
         for token_id in range(count, self.vocab_size):
-            if self.bytes_of(token_id) is not None:
-                raise BadValue(
-                    f"{self._path}: the token {self._inner.id_to_token(token_id)!r} has the id {token_id}, but the model's "
-                    f"vocab_size is {count}: use the tokenizer that belongs to these weights, or weights whose embeddings "
-                    "were enlarged for it"
-                )
+            if self.bytes_of(token_id) is None:
+                continue
+            word = self._inner.id_to_token(token_id)
+            raise BadValue(
+                f"{self._path}: the token {word!r} has the id {token_id}, but the model's vocab_size is {count}: use "
+                "the tokenizer that belongs to these weights, or weights whose embeddings were enlarged for it"
+            )
 
     def id_of(self, word: str) -> int:
         """The id of a token, by its name; raises ValueError when the vocabulary has no such token."""
