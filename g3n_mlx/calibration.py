@@ -17,7 +17,7 @@ from tqdm import tqdm
 from g3n_mlx.checkpoint.hub import cache_folder
 from g3n_mlx.checkpoint.recipe import is_quantized_module
 from g3n_mlx.config.fields import parse_json
-from g3n_mlx.config.manifest import PLE_TABLE, text_manifest
+from g3n_mlx.config.manifest import PLE_TABLE, TOKEN_TABLE, text_manifest
 from g3n_mlx.convert import fingerprint
 from g3n_mlx.convert.methods import moments_file
 from g3n_mlx.failures import BadValue
@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 BLOCK_WIDTH = 2048
 # Moments held at a time.
 _PASS_BYTES = 1 << 30
+# Rows of these are read as they are, of which errors of the head's products say nothing: on the demo model at 3 bits
+# the divergence was 0.0042 with the token table's moments, 0.0029 without.
+_TABLES = (TOKEN_TABLE, PLE_TABLE)
 # Tokens of a text that are read at once, with <bos> in front.
 _WINDOW_TOKENS = 512
 
@@ -50,7 +53,7 @@ def measure(model: Gemma3n, data: Path, *, progress: bool = True) -> Path:
     widths = {
         name.removesuffix(".weight"): shape[1]
         for name, shape in text_manifest(model.config.text).items()
-        if is_quantized_module(name.removesuffix(".weight")) and name != f"{PLE_TABLE}.weight"
+        if is_quantized_module(name.removesuffix(".weight")) and name.removesuffix(".weight") not in _TABLES
     }
     left = {path: width for path, width in widths.items() if not moments_file(folder, path).is_file()}
     prompts = _prompts(model, data, contents)

@@ -249,10 +249,6 @@ class Recorder(nn.Module):
         self.count += x.shape[0]
         return self.layer(x)
 
-    def embed(self, ids: mx.array) -> mx.array:
-        """Rows of the weight, as the layer has them."""
-        return self.layer.embed(ids)
-
     def moments(self) -> list[np.ndarray]:
         """Means of x x^T, float32, block by block; none where nothing was multiplied."""
         return [np.array(block.sum) / self.count for block in self.blocks if block.sum is not None]

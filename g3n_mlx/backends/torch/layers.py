@@ -185,10 +185,6 @@ class Recorder(nn.Module):
         self.count += x.shape[0]
         return self.layer(x)
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Rows of the weight, as the layer has them."""
-        return self.layer.embed(ids)
-
     def moments(self) -> list[np.ndarray]:
         """Means of x x^T, float32, block by block; none where nothing was multiplied."""
         return [block.sum.cpu().numpy() / self.count for block in self.blocks if block.sum is not None]
