@@ -94,7 +94,11 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     task.add_argument("--examples", type=Path, metavar="FILE", help=f"JSON lines; default: the model folder's {SAMPLE}")
     task.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text, for perplexity and KL divergence")
     add("--limit", type=int, metavar="N", help="take the first N examples of every skill")
-    add("--against", metavar="PATH", help="model to compare with, in memory beside each other; default: variant 1")
+    add(
+        "--against",
+        metavar="PATH",
+        help="model to diverge from, in memory beside each other; with --text variant 1 by default",
+    )
     add("--window-tokens", type=int, metavar="N", help="of the text at once; default: 2048, or the context if shorter")
     add("--stride-tokens", type=int, metavar="N", help="that a window moves on; default: half of the window")
     add("--json", type=Path, metavar="FILE", help="write all figures, and the answers, as JSON")
@@ -119,7 +123,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Whatever can be seen to be wrong before hours of work."""
-    of_text = ("against", "window_tokens", "stride_tokens")
+    of_text = ("window_tokens", "stride_tokens")
     for name in ("limit",) if arguments.text else of_text:
         if getattr(arguments, name) is not None:
             raise BadValue(f"--{name.replace('_', '-')} is of no use {'with' if arguments.text else 'without'} --text")
@@ -238,7 +242,7 @@ def _entry(variant: Variant, model: "Gemma3n") -> dict[str, Any]:
 
 def _on_examples(arguments: argparse.Namespace, variants: list[Variant]) -> dict[str, Any]:
     from g3n_mlx.checkpoint.hub import resolve
-    from g3n_mlx.eval.quality import answer, grade, read_examples
+    from g3n_mlx.eval.quality import Divergence, answer, grade, measure_examples, read_examples
 
     path = arguments.examples or resolve(variants[0].model, variants[0].revision) / SAMPLE
     if not path.is_file():
@@ -249,15 +253,21 @@ def _on_examples(arguments: argparse.Namespace, variants: list[Variant]) -> dict
     metrics = {example.skill: example.metric for example in examples}
     entries: list[dict[str, Any]] = []
     first_answers: dict[Variant, list[str]] = {}
+    reference = _load(variants[0], arguments) if arguments.against else None
     for variant in variants:
-        model = _load(variant, arguments)
+        model = _load(variant, arguments) if reference is None or entries else reference
+        divergence = Divergence()
+        if reference is not None and model is not reference:
+            with tqdm(total=len(examples), desc=f"{_words(variant)}: divergence", leave=False, disable=None) as bar:
+                divergence = measure_examples(model, reference, examples, bar.update)
         started = time.perf_counter()
         answers = [
             answer(model, example) for example in tqdm(examples, desc=_words(variant), leave=False, disable=None)
         ]
         seconds = time.perf_counter() - started
         rates, mean_score = grade(examples, answers)
-        entry = _entry(variant, model) | {"rates": rates, "mean_score": mean_score, "seconds": seconds}
+        entry = _entry(variant, model) | asdict(divergence)
+        entry |= {"rates": rates, "mean_score": mean_score, "seconds": seconds}
         del model  # before the next one is loaded
         say(f"{_words(variant)}: mean {mean_score:.1%}, in {seconds:.0f} s")  # a long table's beginning
         others = first_answers.setdefault(replace(variant, backend=variants[0].backend), answers)

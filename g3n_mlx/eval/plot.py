@@ -38,10 +38,10 @@ def plot(path: Path, summary: dict[str, Any], names: Sequence[tuple[str, ...]]) 
 
 def _measure(summary: dict[str, Any]) -> tuple[str, str, bool]:
     """Key, label, and whether less of it is better."""
-    if "text" not in summary:
-        return "mean_score", "mean score, with 95 % intervals", False
     if any(entry["kl_mean"] is not None for entry in summary["variants"]):
         return "kl_mean", "KL divergence from the reference, nats, with 95 % intervals", True
+    if "text" not in summary:
+        return "mean_score", "mean score, with 95 % intervals", False
     return "perplexity", "perplexity per token", True
 
 

@@ -8,7 +8,7 @@ turn, so a vocabulary of 262,400 tokens needs no more memory than a small one.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,15 +149,29 @@ def word_errors(answer: Sequence[str], truth: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class TextQuality:
+class Divergence:
+    """How far a model's next-token distributions are from the reference's; None without a reference."""
+
+    kl_mean: float | None = None  # nats
+    kl_error: float | None = None  # its standard error, tokens taken as independent
+    kl_p99: float | None = None  # 99th percentile over the tokens
+    same_top1: float | None = None  # share of tokens where both find the same token most likely
+
+    @staticmethod
+    def of(pairs: Sequence[tuple[float, bool]]) -> "Divergence":
+        """pairs: of every token the divergence, and whether both find the same token most likely."""
+        values = [value for value, _ in pairs]
+        error = float(np.std(values) / np.sqrt(len(values)))
+        same = sum(same for _, same in pairs) / len(pairs)
+        return Divergence(float(np.mean(values)), error, float(np.quantile(values, 0.99)), same)
+
+
+@dataclass(frozen=True, slots=True)
+class TextQuality(Divergence):
     """What a model makes of a text; divergence and agreement are against the reference."""
 
-    perplexity: float  # per token
-    perplexity_per_byte: float
-    kl_mean: float | None = None  # nats, of the model's next-token distribution from the reference's
-    kl_error: float | None = None  # its standard error, tokens taken as independent
-    kl_p99: float | None = None  # 99th percentile over the text's tokens
-    same_top1: float | None = None  # share of tokens where both find the same token most likely
+    perplexity: float = 0.0  # per token
+    perplexity_per_byte: float = 0.0
 
 
 def windows(length: int, size: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -185,9 +199,9 @@ def measure_text(
     ids: of the text of so many bytes, without `<bos>`. spans: its windows. progress: is told how many tokens were done.
     Raises PromptTooLong when the context has no room for a window.
     """
-    rows = max(1, LOGITS_BYTES // (4 * model.config.text.vocab_size))
-    loss, same = 0.0, 0
-    divergences: list[float] = []
+    rows = _rows_at_once(model)
+    loss = 0.0
+    pairs: list[tuple[float, bool]] = []
     for start, first, stop in spans:
         # The row of a token predicts the next one: the last token is not read, and bos predicts the first.
         prompt = [model.tokenizer.bos_id, *ids[start : stop - 1]]
@@ -196,18 +210,48 @@ def measure_text(
         for target, row, other in zip(ids[first:stop], ours, theirs, strict=False):
             loss -= float(row[target])
             if other is not None:
-                divergences.append(float(np.exp(other) @ (other - row)))
-                same += int(row.argmax() == other.argmax())
+                pairs.append(_divergence(row, other))
         progress(stop - first)
     perplexity, per_byte = float(np.exp(loss / len(ids))), float(np.exp(loss / num_bytes))
     if reference is None:
-        return TextQuality(perplexity, per_byte)
-    p99 = float(np.quantile(divergences, 0.99))
-    error = float(np.std(divergences) / np.sqrt(len(divergences)))
-    return TextQuality(perplexity, per_byte, float(np.mean(divergences)), error, p99, same / len(ids))
+        return TextQuality(perplexity=perplexity, perplexity_per_byte=per_byte)
+    return TextQuality(**asdict(Divergence.of(pairs)), perplexity=perplexity, perplexity_per_byte=per_byte)
 
 
-def _log_probabilities(model: "Gemma3n", prompt: list[int], start: int, rows: int) -> Iterator[np.ndarray]:
+def measure_examples(
+    model: "Gemma3n", reference: "Gemma3n", examples: Sequence[Example], progress: Callable[[int], object]
+) -> Divergence:
+    """How far a model is from a reference with the same tokenizer, over the tokens of the expected answers and the end.
+
+    Raises ValueError naming the example when its messages or media can't be used.
+    """
+    rows = _rows_at_once(model)
+    pairs: list[tuple[float, bool]] = []
+    for example in examples:
+        truth = model.tokenizer.encode(example.answer)
+        both: list[Iterator[np.ndarray]] = []
+        for one in (model, reference):
+            try:
+                prompt = one.prepare(example.messages, MediaPolicy(paths=example.folder))
+            except ValueError as error:
+                raise BadValue(f"{example.where}: {error}") from None
+            whole = replace(prompt, token_ids=(*prompt.token_ids, *truth))
+            both.append(_log_probabilities(one, whole, len(prompt.token_ids) - 1, rows))
+        pairs += [_divergence(ours, theirs) for ours, theirs in zip(*both, strict=True)]
+        progress(1)
+    return Divergence.of(pairs)
+
+
+def _rows_at_once(model: "Gemma3n") -> int:
+    return max(1, LOGITS_BYTES // (4 * model.config.text.vocab_size))
+
+
+def _divergence(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, bool]:
+    """Of log probabilities: the divergence of ours from theirs, and whether their most likely tokens are the same."""
+    return float(np.exp(theirs) @ (theirs - ours)), bool(ours.argmax() == theirs.argmax())
+
+
+def _log_probabilities(model: "Gemma3n", prompt: list[int] | Prompt, start: int, rows: int) -> Iterator[np.ndarray]:
     """Log probabilities, float64 [V], of what follows each of the prompt's tokens from `start` on."""
     for logits in model.logit_chunks(prompt, start, rows):
         for row in logits:

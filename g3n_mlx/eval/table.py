@@ -43,9 +43,7 @@ def _figures(summary: dict[str, Any]) -> list[list[str]]:
         figures = {
             "perplexity per token": [f"{entry['perplexity']:.4f}" for entry in entries],
             "perplexity per byte": [f"{entry['perplexity_per_byte']:.4f}" for entry in entries],
-            "KL divergence, mean": [_cell(entry["kl_mean"], ".3g") for entry in entries],
-            "KL divergence, 99th percentile": [_cell(entry["kl_p99"], ".3g") for entry in entries],
-            "same most likely token": [_cell(entry["same_top1"], ".2%") for entry in entries],
+            **_divergences(entries),
         }
     else:
         from g3n_mlx.eval.quality import METRICS
@@ -60,9 +58,19 @@ def _figures(summary: dict[str, Any]) -> list[list[str]]:
         if any(entry["same_answers"] is not None for entry in entries):
             first = entries[0]["backend"]
             figures[f"same answers as {first}"] = [_cell(entry["same_answers"], ".1%") for entry in entries]
+        if any(entry["kl_mean"] is not None for entry in entries):
+            figures |= _divergences(entries)
     figures["weights, MB"] = [f"{entry['weight_bytes'] / 1e6:.1f}" for entry in entries]
     figures["weights read per token, MB"] = [f"{entry['weight_bytes_per_token'] / 1e6:.1f}" for entry in entries]
     return [[name, *cells] for name, cells in figures.items()]
+
+
+def _divergences(entries: list[dict[str, Any]]) -> dict[str, list[str]]:
+    return {
+        "KL divergence, mean": [_cell(entry["kl_mean"], ".3g") for entry in entries],
+        "KL divergence, 99th percentile": [_cell(entry["kl_p99"], ".3g") for entry in entries],
+        "same most likely token": [_cell(entry["same_top1"], ".2%") for entry in entries],
+    }
 
 
 def _cell(value: float | None, spelled: str) -> str:

@@ -293,6 +293,40 @@ def test_a_reference_of_its_own(tiny_folder, text_file, tmp_path, capsys):
     assert found["variants"][1]["perplexity"] == found["variants"][0]["perplexity"]
 
 
+def test_examples_diverge_from_a_reference(tiny_folder, quantized_folder, tmp_path, capsys):
+    """Over the tokens of every expected answer and its end, as a plain computation has it."""
+    examples = tmp_path / "examples.jsonl"
+    asked = [("What is this?", "A red circle."), ("Hello", "Hi there, how are you?")]
+    examples.write_text(
+        "\n".join(
+            json.dumps({"skill": "s", "metric": "exact", "answer": a, "messages": [{"role": "user", "content": q}]})
+            for q, a in asked
+        )
+    )
+    flags = ("--model", quantized_folder, "--against", tiny_folder, "--examples", examples, "--dtype", "float32")
+    out, found = figures(capsys, tmp_path, *flags)
+    first, second = found["variants"]
+    assert [first[name] for name in ("kl_mean", "kl_error", "kl_p99", "same_top1")] == [None] * 4
+    rows = []
+    for folder in (tiny_folder, quantized_folder):
+        model = load(folder, dtype="float32")
+        some = []
+        for question, answer in asked:
+            prompt, truth = model.prepare(question), model.tokenizer.encode(answer)
+            logits = model.logits([*prompt.token_ids, *truth]).astype(np.float64)
+            some.append(logits[len(prompt.token_ids) - 1 :])
+        logits = np.concatenate(some)
+        rows.append(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
+    theirs, ours = rows
+    divergence = (np.exp(theirs) * (theirs - ours)).sum(axis=1)
+    assert second["kl_mean"] == pytest.approx(divergence.mean(), rel=1e-3)
+    assert second["kl_p99"] == pytest.approx(np.quantile(divergence, 0.99), rel=1e-3)
+    assert second["same_top1"] == pytest.approx((theirs.argmax(1) == ours.argmax(1)).mean())
+    assert f"{second['kl_mean']:.3g}" in out
+    _, found = figures(capsys, tmp_path, "--model", quantized_folder, "--examples", examples, "--dtype", "float32")
+    assert found["variants"][0]["kl_mean"] is None
+
+
 def test_logit_chunks_are_the_logits(backend, tiny_folder):
     model = load(tiny_folder, backend=backend, dtype="float32", device=device_for(backend))
     ids = [2, *range(100, 160)]
@@ -377,7 +411,6 @@ def test_bad_examples_are_one_line(line, message, stopping_folder, tmp_path, cap
         (("--limit", 0), "expected at least 1"),
         (("--limit", 3, "--text", "TEXT"), "--limit is of no use with --text"),
         (("--stride-tokens", 3), "--stride-tokens is of no use without --text"),
-        (("--against", "x"), "--against is of no use without --text"),
         (("--text", "no-such.txt"), "no-such.txt"),
         (("--text", "TEXT", "--window-tokens", 1), "--window-tokens is 1"),
         (("--text", "TEXT", "--window-tokens", 40000), "--window-tokens is 40000"),
