@@ -31,6 +31,7 @@ from g3n_mlx.engine.runner import Runner
 from g3n_mlx.engine.scores import PromptReader, TokenScore
 from g3n_mlx.engine.sequence import Constraint, TokenSequence, check_length, prefill_spans
 from g3n_mlx.engine.soft_tokens import EmbeddedMedia
+from g3n_mlx.engine.transcript import CLIP_TOKENS, Segment, Transcript, question, segments
 from g3n_mlx.failures import BadValue, size_in_words
 from g3n_mlx.interface import Model
 from g3n_mlx.matformer.adapted import AdapterLike, named_adapters
@@ -237,6 +238,35 @@ class Gemma3n:
         """
         self._check_open()
         return self.preparer.opener.split_audio(audio, policy)
+
+    def transcribe(
+        self, audio: Any, language: str | None = None, prompt: str | None = None, translate: bool = False
+    ) -> Transcript:
+        """The words of audio of any length: of an `Audio`, or of what makes one.
+
+        language: what is spoken, as "German" or "de"; prompt: a hint at the words; translate: answer in English.
+        Raises ValueError when it can't be opened or the checkpoint has no audio tower.
+        """
+        return Transcript(tuple(self.transcribe_stream(audio, language, prompt, translate)))
+
+    def transcribe_stream(
+        self,
+        audio: Any,
+        language: str | None = None,
+        prompt: str | None = None,
+        translate: bool = False,
+        *,
+        skip: int = 0,
+    ) -> Iterator[Segment]:
+        """The words of audio clip by clip, in order; several clips are heard at once. See `transcribe`.
+
+        skip: how many of the first clips are left out. Errors come with the first segment.
+        """
+        clips = self.split_audio(audio if isinstance(audio, Audio) else Audio(audio))[skip:]
+        asked = question(language, prompt, translate=translate)
+        yield from segments(
+            clips, asked, lambda prompts: self.stream_many(prompts, temperature=0.0, max_tokens=CLIP_TOKENS)
+        )
 
     def drop_towers(self) -> None:
         """Frees the vision and the audio tower and what they encoded; the next image or clip reads them again."""

@@ -14,7 +14,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text("utf-8")
 PAGES = {path.name: path.read_text("utf-8") for path in sorted((REPOSITORY / "docs").glob("*.md"))}
-COMMANDS = ("chat", "convert", "bench", "eval", "slices", "serve")
+COMMANDS = ("chat", "transcribe", "convert", "bench", "eval", "slices", "serve")
 G3N = [sys.executable, "-m", "g3n_mlx"]
 
 
@@ -118,7 +118,7 @@ def served(folder):
         server.communicate(timeout=60)
 
 
-@pytest.mark.parametrize(("page", "count"), [("README.md", 1), ("python.md", 9)])
+@pytest.mark.parametrize(("page", "count"), [("README.md", 1), ("python.md", 10)])
 def test_python_code_runs(page, count):
     """A page's blocks go on from one another."""
     code = blocks(PAGES.get(page, README), "python")

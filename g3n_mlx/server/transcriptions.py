@@ -1,13 +1,10 @@
 """POST /v1/audio/transcriptions and /v1/audio/translations: audio in, its words out, in OpenAI's five formats.
 
-Gemma 3n does the work itself: audio of any length is split at quiet places into clips that it hears in one go, and each
-clip is a prompt of its own, but for one that holds nothing to hear: its text is empty. Segments are clips, so their
-times are the clips' borders.
-Source of the questions' wording: "Audio understanding" of Gemma's documentation, ai.google.dev.
+The clips, the questions and the formats are those of engine/transcript.py.
 """
 
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -15,6 +12,7 @@ from fastapi import APIRouter, Form, Request, UploadFile
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import AfterValidator, Field, FiniteFloat
 
+from g3n_mlx.engine.transcript import CLIP_TOKENS, Segment, joined, language_name, messages_about, question, srt, vtt
 from g3n_mlx.media.audio import Audio
 from g3n_mlx.server.engine import Place, PlaceOf
 from g3n_mlx.server.errors import ApiError
@@ -23,19 +21,10 @@ from g3n_mlx.server.scheduler import Task
 from g3n_mlx.server.schemas.base import RequestBody
 from g3n_mlx.server.schemas.generation import divisible
 
-CLIP_TOKENS = 512  # nobody says more in half a minute, so a response that runs away ends here
 MAX_AUDIO_S = 4 * 3600.0  # of one file, half a gigabyte an hour while it is decoded; chat messages have a limit below
 # The names that clients of these routes send unasked.
 AUDIO_MODELS = ("whisper-1", "gpt-4o-transcribe", "gpt-4o-mini-transcribe")
 MULTIPART = Form(media_type="multipart/form-data")
-LANGUAGES = {
-    "ar": "Arabic", "bn": "Bengali", "cs": "Czech", "da": "Danish", "de": "German", "el": "Greek", "en": "English",
-    "es": "Spanish", "fa": "Persian", "fi": "Finnish", "fr": "French", "he": "Hebrew", "hi": "Hindi",
-    "hu": "Hungarian", "id": "Indonesian", "it": "Italian", "ja": "Japanese", "ko": "Korean", "ms": "Malay",
-    "nl": "Dutch", "no": "Norwegian", "pl": "Polish", "pt": "Portuguese", "ro": "Romanian", "ru": "Russian",
-    "sv": "Swedish", "sw": "Swahili", "ta": "Tamil", "te": "Telugu", "th": "Thai", "tr": "Turkish",
-    "uk": "Ukrainian", "ur": "Urdu", "vi": "Vietnamese", "zh": "Chinese",
-}  # fmt: skip
 
 router = APIRouter()
 
@@ -71,16 +60,15 @@ async def create_transcription(
     """The words of some audio, in its own language."""
     if "word" in (form.granularities or ()):
         raise ApiError(400, "there are no timestamps of words, only of segments", param="timestamp_granularities")
-    language = LANGUAGES.get((form.language or "").lower(), form.language)
-    question = f"Transcribe the following speech segment{f' in {language}' if language else ''}"
-    return await _respond(request, _Transcript(place, form, "transcribe", language or "", question))
+    asked = question(form.language, form.prompt, translate=False)
+    return await _respond(request, _Transcript(place, form, "transcribe", language_name(form.language), asked))
 
 
 @router.post("/v1/audio/translations", response_class=Response)
 async def create_translation(request: Request, place: PlaceOf, form: Annotated[AudioForm, MULTIPART]) -> Response:
     """The words of some audio, in English."""
-    question = "Translate the following speech segment into English"
-    return await _respond(request, _Transcript(place, form, "translate", "English", question))
+    asked = question(None, form.prompt, translate=True)
+    return await _respond(request, _Transcript(place, form, "translate", "English", asked))
 
 
 async def _respond(request: Request, transcript: "_Transcript") -> Response:
@@ -93,17 +81,6 @@ async def _respond(request: Request, transcript: "_Transcript") -> Response:
 
 
 @dataclass(slots=True)
-class Segment:
-    """A clip and its words."""
-
-    start_s: float
-    end_s: float
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list[int])
-    logprobs: list[float] = field(default_factory=list[float])
-
-
-@dataclass(slots=True)
 class _Transcript:
     """The exchange of one audio file, clip by clip."""
 
@@ -113,7 +90,7 @@ class _Transcript:
     form: AudioForm
     task: str
     language: str
-    question: str
+    asked: str  # of each clip
     segments: list[Segment] = field(default_factory=list[Segment])
 
     async def pieces(self) -> AsyncIterator[str]:
@@ -123,15 +100,11 @@ class _Transcript:
         params = sampling_params(model, temperature=self.form.temperature, logprobs=True, max_tokens=CLIP_TOKENS)
         await place.hold_audio()
         clips = await place.opened(lambda: model.split_audio(Audio(data), policy), "file", place.engine.media_threads)
-        hint = self.form.prompt and self.form.prompt.strip()
-        asked = f"{self.question}. Answer with the words alone."
-        asked += f" The words may be of this kind: {hint}" if hint else ""
         for start_s, end_s, clip in clips:
-            content = [{"type": "text", "text": asked}, {"type": "audio", "audio": clip}]
             if clip.is_silent:
                 self.segments.append(Segment(start_s, end_s))
                 continue
-            prompt = await place.prepared([{"role": "user", "content": content}], "file")
+            prompt = await place.prepared(messages_about(clip, self.asked), "file")
             between = " " if any(segment.text for segment in self.segments) else ""
             segment = Segment(start_s, end_s)
             self.segments.append(segment)
@@ -174,7 +147,7 @@ class _Transcript:
         return event(json.dumps(error.body()))
 
     def _text(self) -> str:
-        return " ".join(segment.text.strip() for segment in self.segments if segment.text.strip())
+        return joined(self.segments)
 
     def _usage(self) -> dict[str, Any]:
         return {"type": "duration", "seconds": self.segments[-1].end_s}
@@ -200,31 +173,3 @@ class _Transcript:
             "segments": segments,
             "usage": self._usage(),
         }
-
-
-def srt(segments: Sequence[Segment]) -> str:
-    """Segments as SubRip subtitles."""
-    return "\n".join(
-        f"{number}\n{_clock(segment.start_s, ',')} --> {_clock(segment.end_s, ',')}\n{_one_block(segment.text)}\n"
-        for number, segment in enumerate(segments, 1)
-    )
-
-
-def vtt(segments: Sequence[Segment]) -> str:
-    """Segments as WebVTT subtitles."""
-    cues = [
-        f"{_clock(segment.start_s, '.')} --> {_clock(segment.end_s, '.')}\n{_one_block(segment.text)}\n"
-        for segment in segments
-    ]
-    return "\n".join(["WEBVTT\n", *cues])
-
-
-def _clock(time_s: float, point: str) -> str:
-    milliseconds = round(time_s * 1000)
-    seconds, milliseconds = divmod(milliseconds, 1000)
-    return f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}{point}{milliseconds:03}"
-
-
-def _one_block(text: str) -> str:
-    """The text without the empty lines and arrows that would break a subtitle file."""
-    return "\n".join(line for line in text.strip().splitlines() if line.strip()).replace("-->", "->")

@@ -165,7 +165,7 @@ def test_no_more_sounds_are_open_than_are_answered(serve, monkeypatch):
 
 def test_an_unknown_model(client):
     with pytest.raises(openai.NotFoundError):
-        transcribe(client, sound(), model="whisper-1")
+        transcribe(client, sound(), model="whisper-9")
 
 
 @pytest.mark.parametrize("task", ["transcriptions", "translations"])

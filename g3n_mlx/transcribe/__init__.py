@@ -1,0 +1,1 @@
+"""`g3n transcribe`: audio files to their words."""
