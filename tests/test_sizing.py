@@ -27,7 +27,7 @@ def model():
 
 def test_a_quantized_model_fits_as_it_is_or_as_a_slice(sizes):
     assert sizes["quarter"] < sizes["half"] < sizes["whole"]
-    for limit, expected in (("whole", "whole"), ("half", "half"), ("quarter", "quarter")):
+    for limit, expected in (("whole", "whole"), ("half", "half"), ("eighth", "eighth")):
         chosen = sizing.fitting("demo", sizes[limit], None, None, None)
         assert (chosen.slice.short_name, chosen.q_bits) == (expected, None)
     with pytest.raises(ValueError, match=r"no slice fits .* start from the unquantized checkpoint"):
@@ -52,11 +52,20 @@ def test_bits_are_8_where_the_whole_model_has_room_and_else_4(tiny_folder):
         (5, {}, None, 2),  # the whole is fast enough
         (15, {}, "Half", 3),  # the best score of those that are expected to do
         (15, {"Half": 14.0}, "Quarter", 4),  # it was not: the next one
-        (39, {}, "Half-Skip", 3),
+        (45, {}, "Eighth-Skip", 3),
     ],
 )
 def test_the_best_slice_that_is_measured_to_be_fast_enough(model, monkeypatch, wanted, speeds, expected, asked):
-    known = {None: 10.0, "Skip": 12.0, "Half": 20.0, "Quarter": 40.0, "Half-Skip": 42.0, **speeds}  # by their sizes
+    known = {
+        None: 10.0,
+        "Skip": 12.0,
+        "Half": 20.0,
+        "Quarter": 40.0,
+        "Half-Skip": 42.0,
+        "Eighth": 44.0,
+        "Eighth-Skip": 50.0,
+        **speeds,
+    }  # by their sizes
     measured = []
 
     def decode_speed(of):
@@ -67,12 +76,12 @@ def test_the_best_slice_that_is_measured_to_be_fast_enough(model, monkeypatch, w
     chosen, speed = sizing.fast_enough(model, wanted)
     assert (chosen.slice_name, speed) == (expected, known[expected])
     assert len(measured) == asked
-    assert {None, "Half-Skip"} == set(measured[:2])  # the whole and the smallest
+    assert {None, "Eighth-Skip"} == set(measured[:2])  # the whole and the smallest
 
 
 def test_a_speed_that_no_slice_reaches_is_an_error(model, monkeypatch):
     monkeypatch.setattr(sizing, "decode_speed", lambda of: 10.0 if of.slice_name is None else 40.0)
-    with pytest.raises(ValueError, match=r"no slice of demo decodes 100 .* half-skip, makes 40\.0"):
+    with pytest.raises(ValueError, match=r"no slice of demo decodes 100 .* eighth-skip, makes 40\.0"):
         sizing.fast_enough(model, 100)
 
 

@@ -13,7 +13,7 @@ from g3n_mlx.matformer.table import read_slices
 
 QUESTION = "What is 12 + 34?"
 GREEDY = {"temperature": 0.0, "max_tokens": 24}
-NAMES = ("half", "quarter", "skip", "half-skip")
+NAMES = ("half", "quarter", "eighth", "skip", "half-skip", "eighth-skip")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from test_engine import Gate, run
 from g3n_mlx.server.shedding import Shedding
 
 ADD = [{"role": "user", "content": "What is 12 + 34?"}]
-SLICES = ["half", "quarter", "skip", "half-skip"]
+SLICES = ["half", "quarter", "eighth", "skip", "half-skip", "eighth-skip"]
 
 
 class Clock:
