@@ -11,6 +11,7 @@ REQUIRED = ("numpy", "tokenizers", "huggingface_hub", "pillow", "soundfile", "so
 # The extras but for the backends': what each is for, and the packages it brings.
 EXTRAS = {
     "heif": ("HEIC images", ("pillow-heif",)),
+    "pdf": ("PDF files in messages", ("pypdf",)),
     "pictures": ("images shown in the terminal", ("textual-image",)),
     "mic": ("recording in the chat", ("sounddevice",)),
     "plot": ("g3n eval --plot", ("matplotlib",)),

@@ -14,7 +14,7 @@ from g3n_mlx.engine import drafts, nested
 from g3n_mlx.eval.quality import read_examples
 from g3n_mlx.media.policy import MediaPolicy
 
-SLICES, DRAFTED, MAX_TOKENS = ("half", "half-skip"), 3, 48
+SLICES, DRAFTED, MAX_TOKENS = ("half", "eighth", "eighth-skip"), 3, 48
 
 
 def main() -> None:
