@@ -20,6 +20,7 @@ COMMANDS = {
     "bench": ("g3n_mlx.bench", "measure load time, speed and memory"),
     "eval": ("g3n_mlx.eval", "measure quality on examples or a text"),
     "slices": ("g3n_mlx.slices", "find the best slice on your own data"),
+    "batch": ("g3n_mlx.batch", "answer a file of requests, or one question about many files"),
     "serve": ("g3n_mlx.server", "serve a model over OpenAI's API"),
     "doctor": ("g3n_mlx.doctor", "show what this machine can run and what is installed"),
     "completion": ("g3n_mlx.completion", "print the script for completion by Tab"),

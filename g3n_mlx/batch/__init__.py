@@ -1,0 +1,1 @@
+"""Offline batches: many requests from a file, answered on this machine."""
