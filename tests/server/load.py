@@ -24,6 +24,7 @@ from typing import Any
 import httpx
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from running import picture, sound
 
 from g3n_mlx.checkpoint.hub import demo_folder
