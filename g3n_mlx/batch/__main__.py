@@ -17,6 +17,7 @@ from g3n_mlx.commands import (
     command_parser,
     load_from,
     log_to_stderr,
+    model_of,
     positive,
     positive_float,
     run_command,
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
         for name in ("system_prompt", "schema", "max_tokens", "temperature", "seed"):
             if getattr(arguments, name) is not None:
                 parser.error(f"--{name.replace('_', '-')} is for --files: in a file of requests, each brings its own")
+    if arguments.workers is not None and arguments.ray is None:
+        parser.error("--workers is for --ray")
     if arguments.output.suffix not in (JOURNAL, *TABLES):
         parser.error(f"-o is {arguments.output}, expected a name that ends in {', '.join((JOURNAL, *TABLES))}")
     log_to_stderr(logging.WARNING)
@@ -61,6 +64,8 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("requests", nargs="?", type=Path, metavar="FILE", help="requests in OpenAI's batch format, JSON lines")
     add("-o", "--output", type=Path, required=True, metavar="FILE", help="results: .jsonl; .csv and .parquet beside it")
+    add("--ray", metavar="ADDRESS", help="run on a Ray cluster: its address, auto, or local for one of this machine")
+    add("--workers", type=positive, metavar="N", help="models on the cluster; default: one per GPU, else per node")
     add("--retry-errors", action="store_true", help="run those again that failed")
     files = parser.add_argument_group("one question about many files")
     files.add_argument("--files", nargs="+", metavar="FILE", help="images, audio or videos; also globs, with **")
@@ -94,8 +99,8 @@ def _batch(arguments: argparse.Namespace) -> int:
         if journal.done:
             say(f"going on from {len(journal.done)} results in {journal.path}, {journal.failed} of them errors")
         if entries:
-            with Progress(len(entries)) as progress:
-                _run(arguments, source, entries, journal, progress)
+            with Progress(len(entries), shown=arguments.ray is None) as progress:
+                (_run if arguments.ray is None else _run_on_cluster)(arguments, source, entries, journal, progress)
             say(progress.summary())
         if output.suffix in TABLES:
             write_table(journal.lines(), output, None if question is None else question.schema)
@@ -120,6 +125,29 @@ def _run(
 
     with load_from(arguments) as model:
         asyncio.run(answered())
+
+
+def _run_on_cluster(
+    arguments: argparse.Namespace, source: "Source", entries: "list[Entry]", journal: "Journal", progress: "Progress"
+) -> None:
+    from g3n_mlx.batch.cluster import results
+    from g3n_mlx.batch.results import refused, result_line, tokens_of
+    from g3n_mlx.matformer.adapted import parsed_adapters
+
+    names = ("backend", "matformer", "matformer_config", "q_bits", "dtype", "device", "revision", "chat_template")
+    loading = {name: getattr(arguments, name) for name in (*names, "activations")}
+    loading["adapter"] = parsed_adapters(arguments.adapter)
+    options = {"model": model_of(arguments), "load_options": loading, "parallel": arguments.parallel}
+    options["cache_bytes"] = int(arguments.cache_memory * 1e9)
+    requests = [source.request(entry) for entry in entries]
+    for request in requests:
+        if request.problem is not None:
+            journal.append(result_line(request.custom_id, refused(request.problem)))
+            progress.add(0, failed=True)
+    sent = [request for request in requests if request.problem is None]
+    for line in results(arguments.ray, arguments.workers, sent, options) if sent else ():
+        journal.append(line)
+        progress.add(tokens_of(line), failed=line["error"] is not None)
 
 
 def _source(arguments: argparse.Namespace, question: "Question | None") -> "Source":
