@@ -106,7 +106,7 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
         help="a private host that media may come from",
     )
     load = parser.add_argument_group("load")
-    load.add_argument("--parallel", type=positive, default=4, metavar="N", help="answers in progress; default: 4")
+    load.add_argument("--parallel", type=positive, metavar="N", help="answers in progress; default: what memory allows")
     add_draft_flag(load.add_argument, "auto")
     load.add_argument("--max-queue", type=count, default=64, metavar="N", help="requests behind them; default: 64")
     load.add_argument("--cache-memory", type=positive_float, default=4.0, metavar="GB", help="of caches; default: 4")
@@ -169,6 +169,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     from g3n_mlx.media.policy import MediaPolicy
     from g3n_mlx.server.app import create_app
+    from g3n_mlx.server.capacity import default_parallel
     from g3n_mlx.server.engine import Engine, ServerLimits
     from g3n_mlx.server.gate import GatePolicy
     from g3n_mlx.server.metrics import Metrics
@@ -180,8 +181,12 @@ def _serve(arguments: argparse.Namespace) -> int:
     listener = _bound(arguments.host, arguments.port)
     if arguments.api_key is None and not _is_loopback(arguments.host):
         log.warning("listening at %s without --api-key: whoever reaches this machine can use it", arguments.host)
+    metrics = Metrics()
+    model = _load(arguments)
+    cache_bytes = int(arguments.cache_memory * 1e9)
+    parallel = arguments.parallel or default_parallel(model, cache_bytes)
     limits = ServerLimits(
-        parallel=arguments.parallel,
+        parallel=parallel,
         max_queue=arguments.max_queue,
         request_timeout_s=arguments.request_timeout,
         policy=MediaPolicy(
@@ -195,8 +200,6 @@ def _serve(arguments: argparse.Namespace) -> int:
             max_redirects=3,
         ),
     )
-    metrics = Metrics()
-    model = _load(arguments)
     slices = offered(model, arguments.slices, arguments.shed, arguments.matformer_config)
     shedding = None
     if arguments.shed:
@@ -205,8 +208,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     adapted = with_adapters(model, arguments.lora, ModelTable(name, loaded, list(slices)).ids)
     scheduler = Scheduler(
         model,
-        parallel=arguments.parallel,
-        cache_bytes=int(arguments.cache_memory * 1e9),
+        parallel=parallel,
+        cache_bytes=cache_bytes,
         metrics=metrics,
         draft=arguments.draft,
         slices=slices,

@@ -7,8 +7,8 @@ from g3n_mlx.model import ACTIVATION_BYTES, Gemma3n
 
 # Of an answer and its prompt: a page of text and two images. Longer ones wait, as long as others need the memory.
 USUAL_TOKENS = 4096
-# More in a call bring little on a CPU (docs/server.md), and each makes the time between tokens longer.
-MAX_PARALLEL = 16
+# More in a call bring little on a CPU (docs/performance.md), and each makes the time between tokens longer.
+MAX_PARALLEL = 8
 
 
 def answer_bytes(model: Gemma3n, tokens: int) -> int:

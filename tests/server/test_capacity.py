@@ -16,6 +16,6 @@ def test_it_counts_what_a_cache_takes(model, tokens):
 
 def test_what_fits_is_the_default(model, monkeypatch):
     one = capacity.answer_bytes(model, capacity.USUAL_TOKENS)
-    assert [capacity.default_parallel(model, budget) for budget in (0, one, 5 * one, 1000 * one)] == [1, 1, 5, 16]
+    assert [capacity.default_parallel(model, budget) for budget in (0, one, 5 * one, 1000 * one)] == [1, 1, 5, 8]
     monkeypatch.setattr(capacity, "available_bytes", lambda: 6 * one)
     assert capacity.default_parallel(model, 1000 * one) == 3
