@@ -47,8 +47,11 @@ class Variants:
     def _mixed(self, candidate: Candidate) -> Checkpoint:
         """The checkpoint with the modules whose bits the candidate chooses taken from its conversions."""
         base = self.whole.checkpoint
-        sources, low_ranks, chosen = dict(base.sources), dict(base.low_ranks), quantizations(base, candidate)
-        for path, quantization in chosen.items():
+        sources, low_ranks, chosen = dict(base.sources), dict(base.low_ranks), dict(quantizations(base, candidate))
+        for path, quantization in tuple(chosen.items()):
+            if sources[f"{path}.weight"].stored.shard.path.parent != base.folder:  # replaced by an adapter: it stays
+                del chosen[path]
+                continue
             if (merged := sources[f"{path}.weight"].low_rank) is not None:  # the conversions are without the adapter
                 low_ranks[path] = merged
             # Every conversion has the PLE table, at 8 bits.

@@ -3,6 +3,9 @@
 import re
 from fractions import Fraction
 
+import adapter_files
+import checkpoint_files
+import numpy as np
 import pytest
 from planted import LAYERS
 
@@ -16,6 +19,7 @@ from g3n_mlx.eval.quality import measure_text, windows
 from g3n_mlx.matformer.table import read_slices
 from g3n_mlx.slices.costs import Costs
 from g3n_mlx.slices.space import space_of
+from g3n_mlx.slices.variants import Variants
 
 TEXT = "".join(f"Cat {number} sat on the mat.\n" for number in range(12))  # less than a window
 
@@ -65,6 +69,28 @@ def test_a_recipe_gives_what_the_search_measured(planted_folder, backend, tmp_pa
     # The search counts the token behind the text as well.
     assert again.kl_mean == pytest.approx(float(measured), rel=0.1)
     assert again.kl_mean > 1e-4
+
+
+def test_bits_leave_an_adapter_in_place(planted_folder, backend, tmp_path):
+    """The conversions are without it: what it adds goes beside them, what it replaces stays."""
+    tensors = checkpoint_files.read_folder(planted_folder)
+    layer = "model.layers.0"
+    changes = adapter_files.low_ranks(tensors, (f"{layer}.mlp.up_proj",))
+    adapter = adapter_files.write_peft(tmp_path / "adapter", changes)
+    file, name = adapter / "adapter_model.safetensors", f"{layer}.self_attn.o_proj.weight"
+    replaced = {f"base_model.model.{name}": tensors[name].astype(np.float32) * -2}
+    checkpoint_files.write_safetensors(file, checkpoint_files.read_safetensors(file) | replaced)
+    options = {"backend": backend, "dtype": "float32", "device": "cpu", "adapter": adapter}
+    ids = [2, *range(200, 240)]
+    with load(planted_folder, **options) as whole, load(planted_folder, q_bits=8, **options) as expected:
+        candidate = space_of(whole.checkpoint, [Fraction(1, 2)], [3, 8]).whole.at(8)
+        variants = Variants(whole, "cpu")
+        with variants.opened(candidate) as found:
+            # What is not quantized is bfloat16 in the conversion alone.
+            distance = np.abs(found.logits(ids) - expected.logits(ids)).max()
+        with load(planted_folder, backend=backend, dtype="float32", device="cpu") as plain:
+            assert distance < np.abs(plain.logits(ids) - expected.logits(ids)).max() / 20
+        variants.close()
 
 
 def test_bits_of_a_quantized_model_can_not_be_searched(planted_folder, tmp_path, capsys):
