@@ -133,7 +133,7 @@ def test_failures_are_one_line(demo, capsys, tmp_path):
         (["--model", str(tmp_path / "nowhere"), "--port", "0"], "nowhere"),
         (["--model", str(demo), "--matformer", "e9b", "--port", "0"], "e9b"),
         (["--model", str(demo), "--slices", "halv", "--port", "0"], "did you mean 'half'"),
-        (["--model", str(demo), "--matformer", "quarter", "--shed", "half", "--port", "0"], "no slices to answer with"),
+        (["--model", str(demo), "--matformer", "eighth-skip", "--shed", "half", "--port", "0"], "no slices to answer"),
         (["--model", str(demo), "--host", "no.such.host.invalid"], "no.such.host.invalid"),
     ):
         assert main(flags) == 1
