@@ -24,7 +24,7 @@ def logits(folder, dtype, with_kernels):
     with pytest.MonkeyPatch.context() as patch:
         if not with_kernels:
             patch.setattr(elementwise, "takes", lambda *tensors: False)
-            patch.setattr(attention, "takes", lambda queries, keys: False)
+            patch.setattr(attention, "takes", lambda queries, keys, values: False)
         with load(folder, backend="torch", device="cpu", dtype=dtype) as model:
             return model.logits(PROMPT)
 

@@ -27,18 +27,23 @@ def attended(queries, keys, values, window):
     return out
 
 
-def check(kernels, rows, past, kv_heads, group, head_dim, window, room, scale, seed):
+def called(kernels, queries, keys, values, length, window):
+    """What the kernel makes of the first `length` keys and values."""
     if not kernels.g3n_attends():
         pytest.skip("these instructions leave a prefill's attention to PyTorch")
+    (rows, heads, head_dim), kv_heads = queries.shape, keys.shape[0]
+    out = np.full(queries.shape, np.nan, HALVES)
+    stride = keys.shape[1] * head_dim
+    sequence = library.Sequence(keys.ctypes.data, values.ctypes.data, stride, stride, length, rows, 0)
+    kernels.g3n_attend(sequence, queries.ctypes.data, heads, kv_heads, head_dim, window or 0, out.ctypes.data)
+    return out
+
+
+def check(kernels, rows, past, kv_heads, group, head_dim, window, room, scale, seed):
     generator, length = np.random.default_rng(seed), past + rows
     queries = generator.normal(0, scale, (rows, kv_heads * group, head_dim)).astype(HALVES)
     keys, values = (generator.normal(0, 1, (kv_heads, length + room, head_dim)).astype(HALVES) for _ in range(2))
-    out = np.full(queries.shape, np.nan, HALVES)
-    stride = (length + room) * head_dim
-    sequence = library.Sequence(keys.ctypes.data, values.ctypes.data, stride, stride, length, rows, 0)
-    kernels.g3n_attend(
-        sequence, queries.ctypes.data, kv_heads * group, kv_heads, head_dim, window or 0, out.ctypes.data
-    )
+    out = called(kernels, queries, keys, values, length, window)
     wide = (x.astype(np.float64) for x in (queries, keys[:, :length], values[:, :length]))
     # Weights and the result are rounded to 8 bits.
     np.testing.assert_allclose(out.astype(np.float64), attended(*wide, window), rtol=2**-7, atol=2**-6)
@@ -63,3 +68,13 @@ def test_any_shape(kernels, rows, past, kv_heads, group, head_dim, window, room,
 @pytest.mark.parametrize("window", [None, 512])
 def test_a_chunk_of_a_long_prompt(kernels, window):
     check(kernels, 300, 1000, 2, 4, 256, window, 0, 0.3, 0)
+
+
+def test_numbers_that_are_not_finite_are_not_hidden(kernels):
+    """Rows that see a key with a NaN give NaN, those before it do not."""
+    queries, keys, values = (np.ones((2, 20, 32), HALVES) for _ in range(3))
+    keys[0, 7, 3] = np.nan
+    out = called(kernels, np.ascontiguousarray(queries.swapaxes(0, 1)), keys, values, 20, None)
+    assert np.isnan(out[7:, 0].astype(np.float32)).all()
+    assert np.isfinite(out[:7].astype(np.float32)).all()
+    assert np.isfinite(out[:, 1].astype(np.float32)).all()

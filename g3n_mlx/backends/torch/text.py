@@ -206,7 +206,7 @@ class Attention(nn.Module):
             # The heads that share keys and values attend as rows of one query: no copy of keys for each.
             grouped = queries.view(1, keys.shape[1], -1, head_dim)
             return F.scaled_dot_product_attention(grouped, keys, values, scale=1.0).view(1, num_heads * head_dim)
-        if attention.takes(queries, keys):
+        if attention.takes(queries, keys, values):
             return attention.attend(queries, keys, values, self.window)
         mask = visible(rows, keys.shape[2], self.window, queries.device)
         out = F.scaled_dot_product_attention(queries, keys, values, mask, scale=1.0, enable_gqa=True)

@@ -85,7 +85,7 @@ static void weigh(Lines *l, long key, long count, int vector) {
             Floats weight = {0};
             if (i + j < count) {
                 Floats x = load(l->scores[i + j] + at);
-                weight = chosen_lanes(x > -1e29f, exponential(x - top), weight);
+                weight = chosen_lanes(x < -1e29f, weight, exponential(x - top));  // a NaN stays one
             }
             pair[j] = rounded_words(weight);
             total += weight;

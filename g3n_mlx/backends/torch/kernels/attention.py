@@ -10,13 +10,14 @@ HEAD_MULTIPLE, MAX_HEAD = 32, 512
 MAX_GROUP = 96  # heads of queries that share keys and values
 
 
-def takes(queries: Tensor, keys: Tensor) -> bool:
-    """Whether the kernel attends: queries [1, N, T, H], keys [1, K, S, H]."""
-    _, heads, _, head_dim = queries.shape
+def takes(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether the kernel attends: queries [1, N, T, H], keys and values [1, K, S, H]."""
+    sequences, heads, _, head_dim = queries.shape
     return (
-        queries.device.type == "cpu"
-        and queries.dtype == keys.dtype == torch.bfloat16
-        and not (torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad))
+        all(x.device.type == "cpu" and x.dtype == torch.bfloat16 for x in (queries, keys, values))
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in (queries, keys, values)))
+        and sequences == 1
+        and heads % keys.shape[1] == 0
         and head_dim % HEAD_MULTIPLE == 0
         and head_dim <= MAX_HEAD
         and heads // keys.shape[1] <= MAX_GROUP
