@@ -106,7 +106,8 @@ def test_a_stopped_run_goes_on(tmp_path, capsys, clip_s):
     assert list(tmp_path.glob("*.part")) == []
     stat = source.stat()
     asked = {"language": None, "prompt": None, "translate": False, "model": "demo", "slice": None}
-    asked |= {"source": str(source), "bytes": stat.st_size, "modified": stat.st_mtime_ns}
+    asked |= {"adapters": [], "bits": None, "dtype": None, "backend": served_backend(), "activations": "exact"}
+    asked |= {"revision": None, "source": str(source), "bytes": stat.st_size, "modified": stat.st_mtime_ns}
     kept = Progress(tmp_path / "long.txt.part", asked)
     kept.begin()
     kept.add(Segment(0.0, 1.0, "kept from before"))
@@ -124,10 +125,28 @@ def test_a_stopped_run_goes_on(tmp_path, capsys, clip_s):
     assert "kept from before" not in (tmp_path / "long.txt").read_text("utf-8")
 
 
+def test_progress_that_is_damaged_or_of_another_program(tmp_path):
+    kept = Progress(tmp_path / "a.txt.part", {"language": None})
+    assert kept.begin() == []
+    kept.add(Segment(0.0, 1.0, "whole"))
+    with (tmp_path / "a.txt.part").open("ab") as file:
+        file.write(b'{"other": 1}\n\xff\n')
+    assert kept.begin() == [Segment(0.0, 1.0, "whole")]
+    (tmp_path / "a.txt.part").write_text("a download\n")
+    with pytest.raises(FileExistsError, match="is not a transcription's progress"):
+        kept.begin()
+    assert (tmp_path / "a.txt.part").read_text() == "a download\n"
+
+
+def test_no_transcript_overwrites_another_of_the_same_run(tmp_path, capsys):
+    assert run(tmp_path / "a.mp3", tmp_path / "a.wav") == 1
+    assert "would get the same transcript" in capsys.readouterr().err
+
+
 def test_usage(capsys, tmp_path):
     for arguments in ([], ["a.wav", "--mic"]):
         with pytest.raises(SystemExit):
             main(arguments)
     assert "audio files, or --mic" in capsys.readouterr().err
     assert run("a.wav", "-o", tmp_path / "nowhere") == 1
-    assert re.search("is no folder", capsys.readouterr().err)
+    assert re.search("is not a folder", capsys.readouterr().err)

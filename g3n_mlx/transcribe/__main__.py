@@ -4,8 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from g3n_mlx.commands import (
     add_choice_flags,
@@ -18,7 +19,7 @@ from g3n_mlx.commands import (
     say,
     tell,
 )
-from g3n_mlx.failures import MissingFile, is_expected, one_line
+from g3n_mlx.failures import BadValue, MissingFile, is_expected, one_line
 
 if TYPE_CHECKING:
     from g3n_mlx.model import Gemma3n
@@ -58,22 +59,32 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> int:
     folder = arguments.output
     if folder is not None and folder != STDOUT and not folder.is_dir():
-        raise MissingFile(f"-o {folder} is no folder")
-    model = load_from(arguments)
-    if arguments.mic:
-        return _listen(model, arguments)
+        raise MissingFile(f"-o {folder} is not a folder")
+    paths = {source: _transcript_path(source, arguments) for source in arguments.files}
+    if folder != STDOUT and len(set(paths.values())) < len(arguments.files):
+        raise BadValue("two of the files would get the same transcript: give each run a folder of its own with -o")
     failures = 0
-    for source in arguments.files:
-        try:
-            _transcribe(model, source, arguments)
-        except BrokenPipeError:
-            raise
-        except Exception as error:
-            if not is_expected(error):
+    with load_from(arguments) as model:
+        if arguments.mic:
+            return _listen(model, arguments)
+        for source, path in paths.items():
+            try:
+                _transcribe(model, source, path, arguments)
+            except BrokenPipeError:
                 raise
-            failures += 1
-            say(f"{source}: {one_line(error)}")
+            except Exception as error:
+                if not is_expected(error):
+                    raise
+                failures += 1
+                say(f"{source}: {one_line(error)}")
     return 1 if failures else 0
+
+
+def _transcript_path(source: str, arguments: argparse.Namespace) -> Path:
+    """Where the transcript of a file or URL goes: beside the file, in the folder of -o, or here."""
+    is_url = urlsplit(source).scheme in ("http", "https", "file", "data")
+    name = PurePosixPath(urlsplit(source).path).stem if is_url else Path(source).stem
+    return (arguments.output or (Path() if is_url else Path(source).parent)) / f"{name or 'audio'}.{arguments.format}"
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -93,7 +104,7 @@ def _listen(model: "Gemma3n", arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _transcribe(model: "Gemma3n", source: str, arguments: argparse.Namespace) -> None:
+def _transcribe(model: "Gemma3n", source: str, path: Path, arguments: argparse.Namespace) -> None:
     """One file, whose progress is kept beside the transcript until that is complete."""
     from g3n_mlx.engine.transcript import FORMATS
     from g3n_mlx.transcribe.progress import Progress
@@ -102,12 +113,17 @@ def _transcribe(model: "Gemma3n", source: str, arguments: argparse.Namespace) ->
         heard = model.transcribe(source, **_options(arguments))
         tell(FORMATS[arguments.format](heard.segments), end="")
         return
-    local = None if "://" in source else Path(source)
-    name = Path(source).stem if local is not None else source.rstrip("/").rpartition("/")[2].partition("?")[0]
-    path = (arguments.output or (local.parent if local else Path())) / f"{name}.{arguments.format}"
+    # Whatever changes the words: of a run with other settings nothing is taken over.
     asked = {**_options(arguments), "model": model.name, "slice": model.slice_name, "source": source}
-    if local is not None and local.is_file():
-        asked |= {"bytes": local.stat().st_size, "modified": local.stat().st_mtime_ns}
+    asked |= {
+        "adapters": arguments.adapter,
+        "bits": arguments.q_bits,
+        "dtype": arguments.dtype,
+        "backend": model.backend,
+    }
+    asked |= {"activations": arguments.activations, "revision": arguments.revision}
+    if Path(source).is_file():
+        asked |= {"bytes": Path(source).stat().st_size, "modified": Path(source).stat().st_mtime_ns}
     progress = Progress(path.with_name(f"{path.name}.part"), asked)
     segments = progress.begin()
     if segments:
