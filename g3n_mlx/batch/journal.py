@@ -15,6 +15,8 @@ from filelock import FileLock, Timeout
 
 from g3n_mlx.failures import BadValue, FileProblem
 
+_FIRST_BYTES = b'{"id": "batch_req_'  # of every line, which one that is torn has, too
+
 
 class Journal:
     """Result lines, appended to a file; one process at a time."""
@@ -40,10 +42,20 @@ class Journal:
 
     def _cut_and_read(self, retry_errors: bool) -> None:
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-        os.ftruncate(self._file, _whole_bytes(self.path))
-        for line in self.lines():
-            self.done.add(line["custom_id"])
-            self.failed += line["error"] is not None
+        try:
+            whole = _whole_bytes(self.path)
+            for line in self.lines(whole):  # before anything is cut: it may be a file of another kind
+                self.done.add(line["custom_id"])
+                self.failed += line["error"] is not None
+            with self.path.open("rb") as file:
+                file.seek(whole)
+                torn = file.read(len(_FIRST_BYTES))
+            if not _FIRST_BYTES.startswith(torn):
+                raise BadValue(f"{self.path} does not end in a result of a batch; choose another -o")
+        except BaseException:
+            os.close(self._file)
+            raise
+        os.ftruncate(self._file, whole)
         if retry_errors and self.failed:
             self._drop_errors()
         os.lseek(self._file, 0, os.SEEK_END)
@@ -63,13 +75,17 @@ class Journal:
         self._file = os.open(self.path, os.O_RDWR | getattr(os, "O_BINARY", 0))
         self.done, self.failed = kept, 0
 
-    def lines(self) -> Iterator[dict[str, Any]]:
-        """All lines; raises ValueError at one that is no result."""
+    def lines(self, num_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+        """All lines, or those of so many bytes; raises ValueError at one that is not a result."""
+        left = self.path.stat().st_size if num_bytes is None else num_bytes
         with self.path.open("rb") as file:
             for number, text in enumerate(file, 1):
+                left -= len(text)
+                if left < 0:
+                    return
                 line = _result(text)
                 if line is None:
-                    raise BadValue(f"{self.path}, line {number}: this is no result of a batch; choose another -o")
+                    raise BadValue(f"{self.path}, line {number}: this is not a result of a batch; choose another -o")
                 yield line
 
     def append(self, line: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ since a line can't carry a form. Sources: "The request input object" of OpenAI's
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,7 +34,7 @@ class Request:
     def of(fields: Any, fallback_id: str) -> "Request":
         """The request that a line's JSON describes; fallback_id: its id when it names none."""
         if not isinstance(fields, dict):
-            return Request(fallback_id, problem="the line is no JSON object")
+            return Request(fallback_id, problem="the line is not a JSON object")
         custom_id = fields.get("custom_id")
         if not isinstance(custom_id, str) or not custom_id:
             return Request(fallback_id, problem=f"custom_id is {custom_id!r:.80}, expected a string that is not empty")
@@ -66,19 +66,29 @@ class Request:
     @property
     def beginning(self) -> str:
         """How its prompt begins: requests sorted by it find their shared beginning in the prefix cache."""
-        return f"{self.url} {''.join(_texts(self.body.get('messages', self.body.get('prompt'))))}"[:_KEY_LENGTH]
+        begun, length = [f"{self.url} "], 0
+        for text in _texts(self.body.get("messages", self.body.get("prompt"))):
+            begun.append(text)
+            length += len(text)
+            if length >= _KEY_LENGTH:
+                break
+        return "".join(begun)[:_KEY_LENGTH]
 
 
-def _texts(value: Any) -> Sequence[str]:
-    """All strings of a value, in order; long URLs by their digest."""
-    if isinstance(value, str):
-        return [hashlib.sha1(value.encode("utf-8", "replace")).hexdigest() if _is_data(value) else value]
-    if isinstance(value, dict):
-        # The keys are in any order; a part's type would hide what two of them share.
-        return [text for key, inner in value.items() if key not in ("type", "role") for text in _texts(inner)]
-    if isinstance(value, list):
-        return [text for inner in value for text in _texts(inner)]
-    return [] if value is None else [str(value)]
+def _texts(value: Any) -> Iterator[str]:
+    """All strings of a value, in order, however deep it is nested; long URLs by their digest."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            yield hashlib.sha1(value.encode("utf-8", "replace")).hexdigest() if _is_data(value) else value
+        elif isinstance(value, dict):
+            # The keys are in any order; a part's type would hide what two of them share.
+            waiting += [inner for key, inner in value.items() if key not in ("type", "role")][::-1]
+        elif isinstance(value, list):
+            waiting += value[::-1]
+        elif value is not None:
+            yield str(value)
 
 
 def _is_data(text: str) -> bool:

@@ -5,6 +5,7 @@ the model runs, the media of the requests that come next are fetched and decoded
 """
 
 import asyncio
+import json
 import logging
 from collections.abc import Mapping
 from types import TracebackType
@@ -14,7 +15,7 @@ import httpx
 
 from g3n_mlx.batch.requests import AUDIO, Request
 from g3n_mlx.batch.results import OK, Response, refused
-from g3n_mlx.failures import Error
+from g3n_mlx.failures import Error, WorkerFailed
 from g3n_mlx.media.fetch import fetch
 from g3n_mlx.media.policy import MediaPolicy
 from g3n_mlx.model import Gemma3n
@@ -65,16 +66,21 @@ class Service:
         await asyncio.to_thread(self._engine.close)
 
     async def answer(self, request: Request) -> Response:
-        """What the server answers. Raises RuntimeError when the model runs no more."""
+        """What the server answers. Raises WorkerFailed when the model runs no more."""
         if request.problem is not None:
             return refused(request.problem)
         body = {**request.body, "model": self._served(request.body.get("model"))}
         if request.url in AUDIO:
             response = await self._transcript(request.url, body)
         else:
-            response = _response(await self._client.post(request.url, json=body))
+            try:
+                content = json.dumps(body, allow_nan=False).encode()
+            except (ValueError, RecursionError) as error:  # JSON has neither NaN nor nesting without end
+                return refused(f"the body is not JSON: {error}")
+            headers = {"Content-Type": "application/json"}
+            response = _response(await self._client.post(request.url, content=content, headers=headers))
         if response.status != OK and not self._engine.scheduler.alive:
-            raise RuntimeError("the model's thread has ended")
+            raise WorkerFailed("the model's thread has ended")
         return response
 
     def _served(self, name: Any) -> str:

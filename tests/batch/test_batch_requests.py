@@ -6,7 +6,7 @@ import pytest
 
 from g3n_mlx.batch.journal import Journal
 from g3n_mlx.batch.question import FilesOfQuestion, Question, kind_of
-from g3n_mlx.batch.requests import RequestFile
+from g3n_mlx.batch.requests import Request, RequestFile
 from g3n_mlx.batch.run import pending
 
 GOOD = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}
@@ -26,7 +26,7 @@ def file_of(tmp_path, *lines):
         (b"{broken", "the line is not JSON"),
         (b"\xff\xfe", "the line is not JSON"),
         (b"[" * 100_000, "the line is not JSON"),
-        ([1], "the line is no JSON object"),
+        ([1], "the line is not a JSON object"),
         ({**GOOD, "custom_id": ""}, "custom_id is ''"),
         ({**GOOD, "custom_id": 5}, "custom_id is 5"),
         ({**GOOD, "method": "GET"}, "method is 'GET'"),
@@ -95,3 +95,11 @@ def test_files_by_globs(tmp_path):
         FilesOfQuestion(question, [str(tmp_path / "*.gif")])
     with pytest.raises(ValueError, match="none of the 1 files is an image"):
         FilesOfQuestion(question, [str(tmp_path / "deep/notes.txt")])
+
+
+def test_nested_content_is_sorted_as_any_other():
+    content = "x"
+    for _ in range(700):
+        content = [content]
+    line = json.dumps({"custom_id": "a", "url": "/v1/chat/completions", "body": {"messages": content}})
+    assert Request.of_line(line.encode(), 1).beginning == "/v1/chat/completions x"

@@ -8,7 +8,7 @@ from g3n_mlx.batch.journal import Journal
 
 
 def line(custom_id, error=None):
-    return {"id": "x", "custom_id": custom_id, "response": {"status_code": 200, "body": {}}, "error": error}
+    return {"id": "batch_req_x", "custom_id": custom_id, "response": {"status_code": 200, "body": {}}, "error": error}
 
 
 ERROR = {"code": "e", "message": "m"}
@@ -30,7 +30,7 @@ def test_a_later_run_knows_what_is_done(path):
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("torn", [b'{"id": "x", "custom', b"{", b'{"custom_id": "' + b"x" * (3 << 20)])
+@pytest.mark.parametrize("torn", [b'{"id": "batch_req_x", "custom', b"{", b'{"id": "batch_req_' + b"x" * (3 << 20)])
 def test_a_torn_line_is_cut_off(path, torn):
     with Journal(path) as journal:
         journal.append(line("a"))
@@ -61,7 +61,7 @@ def test_errors_are_taken_out_to_be_tried_again(path):
 @pytest.mark.parametrize("text", ["[1]\n", "{}\n", "custom_id\n", '{"custom_id": "a", "body": {}}\n'])
 def test_a_file_of_something_else_is_left_alone(path, text):
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"results\.jsonl, line 1: this is no result of a batch"):
+    with pytest.raises(ValueError, match=r"results\.jsonl, line 1: this is not a result of a batch"):
         Journal(path)
     assert path.read_text() == text
 
@@ -71,3 +71,12 @@ def test_one_writer_at_a_time(path):
         Journal(path)
     with Journal(path):
         pass
+
+
+@pytest.mark.parametrize("data", [b'{"settings": 1}', b"a note without an end", b'{"id": "other"'])
+def test_a_file_of_another_kind_stays_as_it_is(tmp_path, data):
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="does not end in a result of a batch"):
+        Journal(path)
+    assert path.read_bytes() == data
