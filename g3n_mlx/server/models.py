@@ -69,7 +69,8 @@ class ModelTable:
 
         The name alone leaves the slice open; a name with a slice is served by that one whatever happens.
         """
-        name = name.removesuffix(":latest")  # Ollama's clients write it behind a name without a tag
+        if name not in self.ids:
+            name = name.removesuffix(":latest")  # Ollama's clients write it behind a name without a tag
         if name in ALIASES:
             return Served(self._name, is_open=True)
         if name == self._name or name in self._other_names:

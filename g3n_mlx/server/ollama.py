@@ -137,7 +137,7 @@ def _described(request: Request, name: str) -> dict[str, Any]:
 def _loaded(body: OllamaRequest, request: Request, empty: Mapping[str, Any]) -> Response:
     """The answer to nothing, by which clients load or unload a model."""
     name = request.app.state.models.find(body.model).model_id
-    reason = "unload" if body.keep_alive == 0 else "load"
+    reason = "unload" if body.keep_alive in (0, "0", "0s", "0m", "0h") else "load"
     return JSONResponse({"model": name, "created_at": _now(), **empty, "done": True, "done_reason": reason})
 
 

@@ -124,13 +124,15 @@ def _tools(body: ResponsesRequest) -> tuple[list[dict[str, Any]] | None, str | d
         return tools or None, {"type": "function", "function": {"name": choice.name or ""}}
     if choice.type != "allowed_tools":
         raise ApiError(400, f"tool_choice of the type {choice.type!r:.80} is not supported", param="tool_choice")
-    allowed = {tool.get("name") for tool in choice.tools or ()}
+    allowed = [tool.get("name") for tool in choice.tools or ()]
     return [tool for tool in tools if tool["function"]["name"] in allowed] or None, choice.mode
 
 
 def _tool(tool: FlatTool) -> dict[str, Any]:
     if tool.type != "function":
         raise ApiError(400, f"the tool type {tool.type!r:.80} is not supported: only functions are", param="tools")
+    if tool.name is None:
+        raise ApiError(400, "a function in tools has no name", param="tools")
     return {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
 
 

@@ -19,12 +19,11 @@ QUIET = [
 
 
 def check_error(answer):
-    """What is refused says why, in OpenAI's shape."""
+    """What is refused says why, in OpenAI's shape or in Ollama's."""
     assert answer.status_code < 500, answer.text
     if answer.status_code >= 400:
         error = answer.json()["error"]
-        assert error["message"]
-        assert error["type"]
+        assert error if isinstance(error, str) else error["message"] and error["type"]
 
 
 def short(body):

@@ -28,7 +28,7 @@ class OllamaOptions(Wire):
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
-    seed: int | None = None
+    seed: int | None = None  # below 0: another one each time
     stop: str | list[str] | None = None
     num_predict: int | None = None  # below 1: no limit
     repeat_penalty: float | None = None
@@ -40,7 +40,8 @@ class OllamaOptions(Wire):
         names = SamplingFields.model_fields.keys() & type(self).model_fields.keys()
         limit = self.num_predict if self.num_predict is not None and self.num_predict > 0 else None
         same = {name: getattr(self, name) for name in names}
-        return {**same, "max_tokens": limit, "repetition_penalty": self.repeat_penalty}
+        seed = self.seed if self.seed is not None and self.seed >= 0 else None
+        return {**same, "seed": seed, "max_tokens": limit, "repetition_penalty": self.repeat_penalty}
 
 
 class OllamaRequest(RequestBody):
