@@ -4,7 +4,7 @@ import io
 import logging
 import sys
 
-MAX_BYTES = 1 << 30  # of memory
+MAX_BYTES = 1 << 30  # of memory, on Linux
 
 
 def main() -> int:
@@ -13,7 +13,8 @@ def main() -> int:
     if sys.platform != "win32":
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
+        if sys.platform == "linux":  # macOS reserves more address space than that for any process
+            resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
         resource.setrlimit(resource.RLIMIT_CPU, (max_seconds, max_seconds))
     from pypdf import PdfReader
     from pypdf.errors import PyPdfError
