@@ -15,9 +15,11 @@ EXTRAS = {
     "pictures": ("images shown in the terminal", ("textual-image",)),
     "mic": ("recording in the chat", ("sounddevice",)),
     "plot": ("g3n eval --plot", ("matplotlib",)),
+    "parquet": ("g3n batch -o FILE.parquet", ("pyarrow",)),
+    "ray": ("g3n batch --ray", ("ray",)),
     "server": (
         "g3n serve, and answers after a schema or grammar",
-        ("fastapi", "uvicorn", "python-multipart", "llguidance", "prometheus-client"),
+        ("fastapi", "uvicorn", "python-multipart", "llguidance", "prometheus-client", "httpx"),
     ),
 }
 
