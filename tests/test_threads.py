@@ -139,7 +139,9 @@ import asyncio, sys, threading
 from g3n_mlx import load
 from g3n_mlx.checkpoint.hub import demo_folder
 model = load(demo_folder(), backend=sys.argv[1], device="cpu")
-answer = lambda: print(len(model.generate("Hello", max_tokens=3, temperature=0).token_ids))
+def answer():
+    count = len(model.generate("Hello", max_tokens=3, temperature=0).token_ids)
+    print(f"{count}\\n", end="")  # in one piece: threads print at once
 threads = [threading.Thread(target=answer) for _ in range(2)]
 for thread in threads:
     thread.start()

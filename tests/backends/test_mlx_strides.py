@@ -15,9 +15,9 @@ import mlx.core as mx
 
 from g3n_mlx import load
 from g3n_mlx.backends.mlx import layers
-from g3n_mlx.batch import Rows
 from g3n_mlx.engine.cache import Cache
 from g3n_mlx.engine.runner import run
+from g3n_mlx.rows import Rows
 
 
 @pytest.mark.parametrize("quantized", [False, True])

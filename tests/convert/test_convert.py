@@ -427,7 +427,7 @@ def test_small_numbers_are_listed_with_their_digits(capsys: pytest.CaptureFixtur
     assert main(["--list-slices", "--model", "demo/"]) == 0
     rows = {name: line.split() for name, line in listed(capsys.readouterr().out).items()}
     assert float(rows.pop("whole")[2]) == 0.00241  # it is not in the table
-    assert [row[3] for row in rows.values()] == ["0.00124", "0.00123", "0.00162", "0.00183"]
+    assert [row[3] for row in rows.values()] == ["0.0008", "0.00103", "0.00124", "0.00123", "0.00162", "0.00183"]
     assert all(abs(float(row[2]) - float(row[3])) < 1e-5 for row in rows.values())
 
 

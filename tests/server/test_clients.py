@@ -70,18 +70,21 @@ async def test_openai_agents(server):
 @needs("pydantic_ai")
 @pytest.mark.anyio
 async def test_pydantic_ai(server):
+    import openai
     from pydantic_ai import Agent, NativeOutput
     from pydantic_ai.models.openai import OpenAIResponsesModel
     from pydantic_ai.providers.openai import OpenAIProvider
 
-    model = OpenAIResponsesModel("default", provider=OpenAIProvider(base_url=f"{server.url}/v1", api_key="x"))
-    settings: Any = {"temperature": 0, "max_tokens": 60}
-    agent: Any = Agent(model, output_type=NativeOutput(Sum), system_prompt="Be brief.", model_settings=settings)
-    assert 0 <= (await agent.run("What is 12 + 34?")).output.total <= 99
-    called: Any = Agent(model, output_type=Sum, model_settings=settings)  # the output is a tool's call here
-    assert 0 <= (await called.run("What is 12 + 34?")).output.total <= 99
-    async with Agent(model, model_settings=settings).run_stream("What is 12 + 34?") as run:
-        assert await run.get_output()
+    # A client of this test's own: the package's is shared, and outlives the event loop of its first use.
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0, timeout=WAIT_S) as remote:
+        model = OpenAIResponsesModel("default", provider=OpenAIProvider(openai_client=remote))
+        settings: Any = {"temperature": 0, "max_tokens": 60}
+        agent: Any = Agent(model, output_type=NativeOutput(Sum), system_prompt="Be brief.", model_settings=settings)
+        assert 0 <= (await agent.run("What is 12 + 34?")).output.total <= 99
+        called: Any = Agent(model, output_type=Sum, model_settings=settings)  # the output is a tool's call here
+        assert 0 <= (await called.run("What is 12 + 34?")).output.total <= 99
+        async with Agent(model, model_settings=settings).run_stream("What is 12 + 34?") as run:
+            assert await run.get_output()
 
 
 @needs("langchain_openai")

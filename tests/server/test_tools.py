@@ -318,12 +318,13 @@ def test_json_with_lines_like_calls_stays_whole_by_the_client(client, tokenizer,
     steps = {"type": "array", "prefixItems": [step], "items": False, "minItems": 1}
     schema = {"type": "object", "properties": {"steps": steps}, "required": ["steps"], "additionalProperties": False}
     (newline,) = tokenizer.encode("\n")
+    by_schema = dict.fromkeys(map(str, tokenizer.encode('"steps"')), 90)  # rather than calls of the tool
     answer = client.chat.completions.create(
         model="default",
         messages=[{"role": "user", "content": "Which steps?"}],
         tools=wired({"get-time": None}),
         response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
-        logit_bias={str(newline): 100},  # each item begins a line
+        logit_bias={**by_schema, str(newline): 100},  # each item begins a line
         temperature=0,
         max_tokens=300,
         stream=is_streamed,
