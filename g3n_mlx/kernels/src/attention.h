@@ -18,9 +18,13 @@ INLINE void attend_some(const Step *s, const Sequence *q, long kv_head, const fl
     memset(scores, 0, sizeof scores);
     float top[4];
     for (int h = 0; h < HEADS; h++) top[h] = -INFINITY;
+    const long width = halves ? 2 : 4;
     for (long key = from; key < to; key++) {
         Floats total[4];
         for (int h = 0; h < HEADS; h++) total[h] = (Floats){0};
+        // The values come next, a few columns of all keys at a time: too far apart for the processor to foresee.
+        const char *coming = (const char *)q->values + (values + key * size) * width;
+        for (long byte = 0; byte < size * width; byte += 64) __builtin_prefetch(coming + byte);
         for (long i = 0; i < size; i += LANES) {
             Floats k = load_cached(q->keys, keys + key * size + i, halves);
             for (int h = 0; h < HEADS; h++) total[h] += k * load(queries + h * size + i);
