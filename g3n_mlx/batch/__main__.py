@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from g3n_mlx.batch.results import TABLES
 from g3n_mlx.commands import (
     add_model_flags,
     command_parser,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from g3n_mlx.batch.run import Progress
 
 NAME = "g3n batch"
-JOURNAL, TABLES = ".jsonl", (".csv", ".parquet")
+JOURNAL = ".jsonl"
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +138,10 @@ def _run_on_cluster(
     names = ("backend", "matformer", "matformer_config", "q_bits", "dtype", "device", "revision", "chat_template")
     loading = {name: getattr(arguments, name) for name in (*names, "activations")}
     loading["adapter"] = parsed_adapters(arguments.adapter)
-    options = {"model": model_of(arguments), "load_options": loading, "parallel": arguments.parallel}
+    model = model_of(arguments)
+    if Path(model).exists():  # an actor has another working directory
+        model = str(Path(model).resolve())
+    options = {"model": model, "load_options": loading, "parallel": arguments.parallel}
     options["cache_bytes"] = int(arguments.cache_memory * 1e9)
     requests = [source.request(entry) for entry in entries]
     for request in requests:

@@ -101,10 +101,12 @@ class Journal:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        os.fsync(self._file)
-        os.close(self._file)
-        self._lock.release()
-        Path(self._lock.lock_file).unlink(missing_ok=True)
+        # The lock's file stays: were it unlinked, a run that waits for it and one that comes new could both write.
+        try:
+            os.fsync(self._file)
+        finally:
+            os.close(self._file)
+            self._lock.release()
 
 
 def _whole_bytes(path: Path) -> int:

@@ -90,11 +90,14 @@ class Worker:
         return await asyncio.gather(*map(answered, requests))
 
     def _request(self, row: Mapping[str, Any]) -> Request:
-        if "request" in row:
-            return Request.of(json.loads(row["request"]), "")
-        if {"custom_id", "url", "body"} <= row.keys():
-            body = row["body"]
-            return Request.of({**row, "body": json.loads(body) if isinstance(body, str) else body}, "")
+        try:
+            if "request" in row:
+                return Request.of(json.loads(row["request"]), "")
+            if {"custom_id", "url", "body"} <= row.keys():
+                body = row["body"]
+                return Request.of({**row, "body": json.loads(body) if isinstance(body, str) else body}, "")
+        except (ValueError, RecursionError) as error:
+            return Request(str(row.get("custom_id", "")), problem=f"the row's request is not JSON: {error}")
         if "path" not in row:
             raise BadValue(f"the columns are {', '.join(row)}, expected path, request, or custom_id, url and body")
         if self._question is None:

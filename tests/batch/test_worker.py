@@ -59,6 +59,8 @@ def test_rows_of_requests(make):
     )
     assert [bool(error) for error in first["error"]] == [False, False, True, False]
     assert [json.loads(line)["custom_id"] for line in first["result"]] == ids
+    broken = worker({"request": column(lines[0], "{")})
+    assert [bool(error) for error in broken["error"]] == [False, True]
     with pytest.raises(ValueError, match=r"Worker\(prompt=...\)"):
         worker({"path": column("a.png")})
     with pytest.raises(ValueError, match="the columns are text, expected path"):
