@@ -65,6 +65,7 @@ async def test_openai_agents(server):
     assert kinds[0] == "response.created"
     assert kinds[-1] == "response.completed"
     assert streamed.final_output
+    await remote.close()  # or its collection closes it later, in another test's event loop
 
 
 @needs("pydantic_ai")
