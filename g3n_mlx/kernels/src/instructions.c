@@ -55,25 +55,37 @@ static void dequantize_region(Place *place, void *argument) {
     end_loop(place);
 }
 
-// down_proj unit by unit (g3n.h, Units): the columns of 4-bit codes, with bfloat16 scales, as rows.
+// Bytes of 32 rows' codes of a group of units, [32] rows apart by `stride`, as 16 bytes of each unit, a line of 64 apart:
+// columns i and 16 + i of every 32 share a byte.
+INLINE void transpose_codes(const uint8_t *codes, long stride, long group, uint8_t *out) {
+    for (long row = 0; row < 16; row++) {
+        const uint8_t *low = codes + row * stride, *high = low + 16 * stride;
+        for (long pair = 0; pair < group / 2; pair++) {
+            out[2 * pair * 64 + row] = (uint8_t)((low[pair] & 15) | high[pair] << 4);
+            out[(2 * pair + 1) * 64 + row] = (uint8_t)(low[pair] >> 4 | (high[pair] & 0xF0));
+        }
+    }
+}
+
+// down_proj unit by unit (g3n.h, Units): the columns of 4-bit codes, with bfloat16 scales, as rows. 128 rows of a group
+// at a time, so that whole cache lines are written.
 static void units_region(Place *place, void *argument) {
     const UnitsWork *work = argument;
     const Matrix *m = work->matrix;
     const long hidden = m->rows, group = m->group;
     for EACH(place, item, m->columns / group) {
-        for (long row = 0; row < hidden; row++) {
-            long at = row * m->scale_stride + item;
-            work->scales[item * hidden + row] = ((const uint16_t *)m->scales)[at];
-            work->biases[item * hidden + row] = ((const uint16_t *)m->biases)[at];
-            // Columns i and 16 + i of every 32 share a byte.
-            long byte = row / 32 * 16 + row % 16;
-            int high = row % 32 >= 16;
-            const uint8_t *codes = (const uint8_t *)m->codes + row * m->code_stride + item * group / 2;
-            uint8_t *out = work->codes + item * group * (hidden / 2) + byte;
-            for (long unit = 0; unit < group; unit++, out += hidden / 2) {
-                uint8_t code = unit % 2 ? codes[unit / 2] >> 4 : codes[unit / 2] & 15;
-                *out = high ? (uint8_t)(*out | code << 4) : code;
+        uint8_t lines[128 * 64] __attribute__((aligned(64)));
+        for (long first = 0; first < hidden; first += 128) {
+            for (long row = first; row < first + 128; row++) {
+                long at = row * m->scale_stride + item;
+                work->scales[item * hidden + row] = ((const uint16_t *)m->scales)[at];
+                work->biases[item * hidden + row] = ((const uint16_t *)m->biases)[at];
             }
+            const uint8_t *codes = (const uint8_t *)m->codes + first * m->code_stride + item * group / 2;
+            for (long part = 0; part < 4; part++)
+                transpose_codes(codes + part * 32 * m->code_stride, m->code_stride, group, lines + part * 16);
+            uint8_t *out = work->codes + (item * group * hidden + first) / 2;
+            for (long unit = 0; unit < group; unit++) memcpy(out + unit * (hidden / 2), lines + unit * 64, 64);
         }
     }
     end_loop(place);
