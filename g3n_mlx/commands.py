@@ -110,6 +110,11 @@ def load_from(
 
     slices_later: --matformer-config may be given for slices that are taken of the loaded model alone.
     """
+    from g3n_mlx.checkpoint.ahead import read_ahead
+
+    source = model_of(arguments, tell)
+    if arguments.q_bits is None and Path(source).is_dir():
+        read_ahead(Path(source))  # while the backend is imported
     # Imports make some 300,000 objects that live as long as the process. The collector looks through them again and
     # again while they come, which takes 0.2 s, and once more at the end, which takes 0.5 s.
     gc.disable()
@@ -123,7 +128,7 @@ def load_from(
     from g3n_mlx.matformer.adapted import parsed_adapters
     from g3n_mlx.sizing import SPEED_BITS, chosen_in_words, fast_enough, fitting, is_quantized
 
-    source, matformer, q_bits, told = model_of(arguments, tell), arguments.matformer, arguments.q_bits, tell or say
+    matformer, q_bits, told = arguments.matformer, arguments.q_bits, tell or say
     fits, speed = getattr(arguments, "fits", None), getattr(arguments, "speed", None)
     if fits is not None:
         best = fitting(source, fits, arguments.revision, arguments.matformer_config, q_bits)

