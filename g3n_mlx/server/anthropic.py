@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from g3n_mlx.server.chat import chat_choices, chat_prompt, chat_request
-from g3n_mlx.server.engine import Place, PlaceOf
+from g3n_mlx.server.chat import Translated, chat_choices, chat_prompt, chat_request
+from g3n_mlx.server.engine import PlaceOf
 from g3n_mlx.server.errors import ANTHROPIC_PATH, ApiError
 from g3n_mlx.server.exchange import EVENT_STREAM, Choices, event, respond
 from g3n_mlx.server.schemas.anthropic import (
@@ -128,23 +128,16 @@ def _part(block: Block) -> dict[str, Any]:
             raise ApiError(400, f"the block type {other!r:.80} is unknown; known are {known}", param="messages")
 
 
-class _Message:
+class _Message(Translated):
     """The exchange of one message."""
 
     stream_type: ClassVar[str] = EVENT_STREAM
 
     def __init__(self, choices: Choices[ChatChoice]) -> None:
-        self._choices = choices
+        super().__init__(choices)
         self._id = f"msg_{uuid.uuid4().hex}"
         self._open: str | None = None  # the type of the block that is being written
         self._index = -1  # its number
-
-    @property
-    def place(self) -> Place:
-        return self._choices.place
-
-    def pieces(self) -> AsyncIterator[ChatChoice]:
-        return self._choices.pieces()
 
     async def whole(self, pieces: AsyncIterator[ChatChoice]) -> Response:
         """The message, complete."""

@@ -123,6 +123,23 @@ def _schema(body: ChatRequest) -> dict[str, Any] | bool | None:
     return None if body.response_format is None else closed(body.response_format.wanted)
 
 
+class Translated:
+    """The exchange of a chat in another protocol: it runs as the chat, a subclass says how it is sent."""
+
+    def __init__(self, choices: Choices[ChatChoice]) -> None:
+        """choices: of one answer."""
+        self._choices = choices
+
+    @property
+    def place(self) -> Place:
+        """Where the chat runs."""
+        return self._choices.place
+
+    def pieces(self) -> AsyncIterator[ChatChoice]:
+        """The chat's only choice as it comes."""
+        return self._choices.pieces()
+
+
 class _ChatShape:
     """A chat's choices: the role, then text and calls, at last the reason why they end."""
 

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response
 
 from g3n_mlx.config.manifest import effective_parameters
 from g3n_mlx.installation import version
-from g3n_mlx.server.chat import chat_choices, chat_request
+from g3n_mlx.server.chat import Translated, chat_choices, chat_request
 from g3n_mlx.server.engine import Engine, Place, PlaceOf
 from g3n_mlx.server.errors import ApiError
 from g3n_mlx.server.exchange import Choices, respond
@@ -186,21 +186,15 @@ def _content(text: str, images: Sequence[str] | None) -> str | list[dict[str, An
     return [*parts, {"type": "text", "text": text}]
 
 
-class _Answer:
+class _Answer(Translated):
     """The exchange of one answer."""
 
     stream_type: ClassVar[str] = "application/x-ndjson"
 
     def __init__(self, choices: Choices[ChatChoice], shown: Any) -> None:
         """shown: the fields that a message becomes, of which it has content, and tool_calls where there are some."""
-        self._choices, self._shown = choices, shown
-
-    @property
-    def place(self) -> Place:
-        return self._choices.place
-
-    def pieces(self) -> AsyncIterator[ChatChoice]:
-        return self._choices.pieces()
+        super().__init__(choices)
+        self._shown = shown
 
     async def whole(self, pieces: AsyncIterator[ChatChoice]) -> Response:
         """The answer in one object."""

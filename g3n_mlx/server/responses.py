@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from g3n_mlx.server.chat import chat_choices, chat_request
-from g3n_mlx.server.engine import Place, PlaceOf
+from g3n_mlx.server.chat import Translated, chat_choices, chat_request
+from g3n_mlx.server.engine import PlaceOf
 from g3n_mlx.server.errors import ApiError
 from g3n_mlx.server.exchange import EVENT_STREAM, Choices, event, respond
 from g3n_mlx.server.schemas.base import now
@@ -144,23 +144,17 @@ def _response_format(text: TextFormat) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": text.name, "schema": text.schema_, "strict": text.strict}}
 
 
-class _Response:
+class _Response(Translated):
     """The exchange of one response."""
 
     stream_type: ClassVar[str] = EVENT_STREAM
 
     def __init__(self, body: ResponsesRequest, choices: Choices[ChatChoice]) -> None:
-        self._body, self._choices = body, choices
+        super().__init__(choices)
+        self._body = body
         self._created = now()
         self._id = _new_id("resp")
         self._events = 0
-
-    @property
-    def place(self) -> Place:
-        return self._choices.place
-
-    def pieces(self) -> AsyncIterator[ChatChoice]:
-        return self._choices.pieces()
 
     async def whole(self, pieces: AsyncIterator[ChatChoice]) -> Response:
         """The response, complete."""
