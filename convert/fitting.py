@@ -135,9 +135,14 @@ def compensated(weight: np.ndarray, bits: int, group_size: int, factors: Sequenc
 
 
 def inverse_factors(moments: Moments) -> list[np.ndarray]:
-    """For each block the upper Cholesky factor of the inverse of its second moments, float32 [k, k]."""
+    """For each block the upper Cholesky factor of the inverse of its second moments, float32 [k, k].
+
+    Raises numpy's LinAlgError for what are no moments: numbers that are not finite, or not of squares.
+    """
     found = []
     for block in moments.blocks:
+        if not np.isfinite(block).all():
+            raise np.linalg.LinAlgError("it holds NaN or infinity")
         damped = block.astype(np.float64)
         mean = float(np.mean(np.diag(damped)))
         damped[np.diag_indices(len(damped))] += _DAMPING * mean if mean > 0 else 1.0

@@ -9,7 +9,7 @@ import numpy as np
 from g3n_mlx.checkpoint.quantization import Quantization
 from g3n_mlx.convert.fitting import Moments, Quantized, compensated, fitted, inverse_factors
 from g3n_mlx.convert.quantize import Method, affine
-from g3n_mlx.failures import BadValue, MissingFile
+from g3n_mlx.failures import BadValue, FileProblem, MissingFile
 
 METHODS = ("affine", "mse", "gptq")
 # Bits at which the plain grid is as good as any.
@@ -58,7 +58,14 @@ class Calibrated:
 
     def _read(self, file: Path) -> list[np.ndarray]:
         with np.load(file) as stored:
-            return inverse_factors(Moments([stored[name] for name in sorted(stored.files)]))
+            moments = Moments([stored[name] for name in sorted(stored.files)])
+        try:
+            return inverse_factors(moments)
+        except np.linalg.LinAlgError as error:
+            raise FileProblem(
+                f"{file}: what was measured there can't be used ({error}): delete it, and calibrate again with data "
+                "that the model reads without overflow"
+            ) from None
 
 
 def moments_file(folder: Path, path: str) -> Path:

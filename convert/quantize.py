@@ -153,6 +153,8 @@ def _quantize(
     try:
         return method(path, rows, quantization)
     except ValueError:
+        if all_finite(rows):  # then something else is wrong
+            raise
         raise BadValue(_not_finite(f"model.{path}.weight", dtype)) from None
 
 

@@ -141,6 +141,18 @@ def test_a_conversion_takes_the_method(tiny_folder: Path, tmp_path: Path, moment
     assert errors[2] < errors[1] < errors[0]
 
 
+def test_moments_that_can_not_be_used_are_not_blamed_on_the_weight(tiny_folder: Path, tmp_path: Path, moments) -> None:
+    measured = tmp_path / "moments"
+    measured.mkdir()
+    file = moments_file(measured, "language_model.layers.0.self_attn.q_proj")
+    for wrong in (moments[:128, :128] * np.nan, -moments[:128, :128]):
+        np.savez(file, **{"0000": wrong})
+        with pytest.raises(Error, match=r"q_proj.npz: what was measured there can't be used .*: delete it") as error:
+            convert(tiny_folder, tmp_path / "out", q_bits=3, method="gptq", moments=measured, progress=False)
+        assert "source is damaged" not in str(error.value)
+        assert not (tmp_path / "out").exists()
+
+
 def test_dequantized_weights_are_the_numbers_that_they_stood_for(quantized_folder: Path, tmp_path: Path) -> None:
     dense = convert(quantized_folder, tmp_path / "dense", dequantize=True, dtype="float32", progress=False)
     before, after = Checkpoint.open(quantized_folder), Checkpoint.open(dense)
