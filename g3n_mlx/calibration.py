@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.checkpoint.hub import cache_folder
 from g3n_mlx.checkpoint.recipe import is_quantized_module
 from g3n_mlx.config.fields import parse_json
@@ -37,31 +38,55 @@ _PASS_BYTES = 1 << 30
 _TABLES = (TOKEN_TABLE, PLE_TABLE)
 # Tokens of a text that are read at once, with <bos> in front.
 _WINDOW_TOKENS = 512
+# Of a tensor that is read for its contents alone, at once.
+_READ_ROWS = 1024
 
 
-def measure(model: Gemma3n, data: Path, *, progress: bool = True) -> Path:
+def measure(
+    model: Gemma3n, data: Path, *, only: Callable[[str], bool] = is_quantized_module, progress: bool = True
+) -> Path:
     """Measures what a model's quantizable modules multiply; returns the folder, for `convert(..., moments=)`.
 
     data: UTF-8 text, or JSON lines of objects with `messages` and perhaps an `answer`, as `g3n eval` takes them; media
-    lie below the file's folder. The folder is in the user's cache. Raises OSError, or ValueError naming the line.
+    lie below the file's folder. only: whether a module, by its path in the model, is wanted. The folder is in the
+    user's cache. Raises OSError, or ValueError naming the line.
     """
-    contents = data.read_bytes()
-    plan = (model.slice_name, model.config.text.intermediate_size, model.adapters)
-    key = hashlib.sha256(repr((fingerprint(model.checkpoint.folder), plan, BLOCK_WIDTH)).encode() + contents)
+    prompts = _prompts(model, data, data.read_bytes())
+    plan = (model.slice_name, model.config.text.intermediate_size)
+    key = hashlib.sha256(repr((fingerprint(model.checkpoint.folder), plan, BLOCK_WIDTH)).encode())
+    for part in _contents(model.checkpoint, prompts):
+        key.update(part)
     folder = cache_folder() / "moments" / f"{model.checkpoint.folder.resolve().name}-{key.hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     widths = {
         name.removesuffix(".weight"): shape[1]
         for name, shape in text_manifest(model.config.text).items()
-        if is_quantized_module(name.removesuffix(".weight")) and name.removesuffix(".weight") not in _TABLES
+        if only(name.removesuffix(".weight")) and name.removesuffix(".weight") not in _TABLES and len(shape) == 2
     }
     left = {path: width for path, width in widths.items() if not moments_file(folder, path).is_file()}
-    prompts = _prompts(model, data, contents)
     passes = list(_passes(left))
     with tqdm(total=len(passes) * len(prompts), desc="calibrating", unit="prompt", disable=not progress) as bar:
         for some in passes:
             _write(folder, model.runner.call(lambda some=some: _measured(model, some, prompts, bar.update)))
     return folder
+
+
+def _contents(checkpoint: Checkpoint, prompts: Sequence[Prompt]) -> Iterator[bytes]:
+    """What the measured numbers depend on besides the model's own files: what is read, and what adapters change."""
+    for prompt in prompts:  # of media their contents, wherever the files lie
+        yield repr((prompt.token_ids, [(span.start, span.features.digest) for span in prompt.media])).encode()
+    low_ranks = dict(checkpoint.low_ranks)
+    for name, source in checkpoint.sources.items():
+        if source.low_rank is not None:
+            low_ranks[name] = source.low_rank
+        if source.stored.shard.path.parent != checkpoint.folder:  # an adapter's, instead of the model's
+            yield name.encode()
+            for start in range(0, source.shape[0], _READ_ROWS):
+                yield source.read(start, min(start + _READ_ROWS, source.shape[0])).tobytes()
+    for name, low_rank in low_ranks.items():
+        yield name.encode()
+        for array in (low_rank.down, low_rank.up, low_rank.factor):
+            yield b"" if array is None else array.tobytes()
 
 
 def _measured(

@@ -2,10 +2,14 @@
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 
+import adapter_files
+import checkpoint_files
 import numpy as np
 import pytest
+from PIL import Image
 
 from g3n_mlx import calibration, load
 from g3n_mlx.checkpoint.folder import Checkpoint
@@ -102,6 +106,37 @@ def test_a_calibration_goes_on_where_it_stopped(tiny_folder, text, backend, monk
     assert (removed.read_bytes(), kept.stat().st_mtime_ns) == (before, written)
     monkeypatch.setattr(calibration, "_measured", None)  # nothing is left to do
     assert calibration.measure(model, text, progress=False) == folder
+
+
+def test_an_adapter_counts_by_what_it_holds(tiny_folder, published, text, backend, tmp_path) -> None:
+    """At the same place another adapter is measured anew; the same one somewhere else is not."""
+    target = ("model.language_model.layers.0.self_attn.q_proj",)
+    norm = "model.language_model.norm.weight"
+    folders = []
+    for place, seed, scale in (("a", 1, 2), ("a", 2, 2), ("a", 1, 3), ("b", 1, 2)):
+        shutil.rmtree(tmp_path / "a", ignore_errors=True)
+        adapter = adapter_files.write_peft(tmp_path / place, adapter_files.low_ranks(published[1], target, seed))
+        file = adapter / "adapter_model.safetensors"
+        whole = {f"base_model.model.{norm}": published[1][norm] * scale}
+        checkpoint_files.write_safetensors(file, checkpoint_files.read_safetensors(file) | whole)
+        model = load(tiny_folder, backend=backend, dtype="float32", device="cpu", adapter=adapter)
+        folders.append(calibration.measure(model, text, only=lambda path: path == FIRST, progress=False))
+        model.close()
+    assert folders[0] == folders[3]
+    assert len(set(folders)) == 3
+
+
+def test_media_count_by_what_they_hold(tiny_folder, backend, tmp_path) -> None:
+    model = load(tiny_folder, backend=backend, dtype="float32", device="cpu")
+    parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]
+    data = tmp_path / "some.jsonl"
+    data.write_text(json.dumps({"messages": [{"role": "user", "content": parts}]}))
+    folders = []
+    for color in ("red", "blue"):
+        Image.new("RGB", (32, 32), color).save(tmp_path / "a.png")
+        folders.append(calibration.measure(model, data, only=lambda path: path == FIRST, progress=False))
+        assert [path.stem for path in folders[-1].iterdir()] == [FIRST]
+    assert folders[0] != folders[1]
 
 
 def test_the_command_calibrates_with_examples(tiny_folder, tmp_path, capsys) -> None:
