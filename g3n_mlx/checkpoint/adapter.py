@@ -25,7 +25,7 @@ from g3n_mlx.checkpoint.quantization import PARTS, dequantize, to_float32
 from g3n_mlx.checkpoint.shards import OpenFiles, Shard, StoredTensor, read_header
 from g3n_mlx.checkpoint.source import Source
 from g3n_mlx.config.adapter import SETTINGS, whole_adapter
-from g3n_mlx.config.fields import read_json, shown
+from g3n_mlx.config.fields import is_number, read_json, shown
 from g3n_mlx.config.manifest import PLE_TABLE, TOKEN_TABLE, dead_manifest
 from g3n_mlx.failures import BadValue, MissingFile
 
@@ -207,6 +207,8 @@ def _low_rank(
     down, up = (_read(parts[kind]) for kind in ("down", "up"))
     if not is_peft:
         down, up = down.T, up.T
+    if not (down.ndim and up.ndim and down.shape[0]):
+        raise _misfit(parts["up" if down.ndim and down.shape[0] else "down"], folder, "a matrix with at least one rank")
     rank = down.shape[0]
     if down.shape[1:] != shape[1:]:
         raise _misfit(parts["down"], folder, f"{list(shape[1:])} inputs of a weight {list(shape)}")
@@ -222,7 +224,10 @@ def _low_rank(
         raise _misfit(parts["magnitude"], folder, f"{shape[0]} magnitudes")
     if weight != 1:
         raise BadValue(f"{folder}: DoRA's magnitudes are of the whole adapter: it can't be weighted by {weight}")
-    return LowRank(low_rank.down, low_rank.up, magnitude / _row_norms(path, low_rank, checkpoint))
+    norms = _row_norms(path, low_rank, checkpoint)
+    # A row of zeros has no direction and stays one, whatever its magnitude; 0 / 0 would make it NaN.
+    factor = np.divide(magnitude, norms, out=np.ones_like(norms), where=norms > 0)
+    return LowRank(low_rank.down, low_rank.up, factor)
 
 
 def _read(part: _Part) -> np.ndarray:
@@ -237,21 +242,39 @@ def _peft_scale(settings: Mapping[str, Any], part: _Part, rank: int, folder: Pat
     """alpha / r, or alpha / sqrt(r), with the alpha of the pattern that fits the module's path."""
     bare = part.on_disk.removeprefix("base_model.model.").partition(".lora_")[0]
     alpha = settings.get("lora_alpha")
-    for pattern, own in (settings.get("alpha_pattern") or {}).items():
+    for pattern, own in _alpha_patterns(settings, folder).items():
         if re.match(rf"(.*\.)?({pattern})$", bare):  # peft, utils/other.py, `get_pattern_key`
             alpha = own
             break
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+    if not is_number(alpha):
         raise BadValue(f"{folder / SETTINGS}: lora_alpha is {shown(alpha)}, expected a number")
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _alpha_patterns(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    where, patterns = folder / SETTINGS, settings.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise BadValue(f"{where}: alpha_pattern is {shown(patterns)}, expected an object of numbers by pattern")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise BadValue(f"{where}: alpha_pattern has {shown(pattern)}, no regular expression: {error}") from None
+    return patterns
 
 
 def _mlx_scale(settings: Mapping[str, Any], folder: Path) -> float:
     parameters = settings.get("lora_parameters", settings)
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
     if scale is None and isinstance(parameters, dict) and {"alpha", "rank"} <= parameters.keys():
-        scale = parameters["alpha"] / parameters["rank"]  # of mlx-vlm's older files
-    if not isinstance(scale, int | float) or isinstance(scale, bool):
+        alpha, rank = parameters["alpha"], parameters["rank"]  # of mlx-vlm's older files
+        if not is_number(alpha) or not is_number(rank) or rank <= 0:
+            raise BadValue(
+                f"{folder / SETTINGS}: alpha and rank are {shown(alpha)} and {shown(rank)}, expected a number and one "
+                "above 0"
+            )
+        scale = alpha / rank
+    if not is_number(scale):
         raise BadValue(f"{folder / SETTINGS}: the scale of lora_parameters is {shown(scale)}, expected a number")
     return scale
 

@@ -8,7 +8,7 @@ Convolution kernels are always given as published: output, input, height, width.
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,17 @@ class Changes:
     low_ranks: Mapping[str, LowRank]  # by module path
     tensors: Mapping[str, Source]  # by name, whole ones instead of the checkpoint's
     files: Sequence[OpenFiles] = ()  # of these
+    _releases: list[weakref.finalize] = field(default_factory=list[weakref.finalize], init=False, repr=False)
 
     def __post_init__(self) -> None:
         for files in self.files:
             files.hold()
-            weakref.finalize(self, files.release)
+            self._releases.append(weakref.finalize(self, files.release))
+
+    def close(self) -> None:
+        """Lets go of the files before this is dropped."""
+        for release in self._releases:
+            release()
 
     @property
     def reaches_towers(self) -> bool:

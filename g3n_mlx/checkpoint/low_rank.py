@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from g3n_mlx.checkpoint.quantization import to_float32
+from g3n_mlx.failures import BadValue
 
 if TYPE_CHECKING:
     from g3n_mlx.checkpoint.source import Ranges
@@ -42,10 +43,19 @@ class LowRank:
         return LowRank(_ranges(self.down.T, columns).T, _ranges(self.up, rows), factor)
 
     def then(self, other: "LowRank") -> "LowRank":
-        """This change, and another one of what it makes."""
+        """This change, and another one of what it makes.
+
+        Raises ValueError where the other one adds to rows that this one makes 0 by its factor.
+        """
         up, factor = other.up, other.factor
         if self.factor is not None:
-            up = up / self.factor[:, None]
+            gone = self.factor == 0
+            if up[gone].any():
+                raise BadValue(
+                    "an adapter's DoRA magnitudes are 0 where the next adapter adds something, which can't be put "
+                    "beside a quantized weight: merge them by converting the unquantized checkpoint with --adapter"
+                )
+            up = up / np.where(gone, np.float32(1), self.factor)[:, None]
             factor = self.factor if factor is None else self.factor * factor
         return LowRank(np.concatenate([self.down, other.down]), np.concatenate([self.up, up], axis=1), factor)
 

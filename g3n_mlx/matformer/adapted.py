@@ -1,7 +1,7 @@
 """Checkpoints and slices of them with adapters: read for the whole model, cut as its weights are."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from g3n_mlx.checkpoint.adapter import changes_of
@@ -9,7 +9,7 @@ from g3n_mlx.checkpoint.folder import Changes, Checkpoint
 from g3n_mlx.checkpoint.hub import resolve_adapter
 from g3n_mlx.failures import BadValue
 from g3n_mlx.matformer.plan import SlicePlan
-from g3n_mlx.matformer.view import cut_changes, sliced
+from g3n_mlx.matformer.view import cut_changes, open_sliced
 
 # An adapter, several, or several with their weights.
 AdapterLike = str | Path | Sequence[str | Path] | Mapping[str, float]
@@ -48,11 +48,7 @@ def parsed_adapters(given: Iterable[str]) -> dict[str, float]:
 def open_adapted(folder: Path, plan: SlicePlan | None, adapters: Mapping[str, float]) -> Checkpoint:
     """The checkpoint in a folder, or the slice of it, with adapters; raises as `changes_of_slice` and `sliced` do."""
     changes = changes_of_slice(folder, plan, adapters)
-    checkpoint = Checkpoint.open(folder)
-    if plan is not None:
-        with closing(checkpoint) as whole:
-            checkpoint = sliced(whole, plan)
-    return with_changes(checkpoint, changes)
+    return with_changes(open_sliced(folder, plan), changes)
 
 
 def changes_of_slice(folder: Path, plan: SlicePlan | None, adapters: Mapping[str, float]) -> list[Changes]:
@@ -63,14 +59,17 @@ def changes_of_slice(folder: Path, plan: SlicePlan | None, adapters: Mapping[str
     found: list[Changes] = []
     if not adapters:
         return found
-    whole = Checkpoint.open(folder)
-    config = whole.config.text
-    for name, weight in adapters.items():
-        changes = changes_of(resolve_adapter(name), whole, weight)
-        found.append(changes if plan is None else cut_changes(changes, plan, config))
-        with closing(whole) as before:
-            whole = before.changed(changes)
-    whole.close()
+    with ExitStack() as opened, ExitStack() as after_error:
+        whole = opened.enter_context(closing(Checkpoint.open(folder)))
+        config = whole.config.text
+        for name, weight in adapters.items():
+            changes = after_error.enter_context(closing(changes_of(resolve_adapter(name), whole, weight)))
+            if plan is not None:
+                found.append(after_error.enter_context(closing(cut_changes(changes, plan, config))))
+            else:
+                found.append(changes)
+            whole = opened.enter_context(closing(whole.changed(changes)))
+        after_error.pop_all()
     return found
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from g3n_mlx.checkpoint.adapter import changes_of
 from g3n_mlx.checkpoint.folder import Checkpoint
+from g3n_mlx.checkpoint.shards import Shard
 from g3n_mlx.convert import convert
 from g3n_mlx.failures import Error
 from g3n_mlx.matformer.adapted import named_adapters, open_adapted, parsed_adapters
@@ -212,6 +213,9 @@ TABLE = "base_model.model.model.language_model.embed_tokens.lora_embedding_A"
         (lambda t: t.update({B: t[B][:-1]}), r"lora_B.weight is F32\[\d+, 4\], expected \d+ outputs .* and 4 ranks"),
         (lambda t: t.update({A: t[A] * np.nan}), r"lora_A.weight holds NaN or infinity"),
         (lambda t: t.update({B: t[B] * 0}), r"the adapter changes nothing"),
+        (lambda t: t.update({A: np.float32(1), B: np.float32(1)}), r"lora_A.weight is F32\[\], expected a matrix"),
+        (lambda t: t.update({B: np.float32(1)}), r"lora_B.weight is F32\[\], expected a matrix"),
+        (lambda t: t.update({A: t[A][:0], B: t[B][:, :0]}), r"lora_A.weight is F32\[0, 128\], expected .* one rank"),
         (lambda t: (t.pop(A), t.pop(B)), r"the adapter holds no tensors"),
     ],
 )
@@ -238,6 +242,89 @@ def test_settings_of_other_arithmetic_are_refused(published: Published, tiny_fol
     (folder / "adapter_config.json").write_text(json.dumps(raw))
     with pytest.raises(Error, match=message):
         open_adapted(tiny_folder, None, {str(folder): 1.0})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan, expected a number"),
+        ({"lora_alpha": 10**400}, "lora_alpha is 1000.*, expected a number"),
+        ({"alpha_pattern": [3]}, r"alpha_pattern is \[3\], expected an object of numbers by pattern"),
+        ({"alpha_pattern": {"q_proj(": 3}}, r"alpha_pattern has 'q_proj\(', no regular expression: "),
+        ({"alpha_pattern": {"q_proj": "3"}}, "lora_alpha is '3', expected a number"),
+    ],
+)
+def test_malformed_settings_of_peft_are_one_error(published: Published, tiny_folder, tmp_path, settings, message):
+    folder = adapters.write_peft(tmp_path / "a", adapters.low_ranks(published[1], (Q_PROJ,)), **settings)
+    with pytest.raises(Error, match=message):
+        open_adapted(tiny_folder, None, {str(folder): 1.0})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0, "alpha": 8}, "alpha and rank are 8 and 0, expected a number and one above 0"),
+        ({"rank": "8", "alpha": 8}, "alpha and rank are 8 and '8', expected a number and one above 0"),
+        ({"rank": 8, "alpha": None}, "alpha and rank are None and 8"),
+        ({"lora_parameters": {"scale": float("nan")}}, "the scale of lora_parameters is nan, expected a number"),
+        ({"lora_parameters": [1]}, "the scale of lora_parameters is None, expected a number"),
+    ],
+)
+def test_malformed_settings_of_mlx_are_one_error(published: Published, tiny_folder, tmp_path, settings, message):
+    folder = adapters.write_mlx(tmp_path / "a", adapters.low_ranks(published[1], (Q_PROJ,)))
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(Error, match=message):
+        open_adapted(tiny_folder, None, {str(folder): 1.0})
+
+
+def test_a_row_of_zeros_stays_one_under_dora(published: Published, tmp_path: Path) -> None:
+    """Its norm is 0, and its magnitude was that norm before training."""
+    config, tensors = published
+    weight = tensors[f"{Q_PROJ}.weight"].copy()
+    weight[3] = 0
+    source = files.write_folder(tmp_path / "source", config, tensors | {f"{Q_PROJ}.weight": weight})
+    down, up, magnitude = adapters.low_ranks(tensors, (Q_PROJ,))[Q_PROJ]
+    up[3], magnitude[3] = 0, 0
+    folder = adapters.write_peft(tmp_path / "a", {Q_PROJ: (down, up, magnitude)}, dora=True)
+    found = open_adapted(source, None, {str(folder): 1.0}).read(f"{Q_PROJ.removeprefix('model.')}.weight")
+    assert np.isfinite(found).all()
+    assert not found[3].any()
+    assert found[2].any()
+
+
+def test_an_adapter_over_rows_that_dora_made_zero(published: Published, quantized_folder: Path, tmp_path) -> None:
+    """Beside quantized weights W stays, and what is added is divided by the factor before it."""
+    down, up, magnitude = adapters.low_ranks(published[1], (Q_PROJ,))[Q_PROJ]
+    magnitude[5] = 0
+    first = adapters.write_peft(tmp_path / "first", {Q_PROJ: (down, up, magnitude)}, dora=True)
+    second = adapters.write_peft(tmp_path / "second", {Q_PROJ: (down, up, None)})
+    with pytest.raises(Error, match="DoRA magnitudes are 0 where the next adapter adds something"):
+        open_adapted(quantized_folder, None, {str(first): 1.0, str(second): 1.0})
+    up[5] = 0
+    third = adapters.write_peft(tmp_path / "third", {Q_PROJ: (down, up, None)})
+    found = open_adapted(quantized_folder, None, {str(first): 1.0, str(third): 1.0})
+    low_rank = found.low_ranks[Q_PROJ.removeprefix("model.")]
+    assert np.isfinite(low_rank.up).all()
+
+
+def test_files_are_closed_when_a_later_adapter_is_wrong(
+    published: Published, tiny_folder, tmp_path, monkeypatch
+) -> None:
+    """Also while the error is still held, with all that its frames hold."""
+    opened, closed = [], []
+    before, after = Shard.__init__, Shard.close
+    monkeypatch.setattr(Shard, "__init__", lambda self, path: (before(self, path), opened.append(path.name))[0])
+    monkeypatch.setattr(Shard, "close", lambda self: (after(self), closed.append(self.path.name))[0])
+    good = adapters.write_peft(tmp_path / "good", {})
+    norm = "model.language_model.norm.weight"
+    files.write_safetensors(good / "adapter_model.safetensors", {norm: published[1][norm] * 2})
+    wrong = broken(adapters.write_peft(tmp_path / "b", adapters.low_ranks(published[1], (Q_PROJ,))), lambda t: t.pop(B))
+    for plan in (None, plan_slice(Checkpoint.open(tiny_folder).config.text, files.slice_of([256] * 9, [9]))):
+        with pytest.raises(Error, match="without the other parts") as error:
+            open_adapted(tiny_folder, plan, {str(good): 1.0, str(wrong): 1.0})
+        assert sorted(opened) == sorted(closed), error
+        opened.clear()
+        closed.clear()
 
 
 def test_an_adapter_without_effect_is_an_error(published: Published, tiny: Checkpoint, tiny_folder, tmp_path) -> None:
