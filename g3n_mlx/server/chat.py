@@ -13,11 +13,10 @@ from g3n_mlx.engine.schemas import closed
 from g3n_mlx.engine.sequence import Constraint
 from g3n_mlx.model import Gemma3n
 from g3n_mlx.prompt.prompt import Prompt
-from g3n_mlx.server.documents import with_documents
+from g3n_mlx.server.documents import opened_turns
 from g3n_mlx.server.engine import Place, PlaceOf, unless_gone
 from g3n_mlx.server.errors import ApiError
 from g3n_mlx.server.exchange import Choices, at_least, respond, sampling_params, token_text
-from g3n_mlx.server.messages import template_messages
 from g3n_mlx.server.scheduler import Task
 from g3n_mlx.server.schemas.chat import ChatChoice, ChatRequest, Logprobs, TokenLogprob, TopLogprob
 from g3n_mlx.server.schemas.generation import Completion
@@ -59,8 +58,7 @@ async def chat_prompt(body: ChatRequest, place: Place) -> Prompt:
 
 
 async def _prompt(body: ChatRequest, offered: Tools | None, place: Place, *, answered: bool = True) -> Prompt:
-    messages = await with_documents(body.messages, place)
-    turns = template_messages(messages, offered and offered.system_text())
+    turns = await opened_turns(body.messages, offered and offered.system_text(), place)
     return await place.prepared(turns, answered=answered, continued=bool(body.continue_final_message))
 
 

@@ -2,37 +2,52 @@
 
 from collections.abc import Sequence
 
-from g3n_mlx.media.document import document_text
+from g3n_mlx.media.document import MAX_CHARACTERS, document_text
 from g3n_mlx.media.fetch import fetch
 from g3n_mlx.media.policy import MediaPolicy
 from g3n_mlx.prompt.fences import fenced
 from g3n_mlx.server.engine import Place
 from g3n_mlx.server.errors import ApiError
+from g3n_mlx.server.messages import Turns, check_media, template_messages
 from g3n_mlx.server.schemas.messages import FileData, Message, Part
 
 
-async def with_documents(messages: Sequence[Message], place: Place) -> list[Message]:
-    """The messages with the text of their files; raises ApiError 400 for a file that has none."""
-    return [await _with_documents(message, place) for message in messages]
+async def opened_turns(messages: Sequence[Message], tools_text: str | None, place: Place) -> Turns:
+    """The messages that `Gemma3n.prepare` takes, with the text of their files; tools_text as in `template_messages`.
+
+    Raises ApiError 400 for a file without text, and for too many media or too much text in files.
+    """
+    check_media(messages)
+    reading = _Reading(place)
+    return template_messages([await reading.opened(message) for message in messages], tools_text)
 
 
-async def _with_documents(message: Message, place: Place) -> Message:
-    if not isinstance(message.content, list):
-        return message
-    content = [
-        await _opened(part, place) if isinstance(part, Part) and part.type == "file" else part
-        for part in message.content
-    ]
-    return message.model_copy(update={"content": content})
+class _Reading:
+    """Opens the files of one request, one after the other, while their text is not too long."""
 
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._characters = 0
 
-async def _opened(part: Part, place: Place) -> Part:
-    file = part.file
-    if file is None or not file.file_data:
-        raise ApiError(400, "a part of the type file has no file_data", param="messages")
-    policy = place.policy
-    text = await place.opened(lambda: _text(file, policy), "messages", place.engine.media_threads)
-    return Part(type="text", text=text)
+    async def opened(self, message: Message) -> Message:
+        """The message with texts in place of files."""
+        if not isinstance(message.content, list):
+            return message
+        content = [
+            await self._text_part(part.file) if isinstance(part, Part) and part.type == "file" else part
+            for part in message.content
+        ]
+        return message.model_copy(update={"content": content})
+
+    async def _text_part(self, file: FileData | None) -> Part:
+        if file is None or not file.file_data:
+            raise ApiError(400, "a part of the type file has no file_data", param="messages")
+        place, policy = self._place, self._place.policy
+        text = await place.opened(lambda: _text(file, policy), "messages", place.engine.media_threads)
+        self._characters += len(text)
+        if self._characters > MAX_CHARACTERS:
+            raise ApiError(400, f"the files have more than {MAX_CHARACTERS} characters: send fewer", param="messages")
+        return Part(type="text", text=text)
 
 
 def _text(file: FileData, policy: MediaPolicy) -> str:

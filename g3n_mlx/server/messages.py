@@ -18,11 +18,7 @@ SEPARATOR = "\n\n"
 
 
 def template_messages(messages: Sequence[Message], tools_text: str | None) -> Turns:
-    """The messages that `Gemma3n.prepare` takes. tools_text: what the system text says about tools.
-
-    Raises ApiError 400 when the request brings too many media.
-    """
-    check_media(messages)
+    """The messages that `Gemma3n.prepare` takes. tools_text: what the system text says about tools."""
     turns: Turns = []
     if tools_text:
         turns.append({"role": "system", "content": [text_part(tools_text)]})
@@ -82,7 +78,7 @@ def part_fields(part: Part) -> dict[str, Any]:
 
 
 def check_media(messages: Sequence[Message]) -> None:
-    """Raises ApiError 400 when a request brings too many media."""
+    """Raises ApiError 400 when a request brings too many media and files."""
     parts = (part for message in messages if isinstance(message.content, list) for part in message.content)
     cost = sum(MEDIA_COSTS.get(part.type, 0) for part in parts if isinstance(part, Part))
     if cost > MAX_MEDIA_COST:

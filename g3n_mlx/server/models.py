@@ -7,9 +7,9 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from g3n_mlx.installation import version
+from g3n_mlx.server.documents import opened_turns
 from g3n_mlx.server.engine import Engine, PlaceOf
 from g3n_mlx.server.errors import ApiError
-from g3n_mlx.server.messages import template_messages
 from g3n_mlx.server.scheduler import Served
 from g3n_mlx.server.schemas.base import now
 from g3n_mlx.server.schemas.models import (
@@ -77,7 +77,7 @@ class ModelTable:
             return Served(name, is_open=True)
         if name in self._adapters:
             return Served(name, name)
-        if name not in self._slices and self._any_name:
+        if name not in self._slices and self._any_name and name.isprintable():  # no lone surrogate: it is sent back
             return Served(name, is_open=True)
         if name not in self._slices:
             known = ", ".join(map(repr, self.ids))
@@ -156,7 +156,7 @@ async def tokenize(body: TokenizeRequest, request: Request, place: PlaceOf) -> T
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give either prompt, a text, or messages", param="prompt")
     if body.messages is not None:
-        turns = template_messages(body.messages, None)
+        turns = await opened_turns(body.messages, None, place)
         prompt = await place.prepared(turns, answered=False, continued=body.continue_final_message)
         ids = list(prompt.token_ids)
     else:

@@ -5,6 +5,7 @@ import base64
 import pytest
 
 from g3n_mlx.media.document import document_text
+from g3n_mlx.server import documents
 
 pypdf = pytest.importorskip("pypdf")
 
@@ -61,3 +62,28 @@ def test_a_file_in_a_chat(server, client):
     with server.http() as http:
         body = {"messages": [{"role": "user", "content": same}]}
         assert found.usage.prompt_tokens == http.post("/v1/tokenize", json=body).json()["count"]
+
+
+def test_files_are_bounded_by_number_and_text(server, monkeypatch):
+    monkeypatch.setattr(documents, "MAX_CHARACTERS", 1000)
+
+    def refusal(text, number):
+        file = {"file_data": base64.b64encode(text).decode(), "filename": "a.txt"}
+        content = [{"type": "file", "file": file}] * number
+        with server.http() as http:
+            reply = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": content}]})
+        assert reply.status_code == 400, reply.text
+        return reply.json()["error"]["message"]
+
+    assert "the media cost 132, expected at most 128" in refusal(b"a", 33)
+    assert "the files have more than 1000 characters" in refusal(b"a" * 300, 4)
+
+
+def test_tokens_of_a_file_are_counted(server):
+    file = {"file_data": base64.b64encode(b"Hello").decode(), "filename": "a.txt"}
+    with server.http() as http:
+
+        def count(part):
+            return http.post("/v1/tokenize", json={"messages": [{"role": "user", "content": [part]}]}).json()["count"]
+
+        assert count({"type": "file", "file": file}) == count({"type": "text", "text": "a.txt:\n```\nHello\n```"})

@@ -182,6 +182,10 @@ def test_names_of_the_model(server, serve):
     anything = serve(any_name=True, slices=["half"])
     assert [chosen(anything, name).json()["model"] for name in ("x", "tiny:half")] == ["x", "tiny:half"]
     assert chosen(anything, "tiny:half").headers["x-g3n-slice"] == "half"
+    with anything.http() as http:  # a name that no response could repeat
+        sent = json.dumps({"model": "\ud800", "messages": [SUM]})
+        headers = {"Content-Type": "application/json"}
+        assert http.post("/v1/chat/completions", content=sent, headers=headers).status_code == 404
 
 
 def test_a_transcription_by_the_name_that_programs_send(client):

@@ -11,9 +11,10 @@ from g3n_mlx.server.schemas.base import SENT_ELSEWHERE, Wire
 MAX_MESSAGES = 4096
 MAX_PARTS = 256  # of one message
 # The most that a request's media may cost, counted in images. So many images fill the published context and take 220 MB
-# once opened; audio and video cost the same whatever their length, which has a limit of its own.
+# once opened; audio and video cost the same whatever their length, which has a limit of its own. A file may be a PDF,
+# which takes a process for up to 30 s.
 MAX_MEDIA_COST = 128
-MEDIA_COSTS = {"image_url": 1, "audio_url": 16, "input_audio": 16, "video_url": 16}
+MEDIA_COSTS = {"image_url": 1, "audio_url": 16, "input_audio": 16, "video_url": 16, "file": 4}
 MAX_TOOLS = 128
 
 # What Qwen's and other servers' parts take.
