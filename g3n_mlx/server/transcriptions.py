@@ -18,7 +18,7 @@ from g3n_mlx.server.engine import Place, PlaceOf
 from g3n_mlx.server.errors import ApiError
 from g3n_mlx.server.exchange import DONE, EVENT_STREAM, event, respond, sampling_params
 from g3n_mlx.server.scheduler import Task
-from g3n_mlx.server.schemas.base import RequestBody
+from g3n_mlx.server.schemas.base import PlainText, RequestBody
 from g3n_mlx.server.schemas.generation import divisible
 
 MAX_AUDIO_S = 4 * 3600.0  # of one file, half a gigabyte an hour while it is decoded; chat messages have a limit below
@@ -40,7 +40,7 @@ class AudioForm(RequestBody):
     NEUTRAL: ClassVar[Mapping[str, Any]] = {"task": "transcribe", "timestamp_granularities": "segment"}
 
     file: UploadFile
-    prompt: str | None = None
+    prompt: PlainText | None = None
     response_format: Literal["json", "text", "verbose_json", "srt", "vtt"] = "json"
     temperature: Annotated[FiniteFloat, Field(ge=0, le=2), AfterValidator(divisible)] = 0.0
     stream: bool = False
@@ -49,7 +49,7 @@ class AudioForm(RequestBody):
 class TranscriptionForm(AudioForm):
     """POST /v1/audio/transcriptions."""
 
-    language: Annotated[str | None, Field(max_length=40)] = None
+    language: Annotated[PlainText | None, Field(max_length=40)] = None
     granularities: Annotated[list[Literal["segment", "word"]] | None, Field(alias="timestamp_granularities[]")] = None
 
 

@@ -205,3 +205,18 @@ def test_a_place_for_audio_is_kept_while_its_thread_decodes(serve, monkeypatch):
     assert server.engine.long_audio._value == 0
     go_on.set()
     wait_until(lambda: server.engine.long_audio._value == 1)
+
+
+@pytest.mark.parametrize("field", ["language", "prompt"])
+def test_fields_with_half_a_character(server, field):
+    """A form's charset may be one that expresses lone surrogates."""
+    parts = [b'name="file"; filename="a.wav"\r\n\r\n' + sound(), f'name="{field}"\r\n\r\n+2AA-'.encode()]
+    body = b"".join(b"--x\r\nContent-Disposition: form-data; " + part + b"\r\n" for part in parts) + b"--x--\r\n"
+    with server.http() as http:
+        reply = http.post(
+            "/v1/audio/transcriptions",
+            content=body,
+            headers={"Content-Type": "multipart/form-data; boundary=x; charset=utf-7"},
+        )
+    assert reply.status_code == 400, reply.text
+    assert reply.json()["error"]["param"] == field

@@ -5,13 +5,25 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
 SENT_ELSEWHERE = "send it as a part of the message's content: image_url, input_audio, audio_url or video_url"
 OUR_TEMPLATE = "prompts follow the checkpoint's own template"
 
 log = logging.getLogger(__name__)
+
+
+def _encodable(text: str) -> str:
+    """Raises ValueError for a lone surrogate: JSON and some charsets of a form express it, UTF-8 does not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text has the lone surrogate {text[error.start]!a}") from None
+    return text
+
+
+PlainText = Annotated[str, AfterValidator(_encodable)]
 
 
 class Wire(BaseModel):
