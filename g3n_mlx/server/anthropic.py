@@ -7,12 +7,12 @@ Source: the API reference of docs.anthropic.com (messages, streaming), for the f
 import json
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from g3n_mlx.server.chat import Translated, chat_choices, chat_prompt, chat_request
+from g3n_mlx.server.chat import Translated, translated_choices, translated_prompt
 from g3n_mlx.server.engine import PlaceOf
 from g3n_mlx.server.errors import ANTHROPIC_PATH, ApiError
 from g3n_mlx.server.exchange import EVENT_STREAM, Choices, event, respond
@@ -27,6 +27,16 @@ from g3n_mlx.server.schemas.chat import ChatChoice
 from g3n_mlx.server.tools.history import arguments_of
 
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+# A chat's fields as this protocol has them, where they differ.
+FIELDS = {
+    "messages": "messages",  # without the places in it, which differ
+    "stop": "stop_sequences",
+    "response_format": "output_config.format",
+    "json_schema": "",
+    "function": "",
+    "parameters": "input_schema",
+    "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
+}
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 router = APIRouter()
@@ -42,7 +52,7 @@ async def create_message(body: MessagesRequest, request: Request, place: PlaceOf
         "stop": body.stop_sequences,
         "response_format": schema and {"type": "json_schema", "json_schema": {"schema": schema.schema_}},
     }
-    choices = await chat_choices(chat_request(fields), request, place)
+    choices = await translated_choices(fields, FIELDS, request, place)
     return await respond(request, _Message(choices), stream=bool(body.stream))
 
 
@@ -50,7 +60,7 @@ async def create_message(body: MessagesRequest, request: Request, place: PlaceOf
 async def count_tokens(body: CountTokensRequest, request: Request, place: PlaceOf) -> dict[str, int]:
     """The tokens of the prompt that the same message would make."""
     request.app.state.models.find(body.model)
-    prompt = await chat_prompt(chat_request(_fields(body)), place)
+    prompt = await translated_prompt(_fields(body), FIELDS, place)
     return {"input_tokens": len(prompt.token_ids)}
 
 
@@ -68,7 +78,8 @@ def _fields(body: CountTokensRequest) -> dict[str, Any]:
     return {
         "model": body.model,
         "messages": messages,
-        "continue_final_message": body.messages[-1].role == "assistant" or None,
+        # The last turn may have come to nothing: other models' thoughts are left out.
+        "continue_final_message": (body.messages[-1].role == messages[-1]["role"] == "assistant") or None,
         "tools": [_tool(tool) for tool in body.tools or ()] or None,
         "tool_choice": chosen,
         "parallel_tool_calls": None if choice is None else not choice.disable_parallel_tool_use,
@@ -94,12 +105,18 @@ def _messages(message: AnthropicMessage) -> Iterator[dict[str, Any]]:
             function = {"name": block.name or "", "arguments": json.dumps(block.input or {}, ensure_ascii=False)}
             calls.append({"id": block.id or "", "function": function})
         elif block.type == "tool_result":
-            content = block.content if isinstance(block.content, str) else _parts(block.content or ())
-            yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": content}
+            yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": _result(block)}
         elif block.type not in ("thinking", "redacted_thinking"):  # other models' thoughts: Gemma 3n has none
             rest.append(block)
     if rest or calls:
         yield {"role": message.role, "content": _parts(rest), **({"tool_calls": calls} if calls else {})}
+
+
+def _result(block: Block) -> list[dict[str, Any]]:
+    """What a tool's call came to, with a line in front where it failed."""
+    failed = [{"type": "text", "text": "Error:"}] if block.is_error else []
+    content = [Block(type="text", text=block.content)] if isinstance(block.content, str) else block.content
+    return [*failed, *_parts(content or ())]
 
 
 def _parts(blocks: Sequence[Block]) -> list[dict[str, Any]]:
@@ -109,23 +126,34 @@ def _parts(blocks: Sequence[Block]) -> list[dict[str, Any]]:
 def _part(block: Block) -> dict[str, Any]:
     """The block as a part of chat completions' content."""
     source = block.source
-    match block.type:
-        case "text":
+    match block.type, source and source.type:
+        case "text", _:
             return {"type": "text", "text": block.text}
-        case "image" if source is not None and source.type == "base64":
-            return {"type": "image_url", "image_url": f"data:{source.media_type};base64,{source.data}"}
-        case "image" if source is not None and source.type == "url":
-            return {"type": "image_url", "image_url": source.url}
-        case "document" if source is not None and source.type == "base64":
-            return {"type": "file", "file": {"file_data": source.data, "filename": block.title}}
-        case "document" if source is not None and source.type == "text":
-            return {"type": "text", "text": "\n".join([*([block.title] if block.title else []), source.data or ""])}
-        case "image" | "document":
-            kind = "no source" if source is None else f"a source of the type {source.type!r:.80}"
-            raise ApiError(400, f"a block of the type {block.type} has {kind}, expected base64", param="messages")
-        case other:
+        case "image", "base64":
+            kind = source.media_type if source is not None else None
+            return {"type": "image_url", "image_url": f"data:{kind or ''};base64,{_data(block)}"}
+        case "image", "url":
+            return {"type": "image_url", "image_url": _data(block, "url")}
+        case "document", "base64":
+            return {"type": "file", "file": {"file_data": _data(block), "filename": block.title}}
+        case "document", "text":
+            return {"type": "text", "text": "\n".join([*([block.title] if block.title else []), _data(block)])}
+        case "image" | "document", kind:
+            found = "no source" if kind is None else f"a source of the type {kind!r:.80}"
+            raise ApiError(400, f"a block of the type {block.type} has {found}, expected base64", param="messages")
+        case other, _:
             known = "text, image, document, tool_use, tool_result"
             raise ApiError(400, f"the block type {other!r:.80} is unknown; known are {known}", param="messages")
+
+
+def _data(block: Block, field: Literal["data", "url"] = "data") -> str:
+    """What the block's source holds."""
+    assert block.source is not None
+    found = getattr(block.source, field)
+    if not found:
+        kind = block.source.type
+        raise ApiError(400, f"a block of the type {block.type} has no {field} in its {kind} source", param="messages")
+    return found
 
 
 class _Message(Translated):
@@ -134,7 +162,7 @@ class _Message(Translated):
     stream_type: ClassVar[str] = EVENT_STREAM
 
     def __init__(self, choices: Choices[ChatChoice]) -> None:
-        super().__init__(choices)
+        super().__init__(choices, FIELDS)
         self._id = f"msg_{uuid.uuid4().hex}"
         self._open: str | None = None  # the type of the block that is being written
         self._index = -1  # its number

@@ -15,7 +15,7 @@ from g3n_mlx.model import Gemma3n
 from g3n_mlx.prompt.prompt import Prompt
 from g3n_mlx.server.documents import opened_turns
 from g3n_mlx.server.engine import Place, PlaceOf, unless_gone
-from g3n_mlx.server.errors import ApiError
+from g3n_mlx.server.errors import ApiError, told_by
 from g3n_mlx.server.exchange import Choices, at_least, respond, sampling_params, token_text
 from g3n_mlx.server.scheduler import Task
 from g3n_mlx.server.schemas.chat import ChatChoice, ChatRequest, Logprobs, TokenLogprob, TopLogprob
@@ -32,16 +32,38 @@ async def create_chat_completion(body: ChatRequest, request: Request, place: Pla
     return await respond(request, await chat_choices(body, request, place), stream=bool(body.stream))
 
 
-def chat_request(fields: Mapping[str, Any]) -> ChatRequest:
-    """What a request of another protocol asks for, None for what it leaves open; refused as one that came so."""
+def chat_request(fields: Mapping[str, Any], names: Mapping[str, str]) -> ChatRequest:
+    """What a request of another protocol asks for, None for what it leaves open.
+
+    names: the caller's fields by the chat's, "" for a step of the path that the caller's fields don't have. Raises
+    RequestValidationError, as for a request that came so, about the caller's fields.
+    """
     try:
         return ChatRequest.model_validate({name: value for name, value in fields.items() if value is not None})
     except ValidationError as error:
-        raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in error.errors()]) from None
+        raise RequestValidationError([{**one, "loc": _told(one["loc"], names)} for one in error.errors()]) from None
+
+
+def _told(path: Sequence[int | str], names: Mapping[str, str]) -> tuple[int | str, ...]:
+    """Where a chat's field is in the caller's body."""
+    found: list[int | str] = ["body"]
+    for step in path:
+        found += [step] if isinstance(step, int) else [part for part in names.get(step, step).split(".") if part]
+        if step == "messages":  # the places of the caller's differ
+            break
+    return tuple(found)
+
+
+async def translated_choices(
+    fields: Mapping[str, Any], names: Mapping[str, str], request: Request, place: Place
+) -> Choices[ChatChoice]:
+    """The choices of the chat that a request of another protocol asks for; for names see `chat_request`."""
+    with told_by(names):
+        return await chat_choices(chat_request(fields, names), request, place)
 
 
 async def chat_choices(body: ChatRequest, request: Request, place: Place) -> Choices[ChatChoice]:
-    """The choices of a chat, for this route and for those that translate another protocol. Raises ApiError."""
+    """The choices of a chat. Raises ApiError."""
     place.served = request.app.state.models.find(body.model)
     _check_formats(body)
     offered = Tools.from_request(body)
@@ -52,9 +74,11 @@ async def chat_choices(body: ChatRequest, request: Request, place: Place) -> Cho
     return Choices(body, place, tasks, shape)
 
 
-async def chat_prompt(body: ChatRequest, place: Place) -> Prompt:
-    """The prompt of a chat, which need not leave room for an answer. Raises ApiError."""
-    return await _prompt(body, Tools.from_request(body), place, answered=False)
+async def translated_prompt(fields: Mapping[str, Any], names: Mapping[str, str], place: Place) -> Prompt:
+    """The prompt of such a chat, which need not leave room for an answer. Raises ApiError."""
+    with told_by(names):
+        body = chat_request(fields, names)
+        return await _prompt(body, Tools.from_request(body), place, answered=False)
 
 
 async def _prompt(body: ChatRequest, offered: Tools | None, place: Place, *, answered: bool = True) -> Prompt:
@@ -124,18 +148,20 @@ def _schema(body: ChatRequest) -> dict[str, Any] | bool | None:
 class Translated:
     """The exchange of a chat in another protocol: it runs as the chat, a subclass says how it is sent."""
 
-    def __init__(self, choices: Choices[ChatChoice]) -> None:
-        """choices: of one answer."""
-        self._choices = choices
+    def __init__(self, choices: Choices[ChatChoice], names: Mapping[str, str]) -> None:
+        """choices: of one answer. names: as in `chat_request`."""
+        self._choices, self._names = choices, names
 
     @property
     def place(self) -> Place:
         """Where the chat runs."""
         return self._choices.place
 
-    def pieces(self) -> AsyncIterator[ChatChoice]:
+    async def pieces(self) -> AsyncIterator[ChatChoice]:
         """The chat's only choice as it comes."""
-        return self._choices.pieces()
+        with told_by(self._names):
+            async for piece in self._choices.pieces():
+                yield piece
 
 
 class _ChatShape:

@@ -4,7 +4,8 @@ OpenAI's is `{"error": {message, type, param, code}}`; Ollama's and Anthropic's 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -49,8 +50,26 @@ class ApiError(Exception):
             return {"type": "error", "error": {"type": kind, "message": message}}
         return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
+    def renamed(self, names: Mapping[str, str]) -> "ApiError":
+        """The same for a caller who sent other fields than those that it is about; see `told_by`."""
+        name = names.get(self.param or "")
+        if name is None:
+            return self
+        # A message's place among the chat's is not its place among the caller's.
+        said = re.sub(rf"\b{self.param}\b(\[\d+\](\.content\[\d+\])?)?", name, self.message)
+        return ApiError(self.status, said, param=name, code=self.code, headers=self.headers)
+
     def response(self, path: str) -> JSONResponse:
         return JSONResponse(self.body(path), self.status, headers=self.headers)
+
+
+@contextmanager
+def told_by(names: Mapping[str, str]) -> Generator[None]:
+    """Has an ApiError about a chat's field name the caller's instead. names: from the chat's fields to the caller's."""
+    try:
+        yield
+    except ApiError as error:
+        raise error.renamed(names) from None
 
 
 def _sendable(text: str) -> str:

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response
 
 from g3n_mlx.config.manifest import effective_parameters
 from g3n_mlx.installation import version
-from g3n_mlx.server.chat import Translated, chat_choices, chat_request
+from g3n_mlx.server.chat import Translated, translated_choices
 from g3n_mlx.server.engine import Engine, Place, PlaceOf
 from g3n_mlx.server.errors import ApiError
 from g3n_mlx.server.exchange import Choices, respond
@@ -25,12 +25,22 @@ from g3n_mlx.server.schemas.ollama import (
     OllamaChatRequest,
     OllamaGenerateRequest,
     OllamaMessage,
+    OllamaOptions,
     OllamaRequest,
     OllamaShowRequest,
 )
 from g3n_mlx.server.tools.history import arguments_of
 
 FAMILY = "gemma3n"
+# A chat's fields as this protocol has them, where they differ.
+FIELDS = {
+    **{name: f"options.{name}" for name in OllamaOptions.model_fields},
+    "repetition_penalty": "options.repeat_penalty",
+    "max_tokens": "options.num_predict",
+    "response_format": "format",
+    "json_schema": "",
+    "schema": "",
+}
 
 router = APIRouter()
 
@@ -155,8 +165,9 @@ async def _respond(
         given["response_format"] = {"type": "json_object"}
     elif body.format:
         given["response_format"] = {"type": "json_schema", "json_schema": {"schema": body.format}}
-    choices = await chat_choices(chat_request(given), request, place)
-    return await respond(request, _Answer(choices, shown), stream=body.stream)
+    names = {**FIELDS, "messages": "messages" if isinstance(body, OllamaChatRequest) else "prompt"}
+    choices = await translated_choices(given, names, request, place)
+    return await respond(request, _Answer(choices, names, shown), stream=body.stream)
 
 
 def _messages(messages: Sequence[OllamaMessage]) -> list[dict[str, Any]]:
@@ -191,9 +202,9 @@ class _Answer(Translated):
 
     stream_type: ClassVar[str] = "application/x-ndjson"
 
-    def __init__(self, choices: Choices[ChatChoice], shown: Any) -> None:
+    def __init__(self, choices: Choices[ChatChoice], names: Mapping[str, str], shown: Any) -> None:
         """shown: the fields that a message becomes, of which it has content, and tool_calls where there are some."""
-        super().__init__(choices)
+        super().__init__(choices, names)
         self._shown = shown
 
     async def whole(self, pieces: AsyncIterator[ChatChoice]) -> Response:

@@ -10,14 +10,14 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
-from g3n_mlx.server.chat import Translated, chat_choices, chat_request
+from g3n_mlx.server.chat import Translated, translated_choices
 from g3n_mlx.server.engine import PlaceOf
 from g3n_mlx.server.errors import ApiError
 from g3n_mlx.server.exchange import EVENT_STREAM, Choices, event, respond
 from g3n_mlx.server.schemas.base import now
-from g3n_mlx.server.schemas.chat import ChatChoice, ChatRequest, Logprobs
+from g3n_mlx.server.schemas.chat import ChatChoice, Logprobs
 from g3n_mlx.server.schemas.responses import (
     FlatTool,
     FlatToolChoice,
@@ -27,6 +27,14 @@ from g3n_mlx.server.schemas.responses import (
     TextFormat,
 )
 
+# A chat's fields as this protocol has them, where they differ.
+FIELDS = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "json_schema": "",
+    "function": "",
+}
 WITH_LOGPROBS = "message.output_text.logprobs"
 
 router = APIRouter()
@@ -35,29 +43,27 @@ router = APIRouter()
 @router.post("/v1/responses", response_class=Response)
 async def create_response(body: ResponsesRequest, request: Request, place: PlaceOf) -> Response:
     """A response to the input; in a stream, as server-sent events."""
-    choices = await chat_choices(_chat(body), request, place)
+    choices = await translated_choices(_chat(body), FIELDS, request, place)
     return await respond(request, _Response(body, choices), stream=bool(body.stream))
 
 
-def _chat(body: ResponsesRequest) -> ChatRequest:
-    """The same question to chat completions."""
+def _chat(body: ResponsesRequest) -> dict[str, Any]:
+    """The same question to chat completions, as its fields."""
     items = [InputItem(role="user", content=body.input)] if isinstance(body.input, str) else body.input
     system = [{"role": "system", "content": body.instructions}] if body.instructions else []
     tools, choice = _tools(body)
     text = body.text.format if body.text is not None else None
-    return chat_request(
-        {
-            **{name: getattr(body, name) for name in ("model", "draft", *type(body).sampling_names())},
-            "messages": [*system, *_messages(items)],
-            "max_tokens": body.max_output_tokens,
-            "logprobs": True if WITH_LOGPROBS in (body.include or ()) else None,
-            "top_logprobs": body.top_logprobs if WITH_LOGPROBS in (body.include or ()) else None,
-            "response_format": None if text is None else _response_format(text),
-            "tools": tools,
-            "tool_choice": choice,
-            "parallel_tool_calls": body.parallel_tool_calls,
-        }
-    )
+    return {
+        **{name: getattr(body, name) for name in ("model", "draft", *type(body).sampling_names())},
+        "messages": [*system, *_messages(items)],
+        "max_tokens": body.max_output_tokens,
+        "logprobs": True if WITH_LOGPROBS in (body.include or ()) else None,
+        "top_logprobs": body.top_logprobs if WITH_LOGPROBS in (body.include or ()) else None,
+        "response_format": None if text is None else _response_format(text),
+        "tools": tools,
+        "tool_choice": choice,
+        "parallel_tool_calls": body.parallel_tool_calls,
+    }
 
 
 def _messages(items: Sequence[InputItem]) -> list[dict[str, Any]]:
@@ -150,36 +156,37 @@ class _Response(Translated):
     stream_type: ClassVar[str] = EVENT_STREAM
 
     def __init__(self, body: ResponsesRequest, choices: Choices[ChatChoice]) -> None:
-        super().__init__(choices)
+        super().__init__(choices, FIELDS)
         self._body = body
         self._created = now()
         self._id = _new_id("resp")
         self._events = 0
+        self._output = _Output()
 
     async def whole(self, pieces: AsyncIterator[ChatChoice]) -> Response:
         """The response, complete."""
-        output = _Output()
         async for piece in pieces:
-            for _ in output.events(piece):
+            for _ in self._output.events(piece):
                 pass
-        return JSONResponse(self._response(output))
+        # As ASCII: what is sent back of the request may have lone surrogates.
+        return Response(json.dumps(self._response()), media_type="application/json")
 
     async def events(self, pieces: AsyncIterator[ChatChoice]) -> AsyncIterator[str]:
         """Every item, part and delta as it begins, grows and ends."""
-        output = _Output()
         for name in ("response.created", "response.in_progress"):
-            yield self._event(name, {"response": self._response(output)})
+            yield self._event(name, {"response": self._response()})
         async for piece in pieces:
-            for name, fields in output.events(piece):
+            for name, fields in self._output.events(piece):
                 yield self._event(name, fields)
-        response = self._response(output)
+        response = self._response()
         yield self._event(f"response.{response['status']}", {"response": response})
 
     def failed(self, error: ApiError) -> str:
-        """The response as it failed."""
+        """The response as it failed, with its output so far."""
         found = error.body()["error"]
+        self._output.cut()
         response = {
-            **self._response(_Output()),
+            **self._response(),
             "status": "failed",
             "error": {"code": "server_error", "message": found["message"]},
         }
@@ -190,8 +197,9 @@ class _Response(Translated):
         self._events += 1
         return event(json.dumps(data), name)
 
-    def _response(self, output: "_Output") -> dict[str, Any]:
-        body, text, truncated = self._body, self._body.text, output.finish_reason == "length"
+    def _response(self) -> dict[str, Any]:
+        body, text, output = self._body, self._body.text, self._output
+        truncated = output.finish_reason == "length"
         done = output.finish_reason is not None
         return {
             "id": self._id,
@@ -249,6 +257,12 @@ class _Output:
                 yield from self._text("", None)
             yield from self._end("incomplete" if piece.finish_reason == "length" else "completed")
             self.finish_reason = piece.finish_reason
+
+    def cut(self) -> None:
+        """Marks what is being written as incomplete; no events, since an error has their place."""
+        for item in self.items:
+            if item["status"] == "in_progress":
+                item["status"] = "incomplete"
 
     def _text(self, text: str, logprobs: Logprobs | None) -> Iterator[tuple[str, dict[str, Any]]]:
         if not self._open("message"):

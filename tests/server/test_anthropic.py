@@ -152,3 +152,58 @@ def test_errors_have_anthropics_shape(server, serve, remote):
     assert connected(guarded, "secret").messages.create(**ASKED).content
     with pytest.raises(anthropic.AuthenticationError):
         connected(guarded, "other").messages.create(**ASKED)
+
+
+def test_a_failed_tool_says_so(server, client, remote):
+    """The result of a tool that failed is the chat's result with a line in front."""
+    call = {"type": "tool_use", "id": "t1", "name": "get_weather", "input": {"town": "Bern"}}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": "no such town", "is_error": True}
+    messages = [SUM, {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+    function = {"name": "get_weather", "arguments": '{"town": "Bern"}'}
+    same = [
+        SUM,
+        {"role": "assistant", "tool_calls": [{"id": "t1", "function": function}]},
+        {"role": "tool", "tool_call_id": "t1", "content": "Error:\nno such town"},
+    ]
+    counted = remote.messages.count_tokens(model="default", messages=messages).input_tokens
+    assert counted == tokens(server, {"messages": same})
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        ({"type": "image", "source": {"type": "base64", "media_type": "image/png"}}, "has no data"),
+        ({"type": "image", "source": {"type": "url"}}, "has no url"),
+        ({"type": "document", "source": {"type": "base64"}}, "has no data"),
+        ({"type": "document", "source": {"type": "text"}}, "has no data"),
+        ({"type": "image"}, "no source"),
+    ],
+)
+def test_sources_without_data(server, block, words):
+    with server.http() as http:
+        reply = http.post("/v1/messages", json={"messages": [{"role": "user", "content": [block]}], "max_tokens": 1})
+    assert reply.status_code == 400
+    assert words in reply.json()["error"]["message"]
+
+
+def test_a_last_turn_of_thoughts_is_not_continued(remote):
+    """The thoughts of another model are left out: what is left ends with the user's turn."""
+    thoughts = {"role": "assistant", "content": [{"type": "thinking", "thinking": "12 + 34", "signature": "x"}]}
+    answered = remote.messages.create(**{**ASKED, "messages": [SUM, thoughts]})
+    assert answered.content == remote.messages.create(**ASKED).content
+
+
+@pytest.mark.parametrize(
+    ("body", "start"),
+    [
+        ({"top_p": 7}, "top_p"),
+        ({"tools": [{**WEATHER, "name": "two words"}]}, "tools[0].name: "),
+        ({"output_config": {"format": {"type": "json_schema", "schema": 7}}}, "output_config.format"),
+    ],
+)
+def test_errors_name_the_fields_that_were_sent(server, body, start):
+    with server.http() as http:
+        reply = http.post("/v1/messages", json={"messages": [SUM], "max_tokens": 1, **body})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"].startswith(start)
+    assert "response_format" not in reply.text

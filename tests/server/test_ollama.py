@@ -125,7 +125,7 @@ def test_calls_are_whole_in_a_stream():
     place = SimpleNamespace(served=SimpleNamespace(model_id="m"), arrived=0.0)
 
     async def lines():
-        answer = _Answer(SimpleNamespace(usage=usage, place=place), _chat_fields)  # pyright: ignore[reportArgumentType]
+        answer = _Answer(SimpleNamespace(usage=usage, place=place), {}, _chat_fields)  # pyright: ignore[reportArgumentType]
         return [json.loads(line) async for line in answer.events(pieces())]
 
     found = asyncio.run(lines())
@@ -176,3 +176,20 @@ def test_paths_without_v1(server):
         assert http.get("/models").json() == http.get("/v1/models").json()
         for path, body in (("/chat/completions", {"messages": [SUM]}), ("/completions", {"prompt": "a"})):
             assert http.post(path, json={**body, "max_tokens": 1}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "start"),
+    [
+        ("chat", {"options": {"temperature": 999}}, "options.temperature: "),
+        ("chat", {"options": {"num_predict": 2**40}}, "options.num_predict: "),
+        ("generate", {"images": ["AAAA"]}, "prompt: "),
+    ],
+)
+def test_errors_name_the_fields_that_were_sent(server, path, body, start):
+    asked = {"messages": [{"role": "user", "content": "Hi"}]} if path == "chat" else {"prompt": "Hi"}
+    with server.http() as http:
+        reply = http.post(f"/api/{path}", json={**asked, **body})
+    assert reply.status_code == 400
+    assert reply.json()["error"].startswith(start)
+    assert "response_format" not in reply.text

@@ -2,12 +2,16 @@
 
 import base64
 import json
+import re
 
 import openai
 import pydantic
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from running import picture, sound
+
+from g3n_mlx.server.errors import ApiError
+from g3n_mlx.server.exchange import Choices
 
 ASKED = {"model": "default", "input": "What is 12 + 34?", "temperature": 0, "max_output_tokens": 24}
 WEATHER = {
@@ -217,3 +221,62 @@ def test_errors_reach_the_official_client(client):
         client.responses.create(**{**ASKED, "model": "gpt-4o"})
     with pytest.raises(openai.BadRequestError, match="stores no responses"):
         client.responses.create(**ASKED, previous_response_id="resp_1")
+
+
+def test_lone_surrogates_are_sent_back_as_they_came(server):
+    odd = {"metadata": {"a": "\ud800"}, "tools": [{**WEATHER, "description": "\ud800"}], "tool_choice": "none"}
+    with server.http() as http:  # whose own JSON is UTF-8
+        headers = {"Content-Type": "application/json"}
+        reply = http.post("/v1/responses", content=json.dumps({**ASKED, **odd}), headers=headers)
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["metadata"] == odd["metadata"]
+
+
+async def aenumerate(pieces):
+    number = 0
+    async for piece in pieces:
+        yield number, piece
+        number += 1
+
+
+PICTURE = {"type": "input_image", "image_url": "data:;base64,AAAA"}
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"input": [{"role": "user", "content": [PICTURE]}]}, "input"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "no"}}}}, "text.format"),
+        ({"tools": [{"type": "function", "name": "two words"}]}, "tools[0].name"),
+    ],
+)
+def test_errors_name_the_fields_that_were_sent(server, body, field):
+    """Not those of the chat that the request becomes, whose messages are counted in another way."""
+    found = refusal(server, body)
+    assert found["param"] == field
+    assert not {"messages", "response_format", "max_tokens", "function"} & set(re.findall(r"\w+", found["message"]))
+
+
+def test_a_failure_keeps_what_was_said(server, monkeypatch):
+    """A stream that fails ends with the output so far, its item incomplete."""
+    whole = Choices.pieces
+
+    async def cut(choices):
+        async for number, piece in aenumerate(whole(choices)):
+            if number == 3:
+                raise ApiError(503, "it is too late")
+            yield piece
+
+    monkeypatch.setattr(Choices, "pieces", cut)
+    with server.http() as http:
+        text = http.post("/v1/responses", json={**ASKED, "stream": True}).text
+    events = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
+    last = EVENT.validate_python(events[-1])
+    assert last.type == "response.failed"
+    said = "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
+    assert said
+    (item,) = last.response.output
+    assert item.status == "incomplete"
+    assert last.response.output_text == said
+    assert last.response.error.message == "it is too late"

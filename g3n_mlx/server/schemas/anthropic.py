@@ -36,6 +36,7 @@ class Block(Wire):
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
     content: "str | Blocks | None" = None  # of a tool_result
+    is_error: bool | None = None  # of a tool_result
 
 
 Blocks = Annotated[list[Block], Field(max_length=MAX_PARTS, fail_fast=True)]
