@@ -67,3 +67,11 @@ def frameworks(backends: list[str]) -> dict[str, Framework]:
 def network(framework: Framework, tiny_folder: Path) -> Any:
     """The tiny checkpoint's Gemma3nModel in float32."""
     return framework.model(Checkpoint.open(tiny_folder))
+
+
+@pytest.fixture
+def bfloat16_products(framework: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that multiplies bfloat16, whatever this one does: on others PyTorch's towers compute in float32."""
+    if framework.name == "torch":
+        for part in ("audio", "vision"):
+            monkeypatch.setattr(framework.module(part), "dense_product_dtype", lambda dtype, device: dtype)

@@ -88,6 +88,7 @@ def test_encodings_and_mask(framework, tiny, clip):
     np.testing.assert_array_equal(framework.numpy(mask).astype(bool), ~clip["padding_mask"])
 
 
+@pytest.mark.usefixtures("bfloat16_products")
 def test_bfloat16_stays_bfloat16(framework, tiny_folder, clip, golden_json, request):
     tower = tower_of(framework, tiny_folder, "bfloat16")
     from_numpy = framework.module("weights").from_numpy

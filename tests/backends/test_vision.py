@@ -66,6 +66,7 @@ def test_kernels_with_inputs_last_are_read_as_published(framework, tiny_folder, 
     assert distance(features(framework, network, golden["pixel_values"][:1]), golden["msfa"][:1]) < TOLERANCE
 
 
+@pytest.mark.usefixtures("bfloat16_products")
 def test_bfloat16_stays_bfloat16_and_near(framework, tiny_folder, golden):
     network = tower(framework, tiny_folder, "bfloat16")
     pixels = golden["pixel_values"][:1]

@@ -2,6 +2,7 @@
 
 Attribute names are the checkpoint's. Activations are [B, T, D]; masks are True where there is sound (the reference's
 are True where there is none). Arithmetic follows transformers, modeling_gemma3n.py; USM is arXiv:2303.01037.
+On a CPU that does not multiply bfloat16 activations are float32, as in vision.py.
 Letters of attention: W queries of a chunk, U chunks, C keys of a chunk's context, R relative positions.
 """
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from g3n_mlx.backends.torch.kernels.dense import dense_product_dtype
 from g3n_mlx.backends.torch.kernels.towers import pointwise, rms_norm_
 from g3n_mlx.backends.torch.layers import Linear, linear
 from g3n_mlx.backends.torch.text import RMSNorm
@@ -39,7 +41,7 @@ class Conv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, I, T, F] -> [B, O, T', F']."""
-        return F.conv2d(x, self.weight, stride=self.stride)
+        return F.conv2d(x, self.weight.to(x.dtype), stride=self.stride)
 
 
 class CumulativeGroupNorm(nn.Module):
@@ -99,7 +101,8 @@ class RelativePositionEmbedding(nn.Module):
         super().__init__()
         self.num_heads = config.conf_num_attention_heads
         self.pos_proj = linear(weights.at("pos_proj"))
-        self.timing_signal = from_numpy(config.timing_signal()).to(weights.device, weights.dtype)  # [R, D]
+        dtype = dense_product_dtype(weights.dtype, weights.device.type)
+        self.timing_signal = from_numpy(config.timing_signal()).to(weights.device, dtype)  # [R, D]
 
     def forward(self, queries: Tensor, context_size: int) -> Tensor:
         """[B, N, U, W, H] -> [B, N, U, W, C]; 0 where the key is out of the query's reach."""
@@ -211,7 +214,7 @@ class DepthwiseConv1d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         padded = F.pad(x.transpose(1, 2), (self.look_back, 0))  # [B, D, look back + T]
-        return F.conv1d(padded, self.weight, groups=self.weight.shape[0]).transpose(1, 2)
+        return F.conv1d(padded, self.weight.to(x.dtype), groups=self.weight.shape[0]).transpose(1, 2)
 
 
 class ConformerLightConv1d(nn.Module):
@@ -258,7 +261,7 @@ class AudioTower(nn.Module):
 
     def __init__(self, config: AudioConfig, weights: Weights) -> None:
         super().__init__()
-        self.dtype = weights.dtype
+        self.dtype = dense_product_dtype(weights.dtype, weights.device.type)
         self.time_stride, self.reduction_factor = config.time_stride, config.conf_reduction_factor
         self.subsample_conv_projection = SubSampleConvProjection(config, weights.at("subsample_conv_projection"))
         self.conformer = nn.ModuleList(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from g3n_mlx.backends.torch.kernels import stored
-from g3n_mlx.backends.torch.kernels.dense import blockwise_product, padded, unpacked
+from g3n_mlx.backends.torch.kernels.dense import blockwise_product, product, unpacked
 from g3n_mlx.backends.torch.kernels.packed import (
     EMBED_BLOCK_ROWS,
     PackedLinear,
@@ -55,7 +55,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, K] -> [T, N]."""
-        return F.linear(padded(x), self.weight)[..., : x.shape[-2], :]
+        return product(x, self.weight)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Rows of the weight, [T] -> [T, K], in its dtype."""

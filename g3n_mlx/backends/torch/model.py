@@ -57,7 +57,7 @@ class MultimodalEmbedder(nn.Module):
 
     def soft(self, encodings: Tensor) -> Tensor:
         """What a tower made of an image or a clip, [n, hidden] -> soft tokens [n, D]."""
-        return self.projected(self.soft_embedding_norm(encodings))
+        return self.projected(self.soft_embedding_norm(encodings.to(self.dtype)))
 
     def projected(self, normed: Tensor) -> Tensor:
         """[n, hidden] -> [n, D]."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from g3n_mlx.backends.torch.kernels import attention, elementwise
-from g3n_mlx.backends.torch.kernels.dense import padded
+from g3n_mlx.backends.torch.kernels.dense import dense_product_dtype, padded
 from g3n_mlx.backends.torch.layers import gives_rows, linear, plain_linear, sliceable
 from g3n_mlx.backends.torch.weights import Weights, from_numpy
 from g3n_mlx.config.text import SLIDING, TextConfig
@@ -44,9 +44,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape, kept."""
-        if elementwise.takes(x, self.weight):
-            return elementwise.rms_norm(x, self.weight, self.eps)
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        if elementwise.takes(x, weight):
+            return elementwise.rms_norm(x, weight, self.eps)
+        return F.rms_norm(x, x.shape[-1:], weight, self.eps)
 
 
 def norm(weights: Weights, eps: float, scale: float = 1.0) -> RMSNorm:
@@ -145,8 +146,9 @@ class AltUp(nn.Module):
 
 def mixed(streams: Tensor, coefs: Tensor) -> Tensor:
     """streams + coefs @ streams over the A axis: [T, A, D], [T, A, A] -> [T, A, D]."""
-    more = padded(streams, dim=0)
-    return torch.baddbmm(more, padded(coefs, dim=0), more)[: streams.shape[0]]
+    dtype = dense_product_dtype(streams.dtype, streams.device.type)
+    more = padded(streams.to(dtype), dim=0)
+    return torch.baddbmm(more, padded(coefs.to(dtype), dim=0), more)[: streams.shape[0]].to(streams.dtype)
 
 
 class Attention(nn.Module):

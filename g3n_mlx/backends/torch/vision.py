@@ -4,7 +4,8 @@ Attribute names are the checkpoint's. Inside, maps are [B, h, w, C]: norms, prod
 axis, and torch takes a permuted view of such a map for its channels_last kernels, which are the faster ones on a CPU
 (measured: 96 x 96 x 1536, depthwise 5 x 5, stride 2: 3.2 ms instead of 31 ms).
 Arithmetic follows timm, mobilenetv5.py, _efficientnet_blocks.py, attention2d.py (arXiv:2404.10518), but for the norms
-in bfloat16, which are float32 inside here.
+in bfloat16, which are float32 inside here. On a CPU that does not multiply bfloat16 all activations are float32, over
+weights that stay as they are and are converted when they are used.
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from g3n_mlx.backends.torch.kernels.dense import dense_product_dtype
 from g3n_mlx.backends.torch.kernels.towers import attention, pointwise, rms_norm_
 from g3n_mlx.backends.torch.text import RMSNorm
 from g3n_mlx.backends.torch.weights import Weights
@@ -90,7 +92,8 @@ class Conv2d(nn.Module):
             x, padding = F.pad(x, (0, 0, left, right, top, bottom)), 0
         x = x.permute(0, 3, 1, 2)  # [B, I, h, w]
         groups = x.shape[1] // self.weight.shape[1]
-        x = F.conv2d(x, self.weight, self.bias, self.stride, padding, groups=groups)
+        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        x = F.conv2d(x, weight, bias, self.stride, padding, groups=groups)
         return x.permute(0, 2, 3, 1)
 
 
@@ -288,9 +291,9 @@ class VisionTower(nn.Module):
 
     def __init__(self, config: VisionConfig, weights: Weights) -> None:
         super().__init__()
-        self.dtype = weights.dtype
+        self.dtype = dense_product_dtype(weights.dtype, weights.device.type)
         self.timm_model = MobileNetV5Encoder(config, weights.at("timm_model"))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, h, w] of any float dtype -> features [B, hidden, resolution, resolution] in the weights'."""
+        """Pixels [B, 3, h, w] of any float dtype -> features [B, hidden, resolution, resolution]."""
         return self.timm_model(pixels.to(self.dtype).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
