@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
+AUTO, OFF = "auto", "off"  # of --fits, beside a size
+
 # Exit codes of a shell: 128 + SIGHUP, SIGINT, SIGPIPE, SIGTERM.
 HUNG_UP, INTERRUPTED, PIPE_CLOSED, TERMINATED = 129, 130, 141, 143
 
@@ -112,30 +114,36 @@ def load_from(
     """
     from g3n_mlx.checkpoint.ahead import read_ahead
 
-    source = model_of(arguments, tell)
-    if arguments.q_bits is None and Path(source).is_dir():
+    source, fits = model_of(arguments, tell), getattr(arguments, "fits", None)
+    if _is_read_as_stored(Path(source), arguments, fits):
         read_ahead(Path(source))  # while the backend is imported
     # Imports make some 300,000 objects that live as long as the process. The collector looks through them again and
     # again while they come, which takes 0.2 s, and once more at the end, which takes 0.5 s.
     gc.disable()
     try:
-        from g3n_mlx.loading import import_backend, load
+        from g3n_mlx.loading import free_bytes, import_backend, load
 
         import_backend(arguments.backend)
     finally:
         gc.freeze()
         gc.enable()
     from g3n_mlx.matformer.adapted import parsed_adapters
-    from g3n_mlx.sizing import SPEED_BITS, chosen_in_words, fast_enough, fitting, is_quantized
+    from g3n_mlx.sizing import SPEED_BITS, chosen_in_words, fast_enough, fitting, is_quantized, unasked
 
     matformer, q_bits, told = arguments.matformer, arguments.q_bits, tell or say
-    fits, speed = getattr(arguments, "fits", None), getattr(arguments, "speed", None)
-    if fits is not None:
+    speed = getattr(arguments, "speed", None)
+    if isinstance(fits, int):
         best = fitting(source, fits, arguments.revision, arguments.matformer_config, q_bits)
         told(f"best slice that fits: {chosen_in_words(best, size_in_words)}")
         matformer, q_bits = None if best.is_whole else best.slice.name, best.q_bits
     elif speed is not None and q_bits is None and not is_quantized(source, arguments.revision):
         q_bits = SPEED_BITS
+    elif speed is None and fits == AUTO:
+        free = free_bytes(arguments.backend, arguments.device)
+        chosen = unasked(source, free, arguments.revision, arguments.matformer_config, matformer, q_bits)
+        matformer, q_bits = chosen.matformer, chosen.q_bits
+        if chosen.told is not None:
+            told(chosen.told)
     model = load(
         source,
         backend=arguments.backend,
@@ -151,15 +159,33 @@ def load_from(
     )
     if speed is None:
         return model
-    chosen, measured = fast_enough(model, speed, arguments.matformer_config)
-    told(f"best slice that is as fast: {chosen.slice_name or chosen.name}, {measured:.1f} tok/s measured")
-    return chosen
+    fast, measured = fast_enough(model, speed, arguments.matformer_config)
+    told(f"best slice that is as fast: {fast.slice_name or fast.name}, {measured:.1f} tok/s measured")
+    return fast
+
+
+def _is_read_as_stored(folder: Path, arguments: argparse.Namespace, fits: int | str | None) -> bool:
+    """Whether a model's own files are what will be read, and not a conversion of them that memory may ask for."""
+    from g3n_mlx.config.fields import read_json
+
+    if arguments.q_bits is not None or not folder.is_dir():
+        return False
+    try:
+        return fits in (None, OFF) or "quantization" in read_json(folder / "config.json")
+    except (OSError, ValueError):  # said where it is loaded
+        return False
 
 
 def add_choice_flags(parser: argparse.ArgumentParser) -> None:
     """Adds --fits and --speed, of which one may be given, and instead of --matformer."""
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--fits", type=num_bytes, metavar="SIZE", help="take the best slice whose memory fits, as 4GB")
+    group.add_argument(
+        "--fits",
+        type=_fits,
+        default=AUTO,
+        metavar="SIZE",
+        help="the best slice whose memory fits, as 4GB; auto: bits and slice by what is free; off; default: auto",
+    )
     group.add_argument(
         "--speed", type=positive_float, metavar="N", help="take the best slice that decodes N tokens per second here"
     )
@@ -167,7 +193,7 @@ def add_choice_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_choice(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Ends the command where the slice is named and to be chosen as well."""
-    if arguments.matformer is not None and (arguments.fits is not None or arguments.speed is not None):
+    if arguments.matformer is not None and (isinstance(arguments.fits, int) or arguments.speed is not None):
         parser.error("give --matformer, --fits or --speed, one of them")
 
 
@@ -204,6 +230,11 @@ def positive_float(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return value
+
+
+def _fits(text: str) -> int | str:
+    """--fits: a size, or who decides."""
+    return text if text in (AUTO, OFF) else num_bytes(text)
 
 
 def num_bytes(text: str) -> int:

@@ -20,6 +20,7 @@ from g3n_mlx.failures import BadValue, Error, FileProblem, MissingPackage
 from g3n_mlx.installation import install_command
 from g3n_mlx.interface import Model
 from g3n_mlx.matformer.adapted import AdapterLike, changes_of_slice, named_adapters, open_adapted, with_changes
+from g3n_mlx.memory import available_bytes
 from g3n_mlx.model import ACTIVATION_BYTES, Gemma3n
 from g3n_mlx.prompt.own_template import OwnTemplate, chat_template_note
 from g3n_mlx.prompt.tokenizer import Tokenizer
@@ -181,6 +182,16 @@ def _defect(checkpoint: Checkpoint, dtype: str) -> Error:
     return FileProblem(
         f"{checkpoint.folder.name}: every weight is finite, but the activations overflow in {dtype}{wider}"
     )
+
+
+def free_bytes(backend: str, device: str | None) -> int:
+    """Memory that is free where a model would be: on the device of a name, or the system's own.
+
+    Raises ImportError or ValueError where there is no such backend or device.
+    """
+    devices = importlib.import_module(f"g3n_mlx.backends.{chosen_backend(backend)}.device")
+    free = devices.free_bytes(devices.device_of(device))
+    return available_bytes() if free is None else free
 
 
 def chosen_backend(name: str) -> str:

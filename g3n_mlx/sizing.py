@@ -1,6 +1,7 @@
 """Which slice of a model a command takes, at how many bits: the best that fits a memory, or that reaches a speed."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,16 +9,22 @@ import numpy as np
 
 from g3n_mlx.checkpoint import hub
 from g3n_mlx.checkpoint.folder import Checkpoint
+from g3n_mlx.config.manifest import TEXT
 from g3n_mlx.convert import DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS
-from g3n_mlx.failures import BadValue
+from g3n_mlx.failures import BadValue, size_in_words
 from g3n_mlx.matformer.choice import UNASKED_BITS, best, best_fitting
-from g3n_mlx.matformer.plan import is_whole, whole_model
+from g3n_mlx.matformer.plan import find_slice, is_whole, whole_model
 from g3n_mlx.matformer.sizes import SizedSlice, size_slices
-from g3n_mlx.matformer.table import slices_for
+from g3n_mlx.matformer.table import Slice, slices_for
 from g3n_mlx.matformer.view import can_slice
 
 if TYPE_CHECKING:
     from g3n_mlx.model import Gemma3n
+
+# What a model takes at most that is loaded as it is stored, unless something else is asked for.
+SMALL_BYTES = 1_500_000_000
+# Of the memory that is free, what a model that nobody chose may take: the rest is for contexts and other programs.
+_USABLE = 0.9
 
 SPEED_BITS = 4  # of what is not quantized, where a speed is wanted
 # A measurement of the speed: decoded tokens, of which the first few warm up.
@@ -41,6 +48,100 @@ def fitting(
         checkpoint.close()
     advice = "start from the unquantized checkpoint for fewer bits" if stored else "--q-bits takes fewer bits"
     return best_fitting(candidates, limit_bytes, advice)
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What `unasked` has chosen: how a model is loaded, and the words that say so."""
+
+    matformer: str | None
+    q_bits: int | None
+    told: str | None  # None where the model is loaded as it is stored
+
+
+def unasked(
+    path_or_id: str | Path,
+    free_bytes: int,
+    revision: str | None,
+    table: Path | None,
+    matformer: str | None,
+    q_bits: int | None,
+) -> Chosen:
+    """How a model is loaded so that it fits what is free, its towers included, where a user has not said it all.
+
+    matformer, q_bits: what was asked for, which stays. A quantized model stays whole if it fits, an unquantized one
+    gets 8 or else 4 bits; where the whole does not fit, the best slice is taken that does. Models below SMALL_BYTES, as
+    the demo model is, stay as they are. Raises ValueError, saying what would fit, where nothing does that
+    was asked for.
+    """
+    folder = hub.resolve(path_or_id, revision)
+    if folder == hub.demo_folder():
+        return Chosen(matformer, q_bits, None)
+    checkpoint = Checkpoint.open(folder)
+    try:
+        towers = sum(checkpoint.sources[name].num_bytes for name in checkpoint.names if not name.startswith(TEXT))
+        (whole,) = sized(checkpoint, table, None, [whole_model(checkpoint.config.text)])
+        stored, room = bool(checkpoint.quantizations), int(_USABLE * free_bytes) - towers
+        if whole.resident_bytes + towers <= SMALL_BYTES or (stored and q_bits is not None):  # the latter is an error
+            return Chosen(matformer, q_bits, None)
+        if stored and matformer is None and whole.resident_bytes <= room:
+            return Chosen(None, None, None)
+        widths: Sequence[int | None] = (None,) if stored else UNASKED_BITS
+        possible = [entry for width in widths for entry in sized(checkpoint, table, width)]
+        named = None
+        if matformer is not None:
+            named = [find_slice(matformer, slices_for(folder, table), checkpoint.config.text)]
+        asked = possible
+        if named is not None or q_bits is not None:
+            asked_widths = widths if q_bits is None else (q_bits,)
+            asked = [entry for width in asked_widths for entry in sized(checkpoint, table, width, named)]
+    finally:
+        checkpoint.close()
+    chosen = _widest_whole(asked, room) or _best_or_only(asked, room)
+    if chosen is None:
+        raise _nothing_fits(asked, possible, towers, free_bytes)
+    taken = matformer if named is not None else None if chosen.is_whole else chosen.slice.name
+    if (taken, chosen.q_bits) == (matformer, q_bits):
+        return Chosen(matformer, q_bits, None)
+    return Chosen(
+        taken,
+        chosen.q_bits,
+        f"chosen for {size_in_words(free_bytes)} of free memory: {_named(chosen)}, "
+        f"{size_in_words(chosen.resident_bytes + towers)}; --q-bits and --matformer choose otherwise, --fits off loads "
+        "it as it is stored",
+    )
+
+
+def _widest_whole(candidates: Sequence[SizedSlice], room: int) -> SizedSlice | None:
+    """The whole model at most bits, which nobody asked to be cut where it fits, whatever a slice of it scores."""
+    fitting_wholes = [entry for entry in candidates if entry.is_whole and entry.resident_bytes <= room]
+    return max(fitting_wholes, key=lambda entry: entry.resident_bytes, default=None)
+
+
+def _best_or_only(candidates: Sequence[SizedSlice], room: int) -> SizedSlice | None:
+    """The best slice that fits; of a single slice at several widths, the widest."""
+    if len({entry.slice.name for entry in candidates}) == 1:
+        meeting = [entry for entry in candidates if entry.resident_bytes <= room]
+        return max(meeting, key=lambda entry: entry.resident_bytes, default=None)
+    return best(candidates, lambda entry: entry.resident_bytes <= room)
+
+
+def _nothing_fits(
+    asked: Sequence[SizedSlice], possible: Sequence[SizedSlice], towers: int, free_bytes: int
+) -> BadValue:
+    smallest = min(asked, key=lambda entry: entry.resident_bytes)
+    room = int(_USABLE * free_bytes) - towers
+    other = _widest_whole(possible, room) or _best_or_only(possible, room)
+    advice = "close other programs, or take a smaller model" if other is None else f"{_named(other)} would fit"
+    return BadValue(
+        f"{_named(smallest)} needs {size_in_words(smallest.resident_bytes + towers)} of memory, and "
+        f"{size_in_words(free_bytes)} are free, of which a tenth is left to others: {advice}; --fits off loads it all "
+        "the same"
+    )
+
+
+def _named(entry: SizedSlice) -> str:
+    return f"{entry.slice.short_name}{'' if entry.q_bits is None else f' at {entry.q_bits} bits'}"
 
 
 def is_quantized(path_or_id: str | Path, revision: str | None) -> bool:
@@ -94,12 +195,16 @@ def decode_speed(model: "Gemma3n") -> float:
     return usage.avg_compl_tok_per_sec
 
 
-def sized(checkpoint: Checkpoint, table: Path | None, q_bits: int | None) -> list[SizedSlice]:
-    """A checkpoint and its slices with their sizes, as stored or at a width."""
+def sized(
+    checkpoint: Checkpoint, table: Path | None, q_bits: int | None, slices: Sequence[Slice] | None = None
+) -> list[SizedSlice]:
+    """A checkpoint and its slices, or those that are given, with their sizes, as stored or at a width."""
     text = checkpoint.config.text
-    found = [entry for entry in slices_for(checkpoint.folder, table) if can_slice(checkpoint, entry)]
-    if not any(is_whole(text, entry) for entry in found):
-        found.append(whole_model(text))
+    found = slices
+    if found is None:
+        found = [entry for entry in slices_for(checkpoint.folder, table) if can_slice(checkpoint, entry)]
+        if not any(is_whole(text, entry) for entry in found):
+            found.append(whole_model(text))
     dtype = "F32" if checkpoint.info("language_model.norm.weight").dtype == "F32" else "BF16"
     raw_text = checkpoint.raw_config["text_config"]
     return size_slices(raw_text, found, q_bits, DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS, dtype, checkpoint.quantizations)
@@ -107,5 +212,4 @@ def sized(checkpoint: Checkpoint, table: Path | None, q_bits: int | None) -> lis
 
 def chosen_in_words(entry: SizedSlice, size: Callable[[int], str]) -> str:
     """What was chosen, for a line of the command."""
-    bits = "" if entry.q_bits is None else f" at {entry.q_bits} bits"
-    return f"{entry.slice.short_name}{bits}, {size(entry.resident_bytes)} in memory"
+    return f"{_named(entry)}, {size(entry.resident_bytes)} in memory"

@@ -62,7 +62,8 @@ def test_all_flags_reach_load(monkeypatch, tmp_path):
         "--adapter": "tuned=0.5",
     }
     assert flags.keys() == MODEL_FLAGS.keys()
-    load_from(command_line("chat")().parse_args([word for pair in flags.items() for word in pair]))
+    words = [word for pair in flags.items() for word in pair]
+    load_from(command_line("chat")().parse_args([*words, "--fits", "off"]))
     assert given == {
         "source": "a/b",
         "revision": "v1",

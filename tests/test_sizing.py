@@ -1,12 +1,20 @@
 """--fits and --speed: the best slice within a memory, or of a speed that is measured here."""
 
+import re
+
 import pytest
 
 from g3n_mlx import load, sizing
+from g3n_mlx.batch import __main__ as batch
+from g3n_mlx.bench import __main__ as bench
 from g3n_mlx.chat import __main__ as chat
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.checkpoint.hub import demo_folder
+from g3n_mlx.convert import convert
+from g3n_mlx.eval import __main__ as evaluation
+from g3n_mlx.matformer.table import Slice, write_slices
 from g3n_mlx.server import __main__ as server
+from g3n_mlx.transcribe import __main__ as transcribe
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +107,81 @@ def test_a_chat_takes_what_fits(sizes, capsys):
     assert err.startswith("best slice that fits: half, ")
     assert chat.main([*flags, "--speed", "0.001"]) == 0
     assert "best slice that is as fast: demo, " in capsys.readouterr().err
+
+
+@pytest.fixture
+def tiny_is_large(tiny_folder, monkeypatch):
+    """What must be free for the tiny checkpoint at 8 and at 4 bits, as if it were no small model; and its config."""
+    monkeypatch.setattr(sizing, "SMALL_BYTES", 0)
+    checkpoint = Checkpoint.open(tiny_folder)
+    towers = sum(checkpoint.sources[name].num_bytes for name in checkpoint.names if "language_model" not in name)
+    whole = [entry for bits in (8, 4) for entry in sizing.sized(checkpoint, None, bits) if entry.is_whole]
+    config = checkpoint.config.text
+    checkpoint.close()
+    assert towers > 0
+    return {entry.q_bits: int((entry.resident_bytes + towers) / 0.9) + 2 for entry in whole}, config
+
+
+def test_a_model_that_nobody_chose_bits_for_gets_those_that_fit(tiny_folder, tiny_is_large):
+    free, _ = tiny_is_large
+    for room, bits in ((free[8], 8), (free[8] - 100, 4), (free[4], 4)):
+        chosen = sizing.unasked(tiny_folder, room, None, None, None, None)
+        assert (chosen.matformer, chosen.q_bits) == (None, bits)
+        assert re.search(rf"chosen for 0\.\d+ GB of free memory: .* at {bits} bits, .*--fits off", chosen.told)
+
+
+def test_asked_bits_and_slices_stay_and_are_refused_where_they_do_not_fit(tiny_folder, tiny_is_large, tmp_path):
+    free, config = tiny_is_large
+    kept = sizing.unasked(tiny_folder, free[8], None, None, None, 4)
+    assert (kept.matformer, kept.q_bits, kept.told) == (None, 4, None)
+    with pytest.raises(ValueError, match=r"at 8 bits needs .* free.*: .* at 4 bits would fit; --fits off"):
+        sizing.unasked(tiny_folder, free[8] - 100, None, None, None, 8)
+    with pytest.raises(ValueError, match=r"at 4 bits needs .*: close other programs, or take a smaller model"):
+        sizing.unasked(tiny_folder, 1000, None, None, None, None)
+    table = tmp_path / "table.csv"
+    half = tuple(width // 2 for width in config.intermediate_size)
+    write_slices(table, [Slice("Half", "half", config.num_hidden_layers, None, None, half, ())])
+    sliced = sizing.unasked(tiny_folder, free[8], None, table, "half", None)
+    assert (sliced.matformer, sliced.q_bits) == ("half", 8)  # the bits are chosen all the same
+    smaller = sizing.unasked(tiny_folder, free[4] - 100, None, table, None, None)
+    assert (smaller.matformer, smaller.q_bits) == ("Half", 4)
+
+
+def test_a_quantized_model_stays_whole_where_it_fits(tiny_folder, tiny_is_large, tmp_path):
+    free, _ = tiny_is_large
+    convert(tiny_folder, tmp_path / "q8", q_bits=8, progress=False)
+    assert sizing.unasked(tmp_path / "q8", free[8] + 100_000, None, None, None, None) == sizing.Chosen(None, None, None)
+    with pytest.raises(ValueError, match="needs"):
+        sizing.unasked(tmp_path / "q8", 1000, None, None, None, None)
+
+
+def test_small_models_and_the_demo_are_loaded_as_they_are(tiny_folder, monkeypatch):
+    assert sizing.unasked(tiny_folder, 1000, None, None, None, None) == sizing.Chosen(None, None, None)
+    monkeypatch.setattr(sizing, "SMALL_BYTES", 0)
+    assert sizing.unasked("demo", 1000, None, None, "half", None) == sizing.Chosen("half", None, None)
+
+
+def test_a_chat_chooses_by_itself_unless_told(tiny_folder, tiny_is_large, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("torch")
+    monkeypatch.setattr("g3n_mlx.convert.cache_folder", lambda: tmp_path)
+    free, _ = tiny_is_large
+    monkeypatch.setattr("g3n_mlx.loading.available_bytes", lambda: free[4])
+    flags = ["--model", str(tiny_folder), "--backend", "torch", "--device", "cpu", "-p", "Hi", "--max-tokens", "1"]
+    assert chat.main(flags) == 0
+    assert "at 4 bits" in capsys.readouterr().err
+    assert len(list(tmp_path.glob("conversions/*-4bit-*"))) == 1
+    assert chat.main([*flags, "--fits", "off"]) == 0
+    assert "at 4 bits" not in capsys.readouterr().err
+    monkeypatch.setattr("g3n_mlx.loading.available_bytes", lambda: 1000)
+    assert chat.main(flags) == 1
+    assert "--fits off loads it all the same" in capsys.readouterr().err
+
+
+def test_what_is_measured_is_never_chosen_unasked():
+    for command in (bench, evaluation):
+        assert "fits" not in vars(command.command_line().parse_args(["--model", "demo"]))
+    for command in (chat, server, transcribe, batch):
+        assert command.command_line().get_default("fits") == "auto"
 
 
 @pytest.mark.parametrize("command", [chat, server])

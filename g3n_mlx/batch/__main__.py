@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from g3n_mlx.batch.results import TABLES
 from g3n_mlx.commands import (
+    AUTO,
+    add_choice_flags,
     add_model_flags,
+    check_choice,
     command_parser,
     load_from,
     log_to_stderr,
@@ -53,6 +56,9 @@ def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
                 parser.error(f"--{name.replace('_', '-')} is for --files: in a file of requests, each brings its own")
     if arguments.workers is not None and arguments.ray is None:
         parser.error("--workers is for --ray")
+    check_choice(parser, arguments)
+    if arguments.ray is not None and (arguments.fits != AUTO or arguments.speed is not None):
+        parser.error("--fits and --speed are for this machine: with --ray give --matformer and --q-bits")
     if arguments.output.suffix not in (JOURNAL, *TABLES):
         parser.error(f"-o is {arguments.output}, expected a name that ends in {', '.join((JOURNAL, *TABLES))}")
     log_to_stderr(logging.WARNING)
@@ -77,6 +83,7 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     files.add_argument("--temperature", "--temp", type=float, metavar="T", help="0 takes the most likely tokens")
     files.add_argument("--seed", type=int, metavar="N", help="of each answer")
     add_model_flags(parser.add_argument_group("model").add_argument)
+    add_choice_flags(parser)
     load = parser.add_argument_group("load")
     load.add_argument("--parallel", type=positive, metavar="N", help="answers in progress; default: what memory allows")
     load.add_argument("--cache-memory", type=positive_float, default=4.0, metavar="GB", help="of caches; default: 4")

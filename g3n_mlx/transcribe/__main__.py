@@ -117,7 +117,7 @@ def _transcribe(model: "Gemma3n", source: str, path: Path, arguments: argparse.N
     asked = {**_options(arguments), "model": model.name, "slice": model.slice_name, "source": source}
     asked |= {
         "adapters": arguments.adapter,
-        "bits": arguments.q_bits,
+        "weights": str(model.checkpoint.folder),  # they differ by bits, which memory may have chosen
         "dtype": arguments.dtype,
         "backend": model.backend,
     }

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from g3n_mlx.backends import mlx as backend
 from g3n_mlx.failures import BadValue, size_in_words
+from g3n_mlx.memory import available_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,21 @@ def name(device: mx.Device) -> str:
 
 def dtype_name(dtype: mx.Dtype) -> str:
     return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def free_bytes(device: mx.Device) -> int | None:
+    """Memory of the device that nothing holds; None where it is the system's own.
+
+    On Metal, which shares the system's, no more than what it recommends to use.
+    """
+    if device.type == mx.cpu:
+        return None
+    if mx.metal.is_available():
+        return min(
+            int(mx.device_info()["max_recommended_working_set_size"]) - mx.get_active_memory(), available_bytes()
+        )
+    free = mx.device_info(device).get("free_memory")
+    return None if free is None else int(free)
 
 
 def claim(device: mx.Device, weight_bytes: int = 0) -> None:

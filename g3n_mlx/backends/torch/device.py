@@ -46,6 +46,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of the device that nothing holds; None where it is the system's own."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
 def claim(device: torch.device, weight_bytes: int = 0) -> None:
     """Nothing to set up: memory is the framework's own affair."""
 
