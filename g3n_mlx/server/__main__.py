@@ -1,11 +1,7 @@
 """`python -m g3n_mlx.server`: a Gemma 3n behind OpenAI's API, for this machine alone unless told otherwise."""
 
 import argparse
-import ipaddress
 import logging
-import os
-import re
-import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,8 +22,17 @@ from g3n_mlx.commands import (
     positive_float,
     run_command,
 )
-from g3n_mlx.failures import FileProblem, MissingPackage
+from g3n_mlx.failures import MissingPackage
 from g3n_mlx.installation import install_command
+from g3n_mlx.server.access import (
+    add_access_flags,
+    add_media_flags,
+    check_access,
+    gate_policy,
+    listener,
+    media_policy,
+    url_of,
+)
 
 if TYPE_CHECKING:
     from g3n_mlx.model import Gemma3n
@@ -35,8 +40,6 @@ if TYPE_CHECKING:
 NAME = "g3n-server"
 DRAIN_S = 60  # at shutdown, for what is in progress
 LOG_LEVELS = ("debug", "info", "warning", "error")
-
-_ORIGIN = re.compile(r"\*|[A-Za-z][A-Za-z0-9+.-]*://[^/?#@\s]+/?")
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +50,7 @@ def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
     arguments = parser.parse_args(argv)
     check_choice(parser, arguments)
     log_to_stderr(arguments.log_level.upper(), "%(levelname)s %(name)s: %(message)s")
-    if arguments.media_root is not None and not arguments.media_root.is_dir():
-        parser.error(f"--media-root {str(arguments.media_root)!r} is no folder")
-    arguments.api_key = _api_key(parser, arguments)
-    for origin in arguments.cors_origin:
-        if not _ORIGIN.fullmatch(origin):
-            parser.error(f"--cors-origin {origin!r} is no origin, expected SCHEME://HOST[:PORT], as https://a.b, or *")
+    check_access(parser, arguments)
     return run_command(prog, lambda: _serve(arguments))
 
 
@@ -85,26 +83,8 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
         metavar="NAME=PATH",
         help="LoRA adapter, folder or hub id, that requests get by the model id NAME; repeatable",
     )
-    access = parser.add_argument_group("access")
-    access.add_argument("--host", default="127.0.0.1", help="address to listen at; default: 127.0.0.1, this machine")
-    access.add_argument("--port", type=_port, default=8080, help="0 takes a free one; default: 8080")
-    access.add_argument("--api-key", metavar="KEY", help="what requests must bring; or set G3N_API_KEY")
-    access.add_argument(
-        "--api-key-file", type=Path, metavar="FILE", help="the key, where no list of processes shows it"
-    )
-    access.add_argument("--allow-host", metavar="NAME", action="append", default=[], help="a name of this server")
-    access.add_argument(
-        "--cors-origin", metavar="ORIGIN", action="append", default=[], help="web pages that may call, as https://a.b"
-    )
-    media = parser.add_argument_group("media in requests")
-    media.add_argument("--media-root", type=Path, metavar="FOLDER", help="where local paths and file:// may point")
-    media.add_argument(
-        "--allow-media-host",
-        metavar="HOST[:PORT]",
-        action="append",
-        default=[],
-        help="a private host that media may come from",
-    )
+    add_access_flags(parser.add_argument_group("access").add_argument, port=8080)
+    add_media_flags(parser.add_argument_group("media in requests").add_argument)
     load = parser.add_argument_group("load")
     load.add_argument("--parallel", type=positive, metavar="N", help="answers in progress; default: what memory allows")
     add_draft_flag(load.add_argument, "auto")
@@ -120,31 +100,6 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     )
     parser.add_argument("--log-level", choices=LOG_LEVELS, default="info")
     return parser
-
-
-def _api_key(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> str | None:
-    """The key of --api-key, --api-key-file or G3N_API_KEY, in this order; None for none."""
-    key, flag = arguments.api_key, "--api-key"
-    if key is not None and arguments.api_key_file is not None:
-        parser.error("give --api-key or --api-key-file, one of them")
-    if arguments.api_key_file is not None:
-        flag = "--api-key-file"
-        try:
-            key = arguments.api_key_file.read_text("utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            parser.error(f"--api-key-file {str(arguments.api_key_file)!r} can't be read: {error}")
-    if key is None:
-        return os.environ.get("G3N_API_KEY") or None
-    if not key.strip():
-        parser.error(f"{flag} is empty, expected a key; leave the flag out to ask for none")
-    return key
-
-
-def _port(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**16:
-        raise argparse.ArgumentTypeError(f"{value} is not from 0 to 65535")
-    return value
 
 
 def _named_adapter(text: str) -> tuple[str, str]:
@@ -167,20 +122,16 @@ def _serve(arguments: argparse.Namespace) -> int:
     except ImportError:
         raise MissingPackage(f"the server needs more packages: {install_command('server')}") from None
 
-    from g3n_mlx.media.policy import MediaPolicy
     from g3n_mlx.server.app import create_app
     from g3n_mlx.server.capacity import default_parallel
     from g3n_mlx.server.engine import Engine, ServerLimits
-    from g3n_mlx.server.gate import GatePolicy
     from g3n_mlx.server.metrics import Metrics
     from g3n_mlx.server.models import ModelTable
     from g3n_mlx.server.offer import largest_first, offered, with_adapters
     from g3n_mlx.server.scheduler import Scheduler
     from g3n_mlx.server.shedding import Shedding
 
-    listener = _bound(arguments.host, arguments.port)
-    if arguments.api_key is None and not _is_loopback(arguments.host):
-        log.warning("listening at %s without --api-key: whoever reaches this machine can use it", arguments.host)
+    bound = listener(arguments)
     metrics = Metrics()
     model = _load(arguments)
     cache_bytes = int(arguments.cache_memory * 1e9)
@@ -189,16 +140,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         parallel=parallel,
         max_queue=arguments.max_queue,
         request_timeout_s=arguments.request_timeout,
-        policy=MediaPolicy(
-            paths=arguments.media_root,
-            private_hosts=False,
-            allowed_hosts=frozenset(host.lower() for host in arguments.allow_media_host),
-            max_bytes=arguments.max_body << 20,
-            max_pixels=64_000_000,
-            max_seconds=1800.0,
-            timeout_s=30.0,
-            max_redirects=3,
-        ),
+        policy=media_policy(arguments, arguments.max_body << 20),
     )
     slices = offered(model, arguments.slices, arguments.shed, arguments.matformer_config)
     shedding = None
@@ -225,46 +167,21 @@ def _serve(arguments: argparse.Namespace) -> int:
         other_names=arguments.served_model_name[1:],
         any_name=arguments.any_model,
     )
-    policy = GatePolicy(
-        api_key=arguments.api_key,
-        hosts=frozenset(name.lower() for name in [*arguments.allow_host, arguments.host, *_own_names(arguments.host)]),
-        cors_origins=frozenset(origin.lower().rstrip("/") for origin in arguments.cors_origin),
-        max_body_bytes=arguments.max_body << 20,
-    )
     log.info("%s on %s (%s): %s", model.name, model.backend, model.device, ", ".join(table.ids))
     config = uvicorn.Config(
-        create_app(engine, table, policy),
+        create_app(engine, table, gate_policy(arguments, arguments.max_body << 20)),
         log_level=arguments.log_level,
         log_config=None,
         server_header=False,
         timeout_graceful_shutdown=DRAIN_S,
     )
-    host, port = listener.getsockname()[:2]
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    url = url_of(bound)
     log.info("listening at %s", url)
     log.info("chat page: %s/", url)
     # uvicorn raises the signal that it has obeyed once more after its shutdown: to be told to stop is no failure.
     with suppress(KeyboardInterrupt, Terminated):
-        uvicorn.Server(config).run(sockets=[listener])
+        uvicorn.Server(config).run(sockets=[bound])
     return 0
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    """A socket at the address, before the model is read: a port that is taken should not cost that time.
-
-    It does not listen yet, so clients are refused until the model can answer.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
-        if sys.platform != "win32":  # there it would let several servers take one port
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        raise FileProblem(
-            f"can't listen at {host}:{port}: {error.strerror}; --host and --port name another place"
-        ) from None
-    return bound
 
 
 def _load(arguments: argparse.Namespace) -> "Gemma3n":
@@ -279,18 +196,6 @@ def _short_name(model: "Gemma3n", table: Path | None) -> str | None:
     if model.slice_name is None:
         return None
     return find_slice(model.slice_name, slices_for(model.checkpoint.folder, table)).short_name
-
-
-def _own_names(host: str) -> list[str]:
-    """The name that the local network knows this machine by, where the server listens to that network."""
-    return [] if _is_loopback(host) else [f"{socket.gethostname().partition('.')[0]}.local"]
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 if __name__ == "__main__":
