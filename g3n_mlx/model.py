@@ -257,12 +257,14 @@ class Gemma3n:
         translate: bool = False,
         *,
         skip: int = 0,
+        policy: MediaPolicy = ANY_MEDIA,
     ) -> Iterator[Segment]:
         """The words of audio clip by clip, in order; several clips are heard at once. See `transcribe`.
 
-        skip: how many of the first clips are left out. Errors come with the first segment.
+        skip: how many of the first clips are left out. policy: where the audio may come from, and how much of it.
+        Errors come with the first segment.
         """
-        clips = self.split_audio(audio if isinstance(audio, Audio) else Audio(audio))[skip:]
+        clips = self.split_audio(audio if isinstance(audio, Audio) else Audio(audio), policy)[skip:]
         asked = question(language, prompt, translate=translate)
         yield from segments(
             clips, asked, lambda prompts: self.stream_many(prompts, temperature=0.0, max_tokens=CLIP_TOKENS)

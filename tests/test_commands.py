@@ -13,7 +13,7 @@ from g3n_mlx import loading
 from g3n_mlx.checkpoint import hub
 from g3n_mlx.commands import MODEL_FLAGS, load_from, model_of
 
-LOADING = ["chat", "bench", "eval", "serve", "batch"]
+LOADING = ["chat", "bench", "eval", "serve", "batch", "mcp"]
 
 
 def command_line(name):

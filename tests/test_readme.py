@@ -14,7 +14,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text("utf-8")
 PAGES = {path.name: path.read_text("utf-8") for path in sorted((REPOSITORY / "docs").glob("*.md"))}
-COMMANDS = ("chat", "convert", "bench", "eval", "slices", "serve", "transcribe", "batch")
+COMMANDS = ("chat", "convert", "bench", "eval", "slices", "serve", "transcribe", "batch", "mcp")
 G3N = [sys.executable, "-m", "g3n_mlx"]
 
 
