@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from g3n_mlx.server import anthropic, chat, completions, models, ollama, page, responses, transcriptions
+from g3n_mlx.server import anthropic, chat, completions, models, ollama, page, reference, responses, transcriptions
 from g3n_mlx.server.engine import Engine
 from g3n_mlx.server.errors import OLLAMA_PATH, ApiError
 from g3n_mlx.server.gate import Gate, GatePolicy
@@ -34,7 +34,7 @@ def create_app(engine: Engine, table: ModelTable, policy: GatePolicy) -> ASGIApp
     app = FastAPI(title="g3n_mlx", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.engine = engine
     app.state.models = table
-    for routes in (page, models, chat, responses, completions, transcriptions, ollama, anthropic):
+    for routes in (page, reference, models, chat, responses, completions, transcriptions, ollama, anthropic):
         app.include_router(routes.router)
     app.add_exception_handler(ApiError, refused)
     app.add_exception_handler(RequestValidationError, invalid)

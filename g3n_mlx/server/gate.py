@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from g3n_mlx.server.errors import ApiError
 
-OPEN_PATHS = ("/", "/health")  # what needs no key: the page, which asks for it, and the probe
+OPEN_PATHS = ("/", "/docs", "/health")  # what needs no key: the page, which asks for it, the manual, and the probe
 
 
 @dataclass(frozen=True, slots=True)
