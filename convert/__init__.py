@@ -220,11 +220,11 @@ def _config(checkpoint: Checkpoint, quantizations: Mapping[str, Quantization], s
         for entry in [config, *(value for value in config.values() if isinstance(value, dict))]:
             entry |= {key: names[stored] for key in ("dtype", "torch_dtype") if key in entry}
     if quantizations:
-        config["quantization"] = config["quantization_config"] = _quantization_entry(quantizations)
+        config["quantization"] = config["quantization_config"] = quantization_entry(quantizations)
     return config
 
 
-def _quantization_entry(quantizations: Mapping[str, Quantization]) -> dict[str, Any]:
+def quantization_entry(quantizations: Mapping[str, Quantization]) -> dict[str, Any]:
     """As mlx-lm writes it: what most modules have, then the others by path, for mlx-lm and for mlx-vlm."""
     common = Counter(quantizations.values()).most_common(1)[0][0]
     entry: dict[str, Any] = _as_dict(common)

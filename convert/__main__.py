@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
     flags = parser.parse_args(argv)
     if flags.list_slices and flags.output:
         parser.error("--list-slices converts nothing: leave out -o")
-    if not flags.list_slices and not (flags.hf_path and flags.output):
+    if flags.uqff is not None:
+        _check_uqff(parser, flags)
+    elif not flags.list_slices and not (flags.hf_path and flags.output):
         parser.error("give --hf-path and -o, or --list-slices")
     if flags.fits is not None and flags.matformer:
         parser.error("give either --matformer or --fits")
@@ -62,8 +64,30 @@ def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
         parser.error("--list-slices lists all slices: leave out --matformer")
     log_to_stderr(logging.WARNING)
     logging.getLogger("g3n_mlx").setLevel(logging.INFO)
-    work = _list_slices if flags.list_slices else _convert
+    work = _convert_uqff if flags.uqff is not None else _list_slices if flags.list_slices else _convert
     return run_command(prog, lambda: work(flags), stopped="stopped; nothing was written")
+
+
+def _check_uqff(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
+    given = {name for name, value in vars(flags).items() if value != parser.get_default(name)}
+    if flags.output is None:
+        parser.error("--uqff needs -o, the folder to make")
+    if other := sorted(given - {"uqff", "output"}):
+        parser.error(
+            f"--uqff converts what is there: leave out --{other[0].replace('_', '-')}, or convert again with it"
+        )
+
+
+def _convert_uqff(flags: argparse.Namespace) -> int:
+    from g3n_mlx.convert.uqff import convert_uqff
+
+    return _wrote(convert_uqff(flags.uqff.expanduser(), flags.output.expanduser()))
+
+
+def _wrote(output: Path) -> int:
+    size = sum(path.stat().st_size for path in output.iterdir())
+    say(f"wrote {output}: {size_in_words(size)}")
+    return 0
 
 
 def _convert(flags: argparse.Namespace) -> int:
@@ -91,9 +115,7 @@ def _convert(flags: argparse.Namespace) -> int:
         moments=_moments(flags, matformer) if flags.method == "gptq" else None,
         dequantize=flags.dequantize,
     )
-    size = sum(path.stat().st_size for path in output.iterdir())
-    say(f"wrote {output}: {size_in_words(size)}")
-    return 0
+    return _wrote(output)
 
 
 def _moments(flags: argparse.Namespace, matformer: str | None) -> Path:
@@ -210,6 +232,7 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     source = "the source: a folder, or a hub id such as google/gemma-3n-E4B-it"
     add_model_flag(add, "--model", "--hf-path", dest="hf_path", help=source)
     add_model_flag(add, "--revision")
+    add("--uqff", type=Path, metavar="FOLDER", help="instead of --model: a model that mistral.rs has quantized")
     add("-o", "--output", type=Path, metavar="FOLDER", help="the folder to make")
     add("-q", "--quantize", action="store_true", help="quantize the text model")
     add_model_flag(

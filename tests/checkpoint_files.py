@@ -12,7 +12,7 @@ import numpy as np
 
 from g3n_mlx.matformer.table import Slice
 
-DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "U32": np.uint32}
+DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "U32": np.uint32, "U8": np.uint8}
 _SPELLED = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 

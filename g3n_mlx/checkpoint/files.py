@@ -23,6 +23,8 @@ def weight_files(folder: Path) -> list[Path]:
     names; what is left out is said. Raises FileNotFoundError where there is nothing to read or a part is missing,
     ValueError for an index that can't be used.
     """
+    if is_uqff(folder):
+        raise BadValue(f"{folder} is a UQFF model of mistral.rs: g3n convert --uqff {folder} -o FOLDER converts it")
     # Files that start with a dot are not weights: macOS leaves such companions on foreign disks.
     every = {path.name for path in folder.glob("*.safetensors") if not path.name.startswith(".")}
     adapters = {path.name for path in adapter_files(folder)}
@@ -47,6 +49,11 @@ def weight_files(folder: Path) -> list[Path]:
         kind = "LoRA adapters are not applied" if adapters.issuperset(left) else "not the model's"
         logger.warning("%s: %s not read: %s", folder, ", ".join(left[:5]), kind)
     return [folder / name for name in names]
+
+
+def is_uqff(folder: Path) -> bool:
+    """Whether a folder holds a model of mistral.rs instead of safetensors files of the usual layout."""
+    return any(folder.glob("*.uqff"))
 
 
 def _indexed(folder: Path) -> list[str]:
