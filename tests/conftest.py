@@ -2,8 +2,10 @@
 
 import importlib
 import importlib.util
+import io
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,12 @@ def installed(package: str) -> bool:
         return importlib.util.find_spec(package) is not None
     except ModuleNotFoundError:  # the parent package is absent
         return False
+
+
+@pytest.fixture(autouse=True)
+def nothing_piped_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that reads stdin finds its end there; pytest's own stand-in raises an error."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
 
 
 @pytest.fixture(scope="session")

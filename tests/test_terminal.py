@@ -91,7 +91,7 @@ def test_names_in_a_checkpoint(evil: Path, tmp_path: Path, damage: Callable[[Pat
         ["serve", "--model", "FOLDER", "--matformer", EVIL, "--port", "0"],
         ["chat", "-p", "hi", "--model", "FOLDER", "--matformer", EVIL],
         ["convert", "--list-slices", "--model", "FOLDER"],
-        ["chat", EVIL],
+        ["chat", "-p", "hi", EVIL],
         ["chat", "--max-tokens", EVIL],
         ["chat", "-p", "hi", "--model", "demo", "--image", f"no{EVIL}.png"],
         ["completion", EVIL],

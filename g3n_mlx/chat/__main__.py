@@ -1,4 +1,4 @@
-"""`python -m g3n_mlx.chat`: chat with Gemma 3n in a terminal, or ask it once with `-p`.
+"""`python -m g3n_mlx.chat`: chat with Gemma 3n in a terminal, or ask it once with a prompt on the command line.
 
 Heavy imports wait until they are needed: `--help` answers at once.
 """
@@ -8,6 +8,8 @@ import io
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from g3n_mlx.chat import attachments
 from g3n_mlx.chat.session import SETTINGS, Session
@@ -15,7 +17,6 @@ from g3n_mlx.chat.terminal import message_lines, typed_messages
 from g3n_mlx.commands import (
     INTERRUPTED,
     add_choice_flags,
-    add_draft_flag,
     add_model_flags,
     check_choice,
     command_parser,
@@ -24,7 +25,8 @@ from g3n_mlx.commands import (
     run_command,
     say,
 )
-from g3n_mlx.failures import BadValue
+from g3n_mlx.config.fields import parse_json
+from g3n_mlx.failures import BadValue, one_line
 
 NAME = "g3n-chat"
 
@@ -34,6 +36,12 @@ def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
     parser = command_line(prog)
     arguments = parser.parse_args(argv)
     check_choice(parser, arguments)
+    if arguments.prompt is not None and arguments.asked is not None:
+        parser.error("give the prompt once: with -p or as an argument")
+    if arguments.asked is not None:
+        arguments.prompt = arguments.asked
+    if arguments.schema is not None and arguments.prompt is None:
+        parser.error("--schema is for one answer: give a prompt, or - to read it from stdin")
     log_to_stderr(logging.INFO if arguments.verbose else logging.WARNING)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A model's words must not fail on a terminal's letters; in a pipe they are UTF-8 everywhere.
@@ -43,11 +51,18 @@ def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
 
 def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     """The flags, of a command that was called as prog."""
-    parser = command_parser(prog, "Chat with Gemma 3n, or ask it once with -p.")
+    parser = command_parser(prog, "Chat with Gemma 3n, or ask it once.")
     add_model_flags(parser.add_argument_group("model").add_argument)
     add_choice_flags(parser)
     answer = parser.add_argument_group("answer")
-    answer.add_argument("-p", "--prompt", help="ask once, print the answer and exit; - reads the prompt from stdin")
+    parser.add_argument(
+        "asked",
+        nargs="?",
+        metavar="PROMPT",
+        help="ask once, print the answer and exit; what is piped in stands before it",
+    )
+    answer.add_argument("-p", "--prompt", help="the same; - takes what is piped in alone")
+    answer.add_argument("--schema", type=Path, metavar="FILE", help="JSON schema that the one answer follows")
     for kind in attachments.SUFFIXES:
         answer.add_argument(
             f"--{kind}",
@@ -62,7 +77,6 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     answer.add_argument("--max-tokens", type=int, metavar="N", help="of one answer; default: to the context limit")
     answer.add_argument("--temperature", "--temp", type=float, metavar="X", help="0 always takes the most likely token")
     answer.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
-    add_draft_flag(answer.add_argument, "auto")
     parser.add_argument("--verbose", action="store_true", help="log lines, and figures after every answer")
     return parser
 
@@ -73,14 +87,13 @@ def _run(arguments: argparse.Namespace) -> int:
 
     settings = {name: value for name in SETTINGS if (value := getattr(arguments, name, None)) is not None}
     SamplingParams(**settings)
+    schema = None if arguments.schema is None else _schema(arguments.schema)
     prompt = _one_shot_prompt(arguments.prompt)
     model = load_from(arguments, slices_later=True)
-    model.checked_draft(arguments.draft)
     session = Session(
         model,
         arguments.system_prompt,
         settings,
-        draft=arguments.draft,
         verbose=arguments.verbose,
         slice_table=arguments.matformer_config,
     )
@@ -90,7 +103,7 @@ def _run(arguments: argparse.Namespace) -> int:
     for part in arguments.attached:
         session.attach(part, quiet=prompt is not None)
     if prompt is not None:
-        return INTERRUPTED if session.ask(prompt).stopped else 0
+        return INTERRUPTED if session.ask(prompt, schema).stopped else 0
     if sys.stdin.isatty() and sys.stdout.isatty():
         session.run(typed_messages())
         return 0
@@ -99,18 +112,39 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _one_shot_prompt(prompt: str | None) -> str | None:
-    """The text of `-p`; stdin's when it is a dash. Raises ValueError when there is none in it."""
+    """What is asked once: what was piped in, an empty line, then the prompt; a dash is the piped text alone.
+
+    None without a prompt. Raises ValueError when there is no text in it, or what was piped in is none.
+    """
+    if prompt is None:
+        return None
+    if not prompt.strip():
+        raise BadValue("the prompt is empty")
+    piped = "" if sys.stdin.isatty() and prompt != "-" else _piped_text()
     if prompt != "-":
-        if prompt is not None and not prompt.strip():
-            raise BadValue("the prompt is empty")
-        return prompt
-    try:
-        text = sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadValue(f"stdin is not UTF-8 text: {error}") from error
-    if not text.strip():
+        return f"{piped.rstrip()}\n\n{prompt}" if piped.strip() else prompt
+    if not piped.strip():
         raise BadValue("the prompt is empty: stdin had no text")
-    return text
+    return piped
+
+
+def _piped_text() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadValue(
+            f"stdin is not UTF-8 text: {error}; files of other kinds go with --image, --audio or --video"
+        ) from error
+
+
+def _schema(path: Path) -> dict[str, Any]:
+    try:
+        schema = parse_json(path.read_text("utf-8"))
+    except ValueError as error:
+        raise BadValue(f"{path} is not JSON: {one_line(error)}") from None
+    if not isinstance(schema, dict):
+        raise BadValue(f"{path} is no JSON schema: expected an object")
+    return schema
 
 
 if __name__ == "__main__":

@@ -58,14 +58,13 @@ class Session:
         system: str | None,
         settings: dict[str, Any],
         *,
-        draft: str = "auto",
         verbose: bool = False,
         slice_table: Path | None = None,
     ) -> None:
         """settings: sampling keywords that differ from the model's defaults."""
         self.sizes = Sizes(model, slice_table)
         self.system, self.settings, self.verbose = system, dict(settings), verbose
-        self._draft = draft
+        self._draft = "auto"
         self.messages: list[dict[str, Any]] = []  # user and assistant in turn, without the system message
         self.failures = 0
         self._usage: Usage | None = None
@@ -123,12 +122,15 @@ class Session:
                 self.failures += 1
                 say(f"error: {one_line(error)}")
 
-    def ask(self, text: str) -> Reply:
-        """Asks about what was attached and what the text names, which is said; see `_ask`."""
+    def ask(self, text: str, schema: dict[str, Any] | None = None) -> Reply:
+        """Asks about what was attached and what the text names, which is said; see `_ask`.
+
+        schema: a JSON schema that the answer follows.
+        """
         content = attachments.content(text, self._attached)
         for line in attachments.notes(content, self._attached):
             say(line)
-        return self._ask(content)
+        return self._ask(content, schema)
 
     def attach(self, part: dict[str, Any], *, quiet: bool = False) -> None:
         """Takes a media part into the next question, once it is seen to be usable; shows what it is unless quiet."""
@@ -155,11 +157,11 @@ class Session:
         tokens = sum(span.length for span in prompt.media)
         say(f"{attachments.name_of(part)}{size}: {tokens} tokens, with the next question")
 
-    def _ask(self, content: str | list[Any]) -> Reply:
+    def _ask(self, content: str | list[Any], schema: dict[str, Any] | None = None) -> Reply:
         """Streams the answer to stdout and keeps it in the conversation, a stopped one as far as it came."""
         self._unanswered = content
         messages = [*self.messages, {"role": "user", "content": content}]
-        answer = self._stream([*self._system_message(), *messages])
+        answer = self._stream([*self._system_message(), *messages], schema)
         self._detach(content)
         if answer.text or not answer.stopped:
             self.messages = [*messages, {"role": "assistant", "content": answer.text}]
@@ -179,11 +181,13 @@ class Session:
         """Of what was attached, what a question holds is not for the next one."""
         self._attached = [part for part in self._attached if isinstance(content, str) or part not in content]
 
-    def _stream(self, messages: list[dict[str, Any]]) -> Reply:
+    def _stream(self, messages: list[dict[str, Any]], schema: dict[str, Any] | None) -> Reply:
         parts: list[str] = []
         finish_reason, usage, stopped = None, None, False
         with attachments.errors_by_name(messages), Interruption() as interruption:
             options: dict[str, Any] = {"draft": self.sizes.draft(self._draft), **self.settings}
+            if schema is not None:
+                options["schema"] = schema
             if sys.stderr.isatty():
                 options["progress"] = reading
             chunks = self.model.stream(self._opened.in_messages(messages), **options)
@@ -336,8 +340,12 @@ class Session:
 
         name, _, value = argument.partition(" ")
         name = name.replace("-", "_")
-        if name and name not in SETTINGS:
-            raise BadValue(f"there is no setting {name!r}; there are {', '.join(SETTINGS)}")
+        if name == "draft" and value:
+            self._draft = self.sizes.checked_draft("auto" if value == "default" else value)
+            say(f"draft {self._draft}")
+            return
+        if name and name not in SETTINGS and name != "draft":
+            raise BadValue(f"there is no setting {name!r}; there are {', '.join(SETTINGS)} and draft")
         if name and not value:
             raise BadValue(f"/set {name} needs a value, a number or 'default'")
         if value == "default":

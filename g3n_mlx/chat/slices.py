@@ -39,6 +39,10 @@ class Sizes:
         """What answers."""
         return self._taken[self.name]
 
+    def checked_draft(self, draft: str) -> str:
+        """The way to draft, where the whole model knows it; raises ValueError when it does not."""
+        return self._loaded.checked_draft(draft)
+
     def draft(self, draft: str) -> str:
         """How what answers drafts; a slice that drafts does so for the whole model alone."""
         from g3n_mlx.engine.drafts import MODES

@@ -278,7 +278,6 @@ def test_ctrl_c_before_the_answer_gives_up_the_question(session, echo, capsys):
 def test_the_model_warms_up_before_a_chat_and_not_for_one_question(echo, monkeypatch, capsys):
     monkeypatch.setattr(command, "load_from", lambda arguments, **_: echo)
     monkeypatch.setattr(command, "message_lines", lambda: iter(["hello"]))
-    monkeypatch.setattr(sys, "stdin", io.StringIO())
     assert command.main(["--prompt", "hello"]) == 0
     assert echo.warmed_up == 0
     assert command.main([]) == 0
@@ -378,8 +377,60 @@ def test_stdin_that_is_no_text(tmp_path, tiny_folder):
     assert (done.returncode, done.stderr) == (1, "g3n-chat: the prompt is empty: stdin had no text\n")
 
 
+def asked_once(echo, monkeypatch, *arguments: str, piped: bytes = b"") -> str:
+    """What the model is asked by a command with something piped in."""
+    monkeypatch.setattr(command, "load_from", lambda arguments, **_: echo)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped)))
+    assert command.main(arguments) == 0
+    return echo.asked[-1][0][-1]["content"]
+
+
+def test_what_is_piped_in_stands_before_the_prompt(echo, monkeypatch):
+    for prompt in (["-p", "Summarise."], ["Summarise."]):
+        assert asked_once(echo, monkeypatch, *prompt) == "Summarise."
+        assert asked_once(echo, monkeypatch, *prompt, piped=b"\n") == "Summarise."
+        assert asked_once(echo, monkeypatch, *prompt, piped=b"One.\nTwo.\n") == "One.\nTwo.\n\nSummarise."
+    assert asked_once(echo, monkeypatch, "-", piped=b"One.\n") == "One.\n"
+
+
+def test_a_bare_argument_is_asked_in_a_real_pipe(tmp_path):
+    asked = ("--model", "demo", "What is 12 + 34?")
+    assert program(*asked, home=tmp_path, text="").stdout == "12 + 34 = 46\n"
+    assert program("--model", "demo", "-", home=tmp_path, text="What is 12 + 34?").stdout == "12 + 34 = 46\n"
+
+
+def test_piped_bytes_that_are_no_text_are_refused(echo, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))
+    assert command.main(["-p", "What is this?"]) == 1
+    assert capsys.readouterr().err.startswith("g3n-chat: stdin is not UTF-8 text: ")
+
+
+def test_a_schema_shapes_the_one_answer(tmp_path):
+    schema = tmp_path / "sum.json"
+    schema.write_text(
+        '{"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"], '
+        '"additionalProperties": false}'
+    )
+    done = program("--model", "demo", "--schema", str(schema), "What is 12 + 34?", "--seed", "1", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout)) == {"sum"}
+
+
+@pytest.mark.parametrize(("text", "expected"), [("{", "is not JSON"), ("[1]", "expected an object")])
+def test_a_file_that_is_no_schema_is_told_before_the_model_is_loaded(tmp_path, capsys, text, expected):
+    (tmp_path / "bad.json").write_text(text)
+    assert command.main(["--model", "/no/such", "--schema", str(tmp_path / "bad.json"), "-p", "a"]) == 1
+    assert expected in capsys.readouterr().err
+
+
+def test_drafts_are_a_setting(session, echo, capsys):
+    talk(session, "/set draft off", "a", "/set draft default", "b")
+    assert [options["draft"] for _, options in echo.asked] == ["off", "auto"]
+
+
 def test_usage_errors_exit_2(tmp_path):
-    for flags in (["--frobnicate"], ["--seed", "many"], ["--backend", "jax"]):
+    twice, no_prompt = ["-p", "a", "b"], ["--schema", "a.json"]
+    for flags in (["--frobnicate"], ["--seed", "many"], ["--backend", "jax"], twice, no_prompt):
         done = program(*flags, home=tmp_path)
         assert done.returncode == 2
         assert "g3n-chat: error: " in done.stderr
@@ -489,5 +540,5 @@ def test_table_of_commands(capsys):
 
 
 def test_at_most_25_flags():
-    actions = command.command_line()._actions
-    assert len(actions) <= 25
+    flags = [action for action in command.command_line()._actions if action.option_strings]
+    assert len(flags) <= 25

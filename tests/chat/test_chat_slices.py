@@ -99,8 +99,8 @@ def test_a_terminal_shows_how_far_a_prompt_is_read(model, monkeypatch):
 
 
 def test_a_slice_that_drafts_does_so_for_the_whole_model_alone(model, capsys):
-    session = Session(model, None, GREEDY, draft="half")
-    talk(session, "Hello", "/slice half-skip", "Hello", "/slice half", "Hello")
+    session = Session(model, None, GREEDY)
+    talk(session, "/set draft half", "Hello", "/slice half-skip", "Hello", "/slice half", "Hello")
     assert session.failures == 0
     answers = [message["content"] for message in session.messages[1::2]]
     assert all(answers)
