@@ -20,6 +20,8 @@ from g3n_mlx.checkpoint.recipe import choose_quantizations, read_recipe
 from g3n_mlx.checkpoint.shards import open_shards
 from g3n_mlx.config.manifest import TEXT
 from g3n_mlx.config.model import ModelConfig
+from g3n_mlx.convert.card import FILE as CARD
+from g3n_mlx.convert.card import Origin, model_card
 from g3n_mlx.convert.methods import method_named
 from g3n_mlx.convert.quantize import FLOATS, Method, affine, plan_jobs, readable
 from g3n_mlx.convert.write import (
@@ -111,10 +113,37 @@ def convert(
     try:
         check_free_name(output)
         place = appearing_folder(output, wait_for_others=False)
-        _write(checkpoint, plan, output, place, choose, dtype, progress, quantizing, dequantize)
+        flags = _flags(
+            q_bits=q_bits,
+            q_group_size=q_group_size if q_bits is not None and q_group_size != DEFAULT_GROUP_SIZE else None,
+            ple_bits=ple_bits,
+            matformer=matformer,
+            matformer_config=matformer_config,
+            recipe=recipe,
+            dtype=dtype,
+            revision=revision,
+            method=None if method == "affine" else method,
+            dequantize=dequantize,
+            adapter=adapter,
+        )
+        origin = Origin(str(source), folder, flags)
+        _write(checkpoint, plan, output, place, choose, dtype, progress, quantizing, dequantize, origin)
     finally:
         checkpoint.close()
     return output
+
+
+def _flags(*, adapter: AdapterLike | None, dequantize: bool, q_bits: int | None, **options: Any) -> list[str]:
+    """The flags of `g3n convert` that say the same; of files and folders the names alone."""
+    flags = [] if q_bits is None else ["-q", "--q-bits", str(q_bits)]
+    for name, value in options.items():
+        if value is not None:
+            is_path = name in ("matformer_config", "recipe")
+            flags += [f"--{name.replace('_', '-')}", Path(value).name if is_path else str(value)]
+    for path, weight in named_adapters(adapter).items():
+        known = Path(path).name if Path(path).exists() else str(path)
+        flags += ["--adapter", known if weight == 1 else f"{known}={weight:g}"]
+    return [*flags, "--dequantize"] if dequantize else flags
 
 
 def cached_conversion(
@@ -180,8 +209,12 @@ def _write(
     progress: bool,
     method: Method = affine,
     dequantize: bool = False,
+    origin: Origin | None = None,
 ) -> None:
-    """choose: how modules are to be stored, by the shapes of all tensors; None leaves them as they are."""
+    """choose: how modules are to be stored, by the shapes of all tensors; None leaves them as they are.
+
+    origin: what a model card is written of; without it there is none.
+    """
     if dtype is not None and dtype not in FLOATS:
         raise BadValue(f"dtype is {dtype!r}, expected one of {', '.join(FLOATS)}")
     present = {} if dequantize else checkpoint.quantizations
@@ -198,9 +231,21 @@ def _write(
     stored = None if present else FLOATS[dtype or "bfloat16"]
     jobs = plan_jobs(tensors, {} if present else chosen, stored, method)
     with place as partial:
-        check_space(output, jobs)
+        num_bytes = check_space(output, jobs)
         write_shards(partial, jobs, progress)
         copy_sidecars(checkpoint.folder, partial, whole=plan is None)
+        if origin is not None:
+            names = {spelled: name for name, spelled in FLOATS.items()}
+            kept = checkpoint.info(f"{TEXT}norm.weight").dtype
+            card = model_card(
+                origin,
+                checkpoint.config,
+                None if plan is None else plan.slice_name,
+                chosen,
+                num_bytes,
+                names.get(stored or kept, kept),
+            )
+            (partial / CARD).write_text(card, encoding="utf-8")
         # Written last: a folder without config.json is never taken for a checkpoint.
         write_json(partial / "config.json", _config(checkpoint, chosen, stored))
 
