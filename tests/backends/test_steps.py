@@ -4,6 +4,7 @@ import io
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -47,6 +48,34 @@ def test_operations_of_an_mlx_step(overhead, frameworks):
         network.decode_steps.compile()
         _, kernels = count_graph(network.decode_graph(7, cache))
     assert kernels <= MLX_KERNELS
+
+
+def test_an_mlx_step_of_more_sequences_adds_their_attention_alone(frameworks, tiny_folder):
+    """Every sequence has a cache of its own to write and to attend to; everything else is one call for all."""
+    if "mlx" not in frameworks:
+        pytest.skip("mlx is not installed")
+    import mlx.core as mx
+
+    network = frameworks["mlx"].model(Checkpoint.open(tiny_folder))
+
+    def kernels(sequences):
+        caches = [make_cache(network) for _ in range(sequences)]
+        for cache in caches:
+            prefill(network, np.arange(16), cache)
+        with opaque_kernels():
+            network.decode_steps.compile()
+            positions = np.array([cache.offset for cache in caches], dtype=np.int32)
+            begun = network.decode_steps.started(mx.array([7] * sequences), positions)
+            dot = io.StringIO()
+            mx.export_to_dot(dot, network.decode_steps.finished(begun, caches).logits)
+        return Counter(
+            kind for kind in re.findall(r'label ="(\w+)", shape=rectangle', dot.getvalue()) if kind not in MLX_VIEWS
+        )
+
+    text = network.config.text
+    layers, own = text.num_hidden_layers, text.num_hidden_layers - text.num_kv_shared_layers
+    added = kernels(4) - kernels(2)
+    assert added == {"Depends": 2 * layers, "SliceUpdate": 2 * 2 * own}  # attention, and the caches' keys and values
 
 
 def weights_only(network, cache):

@@ -191,6 +191,43 @@ def test_answers_taken_in_turn_are_those_they_would_be_alone(server):
         assert one.tokens == other.tokens
 
 
+def test_between_two_tokens_there_is_at_most_one_part_of_a_prompt(server, monkeypatch):
+    """While one answer decodes, three prompts of many parts come."""
+    network, calls = server.engine.model.runner.model, []
+
+    class Counted:
+        def __getattr__(self, name):
+            return getattr(network, name)
+
+        def __call__(self, batch):
+            calls.append("d" if batch.steps else "p")
+            return network(batch)
+
+    monkeypatch.setattr(server.engine.model.runner, "_model", Counted())
+    others = []
+
+    def submit(steps, text, max_tokens):
+        submitted = job(server, steps, text, max_tokens=max_tokens, prefill_step_size=16)
+        submitted.task = replace(submitted.task, draft=False)  # so that a call of several tokens is a part of a prompt
+        server.engine.scheduler.submit(submitted)
+
+    def joined(steps):
+        if len(steps.tokens) == 5 and not others:
+            others.extend(Steps() for _ in range(3))
+            for n, other in enumerate(others):
+                submit(other, f"{n} " + "one two three " * 40, 1)
+
+    first = Steps(joined)
+    submit(first, "Hello", 60)
+    for steps in (first, *others):
+        assert steps.ended.wait(300)
+    order = "".join(calls)
+    assert order.count("p") > 20
+    until_last = order[order.index("d") : order.rindex("d")]
+    assert "pp" not in until_last
+    assert "pd" in until_last
+
+
 def test_a_stopped_job_ends_before_its_next_token(server):
     """What a client that goes away comes down to."""
     jobs = []
