@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from g3n_mlx.checkpoint import hub
 from g3n_mlx.checkpoint.folder import Checkpoint
-from g3n_mlx.checkpoint.hub import cache_folder, resolve
+from g3n_mlx.checkpoint.hub import cache_folder
 from g3n_mlx.checkpoint.names import canonical_tensors
 from g3n_mlx.checkpoint.quantization import Quantization
 from g3n_mlx.checkpoint.recipe import choose_quantizations, read_recipe
@@ -22,8 +23,9 @@ from g3n_mlx.config.manifest import TEXT
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.convert.card import FILE as CARD
 from g3n_mlx.convert.card import Origin, model_card
+from g3n_mlx.convert.gguf import cached_gguf, is_gguf, write_gguf
 from g3n_mlx.convert.methods import method_named
-from g3n_mlx.convert.quantize import FLOATS, Method, affine, plan_jobs, readable
+from g3n_mlx.convert.quantize import FLOATS, Method, affine, plan_jobs, quantization_entry, readable
 from g3n_mlx.convert.write import (
     appearing_folder,
     check_free_name,
@@ -67,18 +69,20 @@ def convert(
     method: str = "affine",
     moments: str | Path | None = None,
     dequantize: bool = False,
+    tokenizer: str | Path | None = None,
     progress: bool = True,
 ) -> Path:
     """Writes a checkpoint, sliced and quantized as asked, into a new folder; returns the folder.
 
-    source: a folder of any layout, or a hub id. q_bits: 2, 3, 4, 5, 6 or 8; None does not quantize. ple_bits: of the
-    PLE table, 8 by default. matformer: name of a slice in matformer_config, a CSV file (None: the published
-    table). recipe: a JSON file with bits by module, instead of q_bits (checkpoint/recipe.py). dtype: "bfloat16" by
-    default, "float16" or "float32"; of an already quantized source it stays what it is. adapter: LoRA
-    adapters, as `load` takes them, which are merged before anything is quantized. method: "affine" as MLX quantizes,
-    "mse" with the least squared error of the weights, "gptq" with that of their products, for which moments names the
-    folder that `g3n_mlx.calibration.measure` filled. dequantize: reads a quantized source as the numbers that it stands
-    for, to store them dense, or anew with q_bits or a recipe.
+    source: a folder of any layout, a hub id, or a GGUF file, which goes through a folder in the user's cache unless it
+    is written as it is. tokenizer: a folder with the tokenizer to take instead of a GGUF file's. q_bits: 2, 3, 4, 5, 6
+    or 8; None does not quantize. ple_bits: of the PLE table, 8 by default. matformer: name of a slice in
+    matformer_config, a CSV file (None: the published table). recipe: a JSON file with bits by module, instead of q_bits
+    (checkpoint/recipe.py). dtype: "bfloat16" by default, "float16" or "float32"; of an already quantized source it
+    stays what it is. adapter: LoRA adapters, as `load` takes them, which are merged before anything is quantized.
+    method: "affine" as MLX quantizes, "mse" with the least squared error of the weights, "gptq" with that of their
+    products, for which moments names the folder that `g3n_mlx.calibration.measure` filled. dequantize: reads a
+    quantized source as the numbers that it stands for, to store them dense, or anew with q_bits or a recipe.
     Raises ValueError or OSError when the source, the slice, the recipe, the disk or the output folder does not fit.
     """
     if matformer_config is not None and matformer is None:
@@ -89,8 +93,18 @@ def convert(
     if recipe is not None and q_bits is not None:
         raise BadValue("recipe and q_bits were both given: the recipe says how every module is stored")
     rules = None if recipe is None else read_recipe(Path(recipe).expanduser())
-    folder = resolve(source, revision)
     output = Path(output).expanduser()
+    words = None if tokenizer is None else Path(tokenizer).expanduser()
+    if is_gguf(source):
+        changed = (q_bits, matformer, recipe, dtype, adapter)
+        if not dequantize and not any(changed):
+            check_free_name(output)
+            path = _gguf_file(source, revision)
+            write_gguf(path, output, appearing_folder(output, wait_for_others=False), words, progress)
+            return output
+    elif tokenizer is not None:
+        raise BadValue("tokenizer was given without a GGUF file: a folder's own tokenizer is taken")
+    folder = resolve(source, revision, tokenizer=words)
     plan = None if matformer is None else plan_for(folder, matformer, matformer_config)
     checkpoint = open_adapted(folder, plan, named_adapters(adapter))
     if checkpoint.low_ranks and not dequantize:
@@ -177,6 +191,24 @@ def cached_conversion(
         finally:
             checkpoint.close()
     return target
+
+
+def resolve(
+    path_or_id: str | Path, revision: str | None = None, *, weights: bool = True, tokenizer: Path | None = None
+) -> Path:
+    """The local folder of a model, given as `hub.resolve` takes it or as a GGUF file, of which a folder is made once.
+
+    tokenizer: a folder with another tokenizer than the GGUF file's. Raises as `hub.resolve` and `write_gguf` do.
+    """
+    if isinstance(path_or_id, str | Path) and is_gguf(path_or_id):
+        return cached_gguf(_gguf_file(path_or_id, revision), tokenizer)
+    return hub.resolve(path_or_id, revision, weights=weights)
+
+
+def _gguf_file(path: str | Path, revision: str | None) -> Path:
+    if revision is not None:
+        raise BadValue(f"revision {revision!r} was given for the file {path}; only a hub id has revisions")
+    return Path(path).expanduser()
 
 
 def plan_for(folder: Path, matformer: str, matformer_config: str | Path | None = None) -> SlicePlan:
@@ -267,19 +299,3 @@ def _config(checkpoint: Checkpoint, quantizations: Mapping[str, Quantization], s
     if quantizations:
         config["quantization"] = config["quantization_config"] = quantization_entry(quantizations)
     return config
-
-
-def quantization_entry(quantizations: Mapping[str, Quantization]) -> dict[str, Any]:
-    """As mlx-lm writes it: what most modules have, then the others by path, for mlx-lm and for mlx-vlm."""
-    common = Counter(quantizations.values()).most_common(1)[0][0]
-    entry: dict[str, Any] = _as_dict(common)
-    for path, quantization in quantizations.items():
-        if quantization != common:
-            entry[f"model.{path}"] = _as_dict(quantization)
-            if path.startswith(TEXT):
-                entry[f"{TEXT}model.{path.removeprefix(TEXT)}"] = _as_dict(quantization)
-    return entry
-
-
-def _as_dict(quantization: Quantization) -> dict[str, Any]:
-    return {"group_size": quantization.group_size, "bits": quantization.bits, "mode": "affine"}

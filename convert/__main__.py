@@ -11,7 +11,7 @@ from typing import Any
 
 from g3n_mlx.checkpoint.check import embedder_manifests, quantizations_of, tower_shapes
 from g3n_mlx.checkpoint.folder import Checkpoint
-from g3n_mlx.checkpoint.hub import resolve, tensor_headers
+from g3n_mlx.checkpoint.hub import tensor_headers
 from g3n_mlx.checkpoint.names import canonical_name
 from g3n_mlx.checkpoint.quantization import BITS, GROUP_SIZES, Quantization
 from g3n_mlx.checkpoint.shards import DTYPES
@@ -19,7 +19,8 @@ from g3n_mlx.commands import add_model_flag, command_parser, log_to_stderr, num_
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig, read_config
 from g3n_mlx.config.text import TextConfig
-from g3n_mlx.convert import DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS, convert
+from g3n_mlx.convert import DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS, convert, resolve
+from g3n_mlx.convert.gguf import is_gguf
 from g3n_mlx.convert.methods import METHODS
 from g3n_mlx.convert.quantize import FLOATS
 from g3n_mlx.failures import BadValue, MissingFile, size_in_words
@@ -41,10 +42,18 @@ def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
     flags = parser.parse_args(argv)
     if flags.list_slices and flags.output:
         parser.error("--list-slices converts nothing: leave out -o")
+    if flags.gguf is not None and flags.hf_path is not None:
+        parser.error("give either --gguf or --hf-path")
+    if flags.gguf is not None:
+        if not is_gguf(flags.gguf):
+            parser.error(f"--gguf {flags.gguf} is no file whose name ends in .gguf")
+        flags.hf_path = str(flags.gguf)
+    if flags.tokenizer is not None and not (flags.hf_path and is_gguf(flags.hf_path) and flags.output):
+        parser.error("--tokenizer is for a conversion of a GGUF file")
     if flags.uqff is not None:
         _check_uqff(parser, flags)
     elif not flags.list_slices and not (flags.hf_path and flags.output):
-        parser.error("give --hf-path and -o, or --list-slices")
+        parser.error("give --hf-path or --gguf and -o, or --list-slices")
     if flags.fits is not None and flags.matformer:
         parser.error("give either --matformer or --fits")
     if flags.matformer_config and not (flags.matformer or flags.fits is not None or flags.list_slices):
@@ -114,6 +123,7 @@ def _convert(flags: argparse.Namespace) -> int:
         method=flags.method,
         moments=_moments(flags, matformer) if flags.method == "gptq" else None,
         dequantize=flags.dequantize,
+        tokenizer=flags.tokenizer,
     )
     return _wrote(output)
 
@@ -233,6 +243,8 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     add_model_flag(add, "--model", "--hf-path", dest="hf_path", help=source)
     add_model_flag(add, "--revision")
     add("--uqff", type=Path, metavar="FOLDER", help="instead of --model: a model that mistral.rs has quantized")
+    add("--gguf", type=Path, metavar="FILE", help="the source: a GGUF file of llama.cpp's")
+    add("--tokenizer", type=Path, metavar="FOLDER", help="take the tokenizer from here instead of the GGUF file's")
     add("-o", "--output", type=Path, metavar="FOLDER", help="the folder to make")
     add("-q", "--quantize", action="store_true", help="quantize the text model")
     add_model_flag(

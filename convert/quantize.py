@@ -1,9 +1,11 @@
 """How each tensor of the new checkpoint is made, a block of rows at a time."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -118,6 +120,22 @@ def _job(
         outputs = quantized_outputs(published.removesuffix(".weight"), shape, quantization, target)
         produce = partial(_quantize, path, tensor.read, DTYPES[target], quantization, method)
     return TensorJob(outputs, shape[0] if shape else 1, prod(shape) * DTYPES[tensor.dtype].itemsize, produce)
+
+
+def quantization_entry(quantizations: Mapping[str, Quantization]) -> dict[str, Any]:
+    """config.json's entry, as mlx-lm writes it: what most modules have, then the others by path, also as mlx-vlm."""
+    common = Counter(quantizations.values()).most_common(1)[0][0]
+    entry: dict[str, Any] = _as_dict(common)
+    for path, quantization in quantizations.items():
+        if quantization != common:
+            entry[f"model.{path}"] = _as_dict(quantization)
+            if path.startswith(TEXT):
+                entry[f"{TEXT}model.{path.removeprefix(TEXT)}"] = _as_dict(quantization)
+    return entry
+
+
+def _as_dict(quantization: Quantization) -> dict[str, Any]:
+    return {"group_size": quantization.group_size, "bits": quantization.bits, "mode": "affine"}
 
 
 def _dequantized(checkpoint: Checkpoint, path: str, quantization: Quantization, start: int, stop: int) -> np.ndarray:

@@ -24,8 +24,7 @@ from g3n_mlx.checkpoint.quantization import Quantization, dequantize, pack, quan
 from g3n_mlx.checkpoint.shards import DTYPES, Shard, StoredTensor, read_header
 from g3n_mlx.checkpoint.source import Source
 from g3n_mlx.config.fields import read_json
-from g3n_mlx.convert import quantization_entry
-from g3n_mlx.convert.quantize import Output, TensorJob, quantized_outputs
+from g3n_mlx.convert.quantize import Output, TensorJob, quantization_entry, quantized_outputs
 from g3n_mlx.convert.write import (
     appearing_folder,
     check_free_name,

@@ -9,13 +9,12 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from g3n_mlx.checkpoint import hub
 from g3n_mlx.checkpoint.ahead import read_ahead
 from g3n_mlx.checkpoint.files import is_uqff
 from g3n_mlx.checkpoint.finite import not_finite
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.fields import read_json
-from g3n_mlx.convert import cached_conversion, plan_for
+from g3n_mlx.convert import cached_conversion, plan_for, resolve
 from g3n_mlx.convert.uqff import cached_uqff
 from g3n_mlx.engine.runner import Runner, model_thread
 from g3n_mlx.failures import BadValue, Error, FileProblem, MissingPackage
@@ -48,9 +47,10 @@ def load(
     activations: str = "exact",
     adapter: AdapterLike | None = None,
 ) -> Gemma3n:
-    """Loads a Gemma 3n checkpoint of any layout from a folder or the Hugging Face hub.
+    """Loads a Gemma 3n checkpoint of any layout from a folder, a GGUF file or the Hugging Face hub.
 
-    A folder of mistral.rs (UQFF) is converted into the user's cache folder once.
+    A folder of mistral.rs (UQFF) or a GGUF file is converted into the user's cache folder once.
+
     backend: "mlx", "torch", or "auto": MLX on Apple Silicon, elsewhere PyTorch, else whichever is installed.
     matformer: a slice by name or short form ("e2.49b-block"), from the published table or `matformer_config`, a CSV.
     q_bits: quantizes an unquantized checkpoint once into the user's cache folder and opens that from then on.
@@ -77,7 +77,7 @@ def load(
     place = devices.device_of(device)
     if matformer is None and matformer_config is not None:
         raise BadValue("matformer_config was given without matformer: name the slice to take from it")
-    folder = hub.resolve(path_or_id, revision)
+    folder = resolve(path_or_id, revision)
     name = folder.resolve().name if Path(path_or_id).expanduser().is_dir() else str(path_or_id).rstrip("/")
     if is_uqff(folder):
         folder = cached_uqff(folder)

@@ -10,7 +10,7 @@ import numpy as np
 from g3n_mlx.checkpoint import hub
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.manifest import TEXT
-from g3n_mlx.convert import DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS
+from g3n_mlx.convert import DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS, resolve
 from g3n_mlx.failures import BadValue, size_in_words
 from g3n_mlx.matformer.choice import UNASKED_BITS, best, best_fitting
 from g3n_mlx.matformer.plan import find_slice, is_whole, whole_model
@@ -39,7 +39,7 @@ def fitting(
     q_bits: what was asked for; without it an unquantized checkpoint gets 8 where the whole model has room, else 4.
     Raises ValueError when none fits.
     """
-    checkpoint = Checkpoint.open(hub.resolve(path_or_id, revision))
+    checkpoint = Checkpoint.open(resolve(path_or_id, revision))
     try:
         stored = bool(checkpoint.quantizations)
         widths: Sequence[int | None] = (None,) if stored else UNASKED_BITS if q_bits is None else (q_bits,)
@@ -74,7 +74,7 @@ def unasked(
     the demo model is, stay as they are. Raises ValueError, saying what would fit, where nothing does that
     was asked for.
     """
-    folder = hub.resolve(path_or_id, revision)
+    folder = resolve(path_or_id, revision)
     if folder == hub.demo_folder():
         return Chosen(matformer, q_bits, None)
     checkpoint = Checkpoint.open(folder)
@@ -146,7 +146,7 @@ def _named(entry: SizedSlice) -> str:
 
 def is_quantized(path_or_id: str | Path, revision: str | None) -> bool:
     """Whether a checkpoint's weights are."""
-    checkpoint = Checkpoint.open(hub.resolve(path_or_id, revision))
+    checkpoint = Checkpoint.open(resolve(path_or_id, revision))
     checkpoint.close()
     return bool(checkpoint.quantizations)
 

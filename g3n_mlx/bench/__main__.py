@@ -21,7 +21,6 @@ import psutil
 from g3n_mlx.bench import report
 from g3n_mlx.bench.engines import OURS, PEERS, engine
 from g3n_mlx.bench.measure import SHORT_PROMPT, Request, Run
-from g3n_mlx.checkpoint.hub import resolve
 from g3n_mlx.commands import (
     add_draft_flag,
     add_model_flags,
@@ -34,7 +33,7 @@ from g3n_mlx.commands import (
     tell,
 )
 from g3n_mlx.config.model import ModelConfig, read_config
-from g3n_mlx.convert import cached_conversion, plan_for
+from g3n_mlx.convert import cached_conversion, plan_for, resolve
 from g3n_mlx.failures import BadValue, MissingPackage, WorkerFailed, check_folder_of, one_line
 from g3n_mlx.installation import install_command
 from g3n_mlx.matformer.adapted import parsed_adapters

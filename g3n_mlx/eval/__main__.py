@@ -150,7 +150,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _variants(arguments: argparse.Namespace) -> list[Variant]:
     """All combinations, the first of everything first, with the reference before them; their slices exist."""
-    from g3n_mlx.checkpoint.hub import default_model, resolve
+    from g3n_mlx.checkpoint.hub import default_model
+    from g3n_mlx.convert import resolve
     from g3n_mlx.loading import chosen_backend
 
     if not arguments.model:
@@ -241,7 +242,7 @@ def _entry(variant: Variant, model: "Gemma3n") -> dict[str, Any]:
 
 
 def _on_examples(arguments: argparse.Namespace, variants: list[Variant]) -> dict[str, Any]:
-    from g3n_mlx.checkpoint.hub import resolve
+    from g3n_mlx.convert import resolve
     from g3n_mlx.eval.quality import Divergence, answer, grade, measure_examples, read_examples
 
     path = arguments.examples or resolve(variants[0].model, variants[0].revision) / SAMPLE

@@ -5,7 +5,8 @@ from gguf_files import GEMMA3N_BYTES_PER_TOKEN, padded, write_gemma3n, write_ggu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from g3n_mlx.bench.gguf import bytes_per_token, read_header
+from g3n_mlx.bench.reads import bytes_per_token
+from g3n_mlx.checkpoint.gguf import read_header
 from g3n_mlx.failures import BadValue
 
 NAMES = st.text(max_size=12)
@@ -26,7 +27,9 @@ def path(tmp_path_factory):
 def test_what_was_written_is_read(path, metadata, tensors, version):
     header = read_header(write_gguf(path, metadata, tensors, version))
     assert header.metadata == {key: len(v) if isinstance(v, list) else v for key, v in metadata.items()}
-    assert header.tensor_bytes == {name: padded(size) for name, size in tensors.items()}
+    assert {name: tensor.room for name, tensor in header.tensors.items()} == {
+        name: padded(size) for name, size in tensors.items()
+    }
 
 
 @settings(deadline=None)
@@ -50,7 +53,7 @@ def test_a_damaged_header_is_read_or_said_to_be_damaged(path, metadata, tensors,
         header = read_header(path)
     except BadValue:
         return
-    assert all(size >= 0 for size in header.tensor_bytes.values())
+    assert all(tensor.room >= 0 for tensor in header.tensors.values())
 
 
 def test_other_files_are_said_to_be_others(path):

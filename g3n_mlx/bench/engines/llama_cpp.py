@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from g3n_mlx.bench.gguf import bytes_per_token, read_header
 from g3n_mlx.bench.measure import SHORT_PROMPT, Request, Run, read_bandwidth
+from g3n_mlx.bench.reads import bytes_per_token
+from g3n_mlx.checkpoint.gguf import read_header
 from g3n_mlx.failures import BadValue, IsAFolder, MissingFile, WorkerFailed
 from g3n_mlx.memory import peak_children_bytes
 
