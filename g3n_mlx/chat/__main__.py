@@ -13,11 +13,12 @@ from typing import Any
 
 from g3n_mlx.chat import attachments
 from g3n_mlx.chat.session import SETTINGS, Session
-from g3n_mlx.chat.terminal import message_lines, typed_messages
+from g3n_mlx.chat.terminal import message_lines, takes_styles, typed_messages
 from g3n_mlx.commands import (
     INTERRUPTED,
+    MODEL_FLAGS,
     add_choice_flags,
-    add_model_flags,
+    add_model_flag,
     check_choice,
     command_parser,
     load_from,
@@ -52,7 +53,11 @@ def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
 def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     """The flags, of a command that was called as prog."""
     parser = command_parser(prog, "Chat with Gemma 3n, or ask it once.")
-    add_model_flags(parser.add_argument_group("model").add_argument)
+    model = parser.add_argument_group("model")
+    for flag in MODEL_FLAGS:
+        if flag != "--activations":
+            add_model_flag(model.add_argument, flag)
+    parser.set_defaults(activations="exact")
     add_choice_flags(parser)
     answer = parser.add_argument_group("answer")
     parser.add_argument(
@@ -77,6 +82,7 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     answer.add_argument("--max-tokens", type=int, metavar="N", help="of one answer; default: to the context limit")
     answer.add_argument("--temperature", "--temp", type=float, metavar="X", help="0 always takes the most likely token")
     answer.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
+    parser.add_argument("--plain", action="store_true", help="show answers as they are, not as Markdown")
     parser.add_argument("--verbose", action="store_true", help="log lines, and figures after every answer")
     return parser
 
@@ -95,6 +101,7 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.system_prompt,
         settings,
         verbose=arguments.verbose,
+        styled=not arguments.plain and takes_styles(),
         slice_table=arguments.matformer_config,
     )
     if prompt is None:

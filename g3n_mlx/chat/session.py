@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from g3n_mlx.chat import attachments
 from g3n_mlx.chat.slices import Sizes
-from g3n_mlx.chat.terminal import Interruption, reading
+from g3n_mlx.chat.terminal import Interruption, reading, say_dimly
 from g3n_mlx.commands import say, tell
 from g3n_mlx.config.fields import parse_json
 from g3n_mlx.failures import BadValue, FileProblem, check_folder_of, is_expected, one_line, size_in_words
 
 if TYPE_CHECKING:
+    from g3n_mlx.chat.markdown import MarkdownStream
     from g3n_mlx.engine.results import Usage
     from g3n_mlx.model import Gemma3n
     from g3n_mlx.prompt.prompt import Prompt
@@ -59,12 +60,13 @@ class Session:
         settings: dict[str, Any],
         *,
         verbose: bool = False,
+        styled: bool = False,
         slice_table: Path | None = None,
     ) -> None:
-        """settings: sampling keywords that differ from the model's defaults."""
+        """settings: sampling keywords that differ from the model's defaults. styled: draw Markdown, and dim notes."""
         self.sizes = Sizes(model, slice_table)
         self.system, self.settings, self.verbose = system, dict(settings), verbose
-        self._draft = "auto"
+        self._draft, self._styled = "auto", styled
         self.messages: list[dict[str, Any]] = []  # user and assistant in turn, without the system message
         self.failures = 0
         self._usage: Usage | None = None
@@ -115,7 +117,7 @@ class Session:
             except BrokenPipeError:
                 raise
             except KeyboardInterrupt:
-                say("[stopped]")
+                self._note("[stopped]")
             except Exception as error:
                 if not is_expected(error):
                     raise
@@ -129,7 +131,7 @@ class Session:
         """
         content = attachments.content(text, self._attached)
         for line in attachments.notes(content, self._attached):
-            say(line)
+            self._note(line)
         return self._ask(content, schema)
 
     def attach(self, part: dict[str, Any], *, quiet: bool = False) -> None:
@@ -155,7 +157,7 @@ class Session:
             counts = {"frame": kinds.count("image"), "audio clip": kinds.count("audio")}
             size = "".join(f", {count} {name}{'' if count == 1 else 's'}" for name, count in counts.items())
         tokens = sum(span.length for span in prompt.media)
-        say(f"{attachments.name_of(part)}{size}: {tokens} tokens, with the next question")
+        self._note(f"{attachments.name_of(part)}{size}: {tokens} tokens, with the next question")
 
     def _ask(self, content: str | list[Any], schema: dict[str, Any] | None = None) -> Reply:
         """Streams the answer to stdout and keeps it in the conversation, a stopped one as far as it came."""
@@ -170,9 +172,9 @@ class Session:
         if answer.usage is not None:
             self.sizes.note(answer.usage)
         if answer.stopped:
-            say("[stopped]" if answer.text else "[stopped before the answer began; /retry asks again]")
+            self._note("[stopped]" if answer.text else "[stopped before the answer began; /retry asks again]")
         elif answer.finish_reason == "length":
-            say("[cut off: the limit of tokens was reached]")
+            self._note("[cut off: the limit of tokens was reached]")
         if self.verbose:
             self._stats("")
         return answer
@@ -190,13 +192,17 @@ class Session:
                 options["schema"] = schema
             if sys.stderr.isatty():
                 options["progress"] = reading
+            drawn = self._markdown() if schema is None else None
             chunks = self.model.stream(self._opened.in_messages(messages), **options)
             try:
                 for chunk in chunks:
                     interruption.answering = True
                     parts.append(chunk.text)
-                    tell(chunk.text, end="")
-                    sys.stdout.flush()
+                    if drawn is None:
+                        tell(chunk.text, end="")
+                        sys.stdout.flush()
+                    else:
+                        drawn.write(chunk.text)
                     finish_reason, usage = chunk.finish_reason, chunk.usage
                     if interruption.noted:
                         stopped = True
@@ -206,10 +212,27 @@ class Session:
             finally:
                 chunks.close()
             text = "".join(parts)
-            if not text.endswith("\n"):
+            if drawn is not None:
+                drawn.end()
+            elif not text.endswith("\n"):
                 sys.stdout.write("\n")
                 sys.stdout.flush()
         return Reply(text, stopped, None if stopped else finish_reason, None if stopped else usage)
+
+    def _markdown(self) -> "MarkdownStream | None":
+        """What draws an answer; None where it is written as it comes."""
+        if not self._styled:
+            return None
+        from g3n_mlx.chat.markdown import MarkdownStream
+
+        return MarkdownStream()
+
+    def _note(self, line: str) -> None:
+        """Says what is neither an answer nor an error."""
+        if self._styled:
+            say_dimly(line)
+        else:
+            say(line)
 
     def _system_message(self) -> list[dict[str, Any]]:
         return [{"role": "system", "content": self.system}] if self.system else []
@@ -224,9 +247,9 @@ class Session:
 
     def _help(self, _: str) -> None:
         for name, (argument, text, _do) in self._commands.items():
-            say(f"  {f'/{name} {argument}':<24} {text}")
-        say("  An image, audio or video file may also be dropped at the beginning or end of a message.")
-        say("  A new line in a message: Alt-Enter, or Enter after a backslash. Ctrl-C stops an answer.")
+            self._note(f"  {f'/{name} {argument}':<24} {text}")
+        self._note("  An image, audio or video file may also be dropped at the beginning or end of a message.")
+        self._note("  A new line in a message: Alt-Enter, or Enter after a backslash. Ctrl-C stops an answer.")
 
     def _file(self, kind: str, argument: str) -> None:
         if not argument:
@@ -241,7 +264,7 @@ class Session:
 
     def _mic(self, _: str) -> None:
         def until_enter() -> None:
-            say("recording; Enter ends it, Ctrl-C gives it up")
+            self._note("recording; Enter ends it, Ctrl-C gives it up")
             sys.stdin.readline()
 
         self.attach(attachments.recording(until_enter))
@@ -249,16 +272,16 @@ class Session:
     def _system(self, text: str) -> None:
         if text:
             self.system = None if text == "-" else text
-        say(f"system prompt: {self.system or 'none'}")
+        self._note(f"system prompt: {self.system or 'none'}")
 
     def _clear(self, _: str) -> None:
         pending = ", ".join(map(attachments.name_of, self._attached))
         self.messages, self._unanswered, self._attached, self._opened = [], None, [], attachments.OpenedMedia()
-        say(f"the conversation is empty{f'; not asked about and forgotten too: {pending}' if pending else ''}")
+        self._note(f"the conversation is empty{f'; not asked about and forgotten too: {pending}' if pending else ''}")
 
     def _undo(self, _: str) -> None:
         if self._attached and self._unanswered is None:
-            say(f"forgotten: {', '.join(map(attachments.name_of, self._attached))}")
+            self._note(f"forgotten: {', '.join(map(attachments.name_of, self._attached))}")
             self._attached = []
             return
         if self._unanswered is None:
@@ -268,7 +291,7 @@ class Session:
             self._detach(self._unanswered)
         self._unanswered = None
         left = len(self.messages) // 2
-        say(f"forgotten; {left} question{' is' if left == 1 else 's are'} left")
+        self._note(f"forgotten; {left} question{' is' if left == 1 else 's are'} left")
 
     def _retry(self, _: str) -> None:
         if self._unanswered is not None:
@@ -286,11 +309,11 @@ class Session:
     def _slice(self, name: str) -> None:
         if not name:
             for line in self.sizes.lines():
-                say(line)
+                self._note(line)
             return
         self.sizes.choose(name)
         again = "; it reads the conversation again at the next question" if self.messages else ""
-        say(f"{self.sizes.name} answers from now on{again}")
+        self._note(f"{self.sizes.name} answers from now on{again}")
 
     def _save(self, name: str) -> None:
         path = _path(name, "save")
@@ -307,7 +330,7 @@ class Session:
             raise FileProblem(f"{path} can't be written: {error.strerror or error}") from None
         finally:
             partial.unlink(missing_ok=True)
-        say(f"saved {len(self.messages)} messages to {path}")
+        self._note(f"saved {len(self.messages)} messages to {path}")
 
     def _load(self, name: str) -> None:
         path = _path(name, "load")
@@ -320,14 +343,14 @@ class Session:
         if len(turns) % 2:
             raise BadValue(f"{path} ends with a question; expected an answer last")
         self.system, self.messages, self._unanswered = system, turns, None
-        say(f"loaded {len(turns)} messages from {path}")
+        self._note(f"loaded {len(turns)} messages from {path}")
 
     def _stats(self, _: str) -> None:
         usage = self._usage
         if usage is None:
-            say("no figures: there was no whole answer yet, or the last one was stopped")
+            self._note("no figures: there was no whole answer yet, or the last one was stopped")
             return
-        say(
+        self._note(
             f"{usage.prompt_tokens} prompt tokens ({usage.cached_tokens} of them cached), "
             f"{usage.completion_tokens} in the answer; first token after {usage.time_to_first_token_s:.2f} s, "
             f"prefill {usage.avg_prompt_tok_per_sec:.1f} tok/s, decode {usage.avg_compl_tok_per_sec:.1f} tok/s, "
@@ -342,7 +365,7 @@ class Session:
         name = name.replace("-", "_")
         if name == "draft" and value:
             self._draft = self.sizes.checked_draft("auto" if value == "default" else value)
-            say(f"draft {self._draft}")
+            self._note(f"draft {self._draft}")
             return
         if name and name not in SETTINGS and name != "draft":
             raise BadValue(f"there is no setting {name!r}; there are {', '.join(SETTINGS)} and draft")
@@ -359,7 +382,9 @@ class Session:
             changed: dict[str, Any] = {**self.settings, name: number}
             SamplingParams(**changed)
             self.settings = changed
-        say(", ".join(f"{key} {setting}" for key, setting in self.settings.items()) or "all settings: the model's own")
+        self._note(
+            ", ".join(f"{key} {setting}" for key, setting in self.settings.items()) or "all settings: the model's own"
+        )
 
 
 def _path(name: str, command: str) -> Path:

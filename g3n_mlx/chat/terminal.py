@@ -1,12 +1,15 @@
-"""The terminal's side of a chat: messages typed or piped in, and Ctrl-C while an answer comes."""
+"""The terminal's side of a chat: messages typed or piped in, dim notes, and Ctrl-C while an answer comes."""
 
+import os
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from g3n_mlx.commands import say
+from g3n_mlx.commands import printable, say
 from g3n_mlx.failures import one_line
 
 if TYPE_CHECKING:
@@ -44,6 +47,19 @@ def reading(read: int, tokens: int) -> None:
     line = f"reading: {read} of {tokens} tokens"
     with suppress(OSError):
         sys.stderr.write(f"\r{line}" if read < tokens else f"\r{' ' * len(line)}\r")
+        sys.stderr.flush()
+
+
+def takes_styles() -> bool:
+    """Whether answers may be drawn and notes dimmed: everything goes to a terminal that can do that."""
+    return sys.stdout.isatty() and sys.stderr.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
+
+
+def say_dimly(line: str) -> None:
+    """Writes a line to stderr in a weaker colour, broken between words at the terminal's width."""
+    lines = textwrap.wrap(printable(line), shutil.get_terminal_size().columns, break_on_hyphens=False)
+    with suppress(OSError):
+        sys.stderr.write("\x1b[2m" + "\n".join(lines) + "\x1b[22m\n")
         sys.stderr.flush()
 
 
