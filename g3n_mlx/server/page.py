@@ -1,4 +1,7 @@
-"""GET /: the chat page, one file without a build step, under a Content-Security-Policy that allows its content alone.
+"""GET /: the chat page, under a Content-Security-Policy that allows its content alone.
+
+The files in chat_page/ are joined into one page when it is first asked for: its style, and its scripts in the order in
+which they need each other.
 
 The policy names the page's script and style by their digests, so no other script runs, whatever a response contains;
 the page can't turn text into HTML (trusted types), speak to another server, be framed, or send a form.
@@ -12,6 +15,20 @@ from importlib.resources import files
 
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
+
+# Each needs those before it.
+SCRIPTS = (
+    "dom.js",
+    "markdown.js",
+    "kept.js",
+    "api.js",
+    "media.js",
+    "microphone.js",
+    "conversation.js",
+    "scrolling.js",
+    "settings.js",
+    "start.js",
+)
 
 router = APIRouter()
 
@@ -34,7 +51,12 @@ async def page() -> HTMLResponse:
 @cache
 def _page() -> tuple[str, str]:
     """The page's text and its policy."""
-    text = (files("g3n_mlx.server") / "page.html").read_text(encoding="utf-8")
+    folder = files("g3n_mlx.server") / "chat_page"
+    text = (folder / "page.html").read_text(encoding="utf-8")
+    script = "\n".join((folder / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    style = (folder / "page.css").read_text(encoding="utf-8")
+    text = text.replace("<style></style>", f"<style>\n{style}</style>")
+    text = text.replace("<script></script>", f"<script>\n{script}</script>")
     directives = {
         "default-src": "'none'",
         "script-src": _digest(text, "script"),

@@ -1,0 +1,6 @@
+// The page begins.
+
+showTheme(kept("theme"));
+showTemperature();
+ready();
+showModel();
