@@ -24,8 +24,11 @@ SCRIPTS = (
     "api.js",
     "media.js",
     "microphone.js",
+    "store.js",
+    "tree.js",
     "conversation.js",
     "scrolling.js",
+    "list.js",
     "settings.js",
     "start.js",
 )

@@ -27,6 +27,10 @@ const ICONS = {
   cross: "M6 6l12 12M18 6L6 18",
   sound: "M4 10v4M8 7v10M12 4v16M16 8v8M20 10v4",
   video: "M4 6h11v12H4zM15 10l5-3v10l-5-3",
+  edit: "M4 20l1-4L16 5l3 3L8 19zM14 7l3 3",
+  left: "M14 6l-6 6 6 6",
+  right: "M10 6l6 6-6 6",
+  on: "M5 5l9 7-9 7zM18 5v14",
   file: "M6 3h8l4 4v14H6zM14 3v4h4",
 };
 

@@ -1,11 +1,15 @@
 // Pictures, sound and videos.
 
 const KINDS = { heic: "image", heif: "image", avif: "image", jxl: "image", opus: "audio", m4a: "audio", flac: "audio", mkv: "video", mov: "video" };
+const WRITTEN = "txt md csv tsv json jsonl xml yaml yml toml ini log py js ts c h cpp rs go java rb sh sql html css tex".split(" ");
 const LARGE = 2 << 20, LONGEST_SIDE = 1536; // twice what the vision tower looks at
 
 function kindOf(file) {
   const kind = file.type.split("/")[0];
-  return ["image", "audio", "video"].includes(kind) ? kind : KINDS[file.name.split(".").pop().toLowerCase()];
+  const ending = file.name.split(".").pop().toLowerCase();
+  if (["image", "audio", "video"].includes(kind) && ending !== "ts") return kind; // .ts is code here, not MPEG
+  if (file.type === "application/pdf" || ending === "pdf" || kind === "text" || WRITTEN.includes(ending)) return "file";
+  return KINDS[ending];
 }
 
 async function shrunk(file) {
@@ -38,11 +42,16 @@ async function partOf({ kind, file }) {
   const blob = kind === "image" ? await shrunk(file) : file;
   const data = await base64Of(blob);
   if (kind === "audio") return { type: "input_audio", input_audio: { data, format: blob.type.split(/[/;]/)[1] || "wav" } };
+  if (kind === "file") {
+    const type = blob.type === "application/pdf" || /\.pdf$/i.test(file.name) ? "application/pdf" : "text/plain";
+    return { type: "file", file: { filename: file.name, file_data: `data:${type};base64,${data}` } };
+  }
   const url = `data:${blob.type || "application/octet-stream"};base64,${data}`;
   return kind === "image" ? { type: "image_url", image_url: { url } } : { type: "video_url", video_url: { url } };
 }
 
 function shown({ kind, file, url }) {
+  if (kind === "file") return make("div", "chip", icon(ICONS.file), make("span", "", file.name));
   const node = make(kind === "image" ? "img" : kind);
   node.src = url;
   if (kind === "image") node.alt = file.name;
@@ -67,8 +76,9 @@ function choose(files) {
     if (kind) chosen.push({ kind, file, url: URL.createObjectURL(file) });
     else others.push(file.name);
   }
-  notice(others.length ? `Neither picture, sound nor video: ${others.join(", ")}` : "");
+  notice(others.length ? `Neither picture, sound, video, text nor PDF: ${others.join(", ")}` : "");
   showChosen();
+  saveDraftMedia();
   $("text").focus();
 }
 
@@ -83,10 +93,11 @@ function showChosen() {
       chosen = chosen.filter((other) => other !== entry);
       URL.revokeObjectURL(url);
       showChosen();
+      saveDraftMedia();
       $("text").focus();
     });
     const chip = kind === "image" ? make("div", "chip picture", shown(entry), away)
-      : make("div", "chip", icon(ICONS[kind === "audio" ? "sound" : "video"]), make("span", "", file.name), away);
+      : make("div", "chip", icon(ICONS[kind === "audio" ? "sound" : kind]), make("span", "", file.name), away);
     chip.title = file.name;
     return chip;
   }));

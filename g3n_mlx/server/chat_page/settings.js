@@ -31,3 +31,61 @@ for (const choice of document.getElementsByName("theme")) {
   });
 }
 $("settings").addEventListener("toggle", (event) => $("settings-button").setAttribute("aria-expanded", event.newState === "open"));
+
+const NUMBERS = ["top_p", "top_k", "min_p", "seed", "max_tokens"];
+
+for (const name of NUMBERS) {
+  $(name).value = kept(name);
+  $(name).addEventListener("input", () => kept(name, $(name).value));
+}
+$("json").checked = kept("json") === "yes";
+$("json").addEventListener("change", () => kept("json", $("json").checked ? "yes" : ""));
+$("model-id").addEventListener("change", () => kept("model-id", $("model-id").value));
+
+/** The settings as fields of a request; what is not set is left to the model. */
+function requestSettings() {
+  const temperature = kept("temperature"), system = $("system").value.trim();
+  const numbers = NUMBERS.filter((name) => $(name).value && $(name).checkValidity()).map((name) => [name, Number($(name).value)]);
+  return {
+    model: $("model-id").value || "default",
+    ...(temperature && { temperature: Number(temperature) }),
+    ...Object.fromEntries(numbers),
+    ...($("json").checked && { response_format: { type: "json_object" } }),
+    ...(system && { system }),
+  };
+}
+
+function showModels(ids) {
+  const options = ["", ...ids.slice(1)].map((id) => {
+    const option = make("option", "", id || ids[0]);
+    option.value = id;
+    return option;
+  });
+  $("model-id").replaceChildren(...options);
+  $("model-id").value = ids.includes(kept("model-id")) ? kept("model-id") : "";
+  $("model-field").hidden = ids.length < 2;
+}
+
+/** How much of the context the shown branch leaves, as the last answer's usage says. */
+function showContext() {
+  const usage = branch().findLast((node) => node.usage)?.usage;
+  const left = contextTokens - (usage?.total_tokens || 0);
+  $("context").hidden = !usage || !contextTokens;
+  $("context").textContent = `${Math.max(0, left).toLocaleString("en")} of ${contextTokens.toLocaleString("en")} tokens left`;
+}
+
+// What to try, of what the model can do; a click writes it, and asks for the picture or the sound that it is about.
+
+function showSuggestions({ vision, audio }) {
+  const write = (text, then) => tool(text, ICONS.right, () => {
+    $("text").value = text;
+    fit();
+    ready();
+    saveDraft();
+    then();
+  });
+  const tries = [write("What is 12 + 34?", () => $("text").focus())];
+  if (vision) tries.push(write("What is in this picture?", () => $("files").click()));
+  if (audio) tries.push(write("Transcribe this.", record));
+  $("suggestions").replaceChildren(...tries);
+}

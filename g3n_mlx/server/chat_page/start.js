@@ -1,6 +1,13 @@
-// The page begins.
+// The page begins where it was left.
 
-showTheme(kept("theme"));
-showTemperature();
-ready();
-showModel();
+async function start() {
+  showTheme(kept("theme"));
+  showTemperature();
+  await openStore();
+  await openConversation(location.hash.slice(1));
+  ready();
+  await showModel();
+  showContext();
+}
+
+const started = start();

@@ -1,0 +1,158 @@
+// The list of conversations: opened, searched, renamed, deleted, exported and imported.
+
+let found = null; // ids that hold what is searched for; null without a search
+
+function listed() {
+  const all = [...remembered.conversations.values()].sort((a, b) => b.updated - a.updated);
+  return found ? all.filter(({ id }) => found.has(id)) : all;
+}
+
+function showList() {
+  const rows = listed();
+  $("list").replaceChildren(...rows.map((record) => {
+    const open = make("button", "name", record.title);
+    open.type = "button";
+    if (record.id === conversation?.id) open.setAttribute("aria-current", "true");
+    open.addEventListener("click", async () => {
+      $("conversations").hidePopover();
+      await openConversation(record.id);
+      $("text").focus();
+    });
+    const rename = tool("", ICONS.edit, () => renaming(record, row));
+    rename.setAttribute("aria-label", `Rename ${record.title}`);
+    const away = tool("", ICONS.cross, () => confirmed(`Delete “${record.title}”?`, "It goes with everything in it, and can't be brought back.", async () => {
+      if (record.id === conversation?.id) {
+        stop();
+        conversation = null;
+        await dropConversation(record.id);
+        await openConversation(null);
+      } else {
+        await dropConversation(record.id);
+      }
+      showList();
+    }));
+    away.setAttribute("aria-label", `Delete ${record.title}`);
+    const row = make("li", "", open, rename, away);
+    return row;
+  }));
+  $("no-list").hidden = rows.length > 0;
+  $("no-list").textContent = found ? "Nothing found." : "What you ask is kept here, in this browser alone.";
+}
+
+function renaming(record, row) {
+  const field = make("input");
+  field.value = record.title;
+  field.setAttribute("aria-label", "Title");
+  field.addEventListener("keydown", (event) => {
+    event.stopPropagation();
+    if (event.key === "Escape") event.preventDefault();
+    if (event.key === "Enter" || event.key === "Escape") {
+      if (event.key === "Escape") field.value = record.title;
+      field.blur();
+    }
+  });
+  field.addEventListener("blur", async () => {
+    record.title = field.value.trim() || record.title;
+    await keep("conversations", record);
+    showList();
+  }, { once: true });
+  row.replaceChildren(field);
+  field.select();
+}
+
+async function search() {
+  const words = $("search").value.trim().toLowerCase();
+  if (words) {
+    const titles = [...remembered.conversations.values()].filter(({ title }) => title.toLowerCase().includes(words)).map(({ id }) => id);
+    const texts = (await everyMessage()).filter(({ text, media }) => [text, ...(media || []).map(({ file }) => file.name)].join("\n").toLowerCase().includes(words));
+    found = new Set([...titles, ...texts.map((message) => message.conversation)]);
+  } else {
+    found = null;
+  }
+  showList();
+}
+
+let onConfirmed = null;
+
+function confirmed(title, why, action) {
+  $("confirm-title").textContent = title;
+  $("confirm-why").textContent = why;
+  onConfirmed = action;
+  $("confirm").showModal();
+}
+
+$("confirm").addEventListener("close", () => {
+  if ($("confirm").returnValue === "yes") onConfirmed();
+  $("confirm").returnValue = "";
+});
+for (const [id, value] of [["confirm-yes", "yes"], ["confirm-no", ""]]) $(id).addEventListener("click", () => $("confirm").close(value));
+
+// Export and import: one JSON file with every conversation, its media in base64.
+
+async function exported() {
+  const messages = await Promise.all((await everyMessage()).map(async ({ saving, ...message }) => ({
+    ...message,
+    ...(message.media && { media: await Promise.all(message.media.map(async ({ kind, file }) => ({ kind, name: file.name, type: file.type, data: await base64Of(file) }))) }),
+  })));
+  return JSON.stringify({ format: "g3n_mlx conversations", version: 1, conversations: [...remembered.conversations.values()], messages }, null, 1);
+}
+
+async function exportAll() {
+  const link = make("a");
+  link.href = URL.createObjectURL(new Blob([await exported()], { type: "application/json" }));
+  link.download = `conversations-${new Date().toISOString().slice(0, 10)}.json`;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+}
+
+function bytes(data) {
+  return Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
+}
+
+/** The records of a file that was exported; throws when it is another. */
+function readExport(text) {
+  const { format, version, conversations, messages } = JSON.parse(text);
+  if (format !== "g3n_mlx conversations" || version !== 1) throw new Error("no export of this page");
+  const ids = new Map(conversations.map(({ id }) => [id, newId()])), renamed = new Map(messages.map(({ id }) => [id, newId()]));
+  return {
+    conversations: conversations.map((record) => ({ id: ids.get(record.id), title: String(record.title), created: Number(record.created), updated: Number(record.updated), leaf: renamed.get(record.leaf) || null })),
+    messages: messages.map((message) => ({
+      id: renamed.get(message.id), conversation: ids.get(message.conversation), parent: renamed.get(message.parent) || null, order: Number(message.order),
+      role: message.role === "user" ? "user" : "assistant", text: String(message.text), reason: message.reason, usage: message.usage, failure: message.failure,
+      media: (message.media || []).map(({ kind, name, type, data }) => ({ kind: String(kind), file: new File([bytes(data)], String(name), { type: String(type) }) })),
+    })).filter((message) => message.conversation),
+  };
+}
+
+/** Adds what a file holds to what is here; a conversation that is here already comes a second time. */
+async function importFile(file) {
+  let records;
+  try {
+    records = readExport(await file.text());
+  } catch (error) {
+    notice(`${file.name} can't be imported: expected a file that this page exported (${error.message}).`);
+    return;
+  }
+  if (!(await withinBounds(records.messages.flatMap(({ media }) => media)))) return;
+  for (const message of records.messages) await keep("messages", message);
+  for (const record of records.conversations) await keep("conversations", record);
+  showList();
+}
+
+$("export").addEventListener("click", exportAll);
+$("import").addEventListener("click", () => $("import-file").click());
+$("import-file").addEventListener("change", async () => {
+  const [file] = $("import-file").files;
+  if (file) await importFile(file);
+  $("import-file").value = "";
+});
+$("clear").addEventListener("click", () => confirmed("Delete all conversations?", "Everything that this page keeps in this browser goes, drafts too.", async () => {
+  stop();
+  conversation = null;
+  $("text").value = "";
+  chosen = [];
+  await dropEverything();
+  await openConversation(null);
+}));
+$("search").addEventListener("input", search);
+$("conversations").addEventListener("toggle", (event) => $("conversations-button").setAttribute("aria-expanded", event.newState === "open"));
