@@ -18,7 +18,10 @@ from fastapi.responses import HTMLResponse
 
 # Each needs those before it.
 SCRIPTS = (
+    "temml/temml.min.js",  # LaTeX to MathML, by others: temml/LICENSE
     "dom.js",
+    "code.js",
+    "math.js",
     "markdown.js",
     "kept.js",
     "api.js",

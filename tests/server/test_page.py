@@ -142,7 +142,7 @@ def test_the_models_own_answer_comes_in_pieces(visit, server, model):
     answer = ask(page, "Hello")
     assert "24 tokens" in answer.locator(".figures").inner_text()
     assert "cut at the limit" in answer.locator(".figures").inner_text()
-    assert page.evaluate("messages.at(-1).content") == expected
+    assert page.evaluate("branch().at(-1).text") == expected
 
 
 def test_html_in_an_answer_stays_text(visit, server):
@@ -190,7 +190,7 @@ def test_an_answer_is_asked_for_again(visit, server):
     sync_api.expect(page.locator(".answer .words")).to_have_text("Two.")
     answered(page)  # the words stand there before the answer is one of the messages
     assert len(asked[0]["messages"]) == 1
-    assert page.evaluate("messages.length") == 2
+    assert page.evaluate("branch().length") == 2
 
 
 def test_sound_and_video(visit, server):
@@ -261,7 +261,10 @@ def test_what_went_wrong_is_said(visit, server):
     sync_api.expect(failed.locator(".error")).to_contain_text("messages[0].content[0]")
     # What was refused does not make the next question fail.
     assert ask(page, "And now?", 2).locator(".words").inner_text() == "Now it works."
-    assert page.evaluate("messages.map((message) => message.content)") == ["And now?", "Now it works."]
+    assert page.evaluate("asMessages(branch().at(-1)).then((all) => all.map((message) => message.content))") == [
+        "And now?",
+        "Now it works.",
+    ]
     page.click("#new")
     page.route(CHAT, lambda route: route.abort())
     assert "can't be reached" in ask(page, "Hello").locator(".error").inner_text()
@@ -480,7 +483,7 @@ MARKDOWN = [
     ('[a](https://b.c/"onclick="x)', f'<p><a href="https://b.c/&quot;onclick=&quot;x" {OUT}>a</a></p>'),
     ("[[a] (https://d.e) b](https://b.c/) d", f'<p><a href="https://b.c/" {OUT}>[a] (https://d.e) b</a> d</p>'),
     ("a[0] and [b] (c)", "<p>a[0] and [b] (c)</p>"),
-    ("<b>x</b> &amp; <br>y", "<p>&lt;b&gt;x&lt;/b&gt; &amp;amp; <br>y</p>"),
+    ("<b>x</b> &amp; <br>y", "<p>&lt;b&gt;x&lt;/b&gt; &amp; <br>y</p>"),
     (
         "| a | b |\n|---|--:|\n| 1 | 2 \\| 3 |\n| 4 |",
         '<div class="scroll" tabindex="0"><table><thead><tr><th>a</th><th class="to-right">b</th></tr></thead><tbody>'
@@ -488,6 +491,12 @@ MARKDOWN = [
         "</tbody></table></div>",
     ),
     ("a | b", "<p>a | b</p>"),
+    (
+        "&lt;i&gt; &#8364; &#x3c0; &none; &constructor; `&amp;`",
+        "<p>&lt;i&gt; € π &amp;none; &amp;constructor; <code>&amp;amp;</code></p>",
+    ),
+    ("a[^1]\n\n[^1]: *Why*.", '<p>a<sup>1</sup></p><p class="note"><sup>1</sup> <em>Why</em>.</p>'),
+    ("$5 and $6, 5$", "<p>$5 and $6, 5$</p>"),
     ("", ""),
 ]
 
@@ -524,7 +533,7 @@ WRITTEN = r"* ** _ ~~ ` ``` # | |-|-| [ ]( ) ![ \ --- = a b é🙂 <br> &lt; <sc
 SPACED = ["\n", "\n\n", "- ", "1. ", "  ", "> ", "\t", "\x00", "\u2028", "<img src=x onerror=x>", "data:text/html,<b>"]
 PIECES = WRITTEN.split() + SPACED
 ALLOWED = "P BR STRONG EM DEL CODE PRE A SPAN UL OL LI BLOCKQUOTE HR DIV H1 H2 H3 H4 H5 H6"
-ALLOWED += " TABLE THEAD TBODY TR TH TD BUTTON svg path"
+ALLOWED += " SUP TABLE THEAD TBODY TR TH TD BUTTON svg path"
 
 
 def test_any_text_renders_safely_and_the_same_however_it_comes(still):
@@ -539,7 +548,7 @@ def test_any_text_renders_safely_and_the_same_however_it_comes(still):
             for (let end = 1; end <= source.length; end += 5) words.show(source.slice(0, end));
             words.show(source);
             if (node.innerHTML !== growing.innerHTML) differ.push(source);
-            for (const inner of node.querySelectorAll("*")) {
+            for (const inner of node.querySelectorAll(":not(math, math *)")) {
               tags.add(inner.tagName);
               if (inner.tagName === "A") links.add(inner.protocol);
               if (!inner.closest("button")) for (const attribute of inner.attributes) attributes.add(attribute.name);
@@ -555,7 +564,31 @@ def test_any_text_renders_safely_and_the_same_however_it_comes(still):
     assert set(found["links"]) == {"https:"}
 
 
-@pytest.mark.parametrize("piece", ["*", "**a", "[", "![", "`", "_a ", "> ", "- ", "(", "[a](", "~~", "<", "|", "1. "])
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "*",
+        "**a",
+        "[",
+        "![",
+        "`",
+        "_a ",
+        "> ",
+        "- ",
+        "(",
+        "[a](",
+        "~~",
+        "<",
+        "|",
+        "1. ",
+        "$",
+        "$$a ",
+        "\\(",
+        "\\[a\n",
+        "&amp",
+        "[^",
+    ],
+)
 def test_long_runs_take_no_long_time(still, piece):
     """Of a hundred thousand characters; what is quadratic in them takes minutes."""
     text = piece * (100_000 // len(piece))
@@ -737,3 +770,52 @@ def test_suggestions_are_what_the_model_can_do(visit, server):
     sync_api.expect(page.locator("#suggestions button")).to_have_count(1)
     page.locator("#suggestions button").click()
     sync_api.expect(page.locator("#text")).to_have_value("What is 12 + 34?")
+
+
+def test_latex_becomes_mathml(still):
+    sources = [r"so \(x^2\) it is", "\\[\n\\frac{a}{b}\n\\]", "$$\na_1\n$$", "if $n > 1$, then", "a $$b^c$$ d"]
+    found = still.evaluate(
+        """(sources) => sources.map((source) => {
+          const node = make("div");
+          new Words(node).show(source);
+          const math = [...node.querySelectorAll("math")];
+          return [math.length, math[0]?.className || "", math[0]?.querySelectorAll("msup, msub, mfrac").length,
+            node.querySelectorAll("[style]").length, math[0]?.namespaceURI];
+        })""",
+        sources,
+    )
+    assert [row[0] for row in found] == [1] * 5
+    assert ["display" in row[1] for row in found] == [False, True, True, False, True]
+    assert [row[2] for row in found] == [1, 1, 1, 0, 1]
+    assert {row[4] for row in found} == {"http://www.w3.org/1998/Math/MathML"}
+
+
+def test_latex_can_do_nothing_but_show(still):
+    sources = [r"\(\href{javascript:alert(1)}{x}\)", r"\(\includegraphics{https://a.b/c.png}\)", r"\(\frac{\)"]
+    sources += [r"\(\def\a{\a\a}\a\)", r"\(\style{background:url(https://a.b)}{x}\)", r"\(\htmlData{a=b}{x}\)"]
+    assert (
+        still.evaluate(
+            RENDER.replace("node.innerHTML", "node.querySelectorAll('a, img, [href], [style]').length"), sources
+        )
+        == [0] * 6
+    )
+
+
+def test_code_has_colours(still):
+    source = "```python\n# why\nif x == 'a': return 1\n```"
+    found = still.evaluate(
+        RENDER.replace(
+            "node.innerHTML",
+            "[...node.querySelectorAll('code span')].map((span) => [span.className, span.textContent])",
+        ),
+        [source],
+    )
+    assert found == [
+        [
+            ["code-comment", "# why"],
+            ["code-keyword", "if"],
+            ["code-string", "'a'"],
+            ["code-keyword", "return"],
+            ["code-number", "1"],
+        ]
+    ]

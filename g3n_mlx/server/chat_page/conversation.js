@@ -1,6 +1,5 @@
 // What is asked and answered, and how it is shown.
 
-let messages = []; // of the shown branch, as the server takes them
 let running = null; // what stops the answer that is coming
 let editing = null; // the question whose edited form is being written
 
@@ -63,13 +62,12 @@ function showBranch() {
   $("log").hidden = !path.length;
   $("empty").hidden = Boolean(path.length);
   $("latest").hidden = true;
-  messages = [];
-  asMessages(path.at(-1)).then((found) => { messages = found; });
   ready();
   showContext();
   if (sticks) toBottom();
 }
 
+/** The branch that ends with a node, as the server takes it. */
 const asMessages = (node) => Promise.all(pathTo(node).filter(({ role, text }) => role === "user" || text).map(asSent));
 
 /** Arrows between the children of one parent: edited questions, or other answers. */
@@ -89,7 +87,8 @@ function switcher(node) {
     return button;
   };
   const what = node.role === "user" ? "question" : "answer";
-  return [step(`Earlier ${what}`, ICONS.left, at - 1), make("span", "place", `${at + 1}/${all.length}`), step(`Later ${what}`, ICONS.right, at + 1)];
+  const place = make("span", "place", `${at + 1}/${all.length}`);
+  return [step(`Earlier ${what}`, ICONS.left, at - 1), place, step(`Later ${what}`, ICONS.right, at + 1)];
 }
 
 function questionNode(node) {
@@ -187,12 +186,18 @@ async function answer(asked, node = null) {
   if (begun) draw();
   delete node.failure;
   if (begun) sent.push({ role: "assistant", content: begun });
-  const body = { messages: sent, ...requestSettings(), stream: true, stream_options: { include_usage: true }, ...(begun && { continue_final_message: true }) };
-  if (body.system) body.messages = [{ role: "system", content: body.system }, ...sent];
-  delete body.system;
+  const { system, ...settings } = requestSettings();
+  const body = {
+    ...settings,
+    messages: system ? [{ role: "system", content: system }, ...sent] : sent,
+    stream: true,
+    stream_options: { include_usage: true },
+    ...(begun && { continue_final_message: true }),
+  };
   try {
     words.classList.add("coming");
-    for await (const chunk of events(await call("/v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal: abort.signal }))) {
+    const options = { method: "POST", body: JSON.stringify(body), signal: abort.signal };
+    for await (const chunk of events(await call("/v1/chat/completions", options))) {
       node.usage = chunk.usage || node.usage;
       const choice = chunk.choices[0];
       if (!choice) continue;
@@ -217,10 +222,7 @@ async function answer(asked, node = null) {
   if (running === abort) running = null;
   node.reason = reason;
   if (remembered.conversations.has(within.id)) await keep("messages", node);
-  if (known === nodes) {
-    messages = await asMessages(node);
-    showBranch();
-  }
+  if (known === nodes) showBranch();
   ready();
   showContext();
 }
@@ -262,7 +264,8 @@ async function saveDraft() {
 
 async function saveDraftMedia() {
   if (editing) return;
-  if (chosen.length) await keep("drafts", { id: `${draftId()}:media`, media: chosen.map(({ kind, file }) => ({ kind, file })) });
+  const media = chosen.map(({ kind, file }) => ({ kind, file }));
+  if (media.length) await keep("drafts", { id: `${draftId()}:media`, media });
   else await drop("drafts", `${draftId()}:media`);
 }
 

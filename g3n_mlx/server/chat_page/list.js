@@ -20,23 +20,25 @@ function showList() {
     });
     const rename = tool("", ICONS.edit, () => renaming(record, row));
     rename.setAttribute("aria-label", `Rename ${record.title}`);
-    const away = tool("", ICONS.cross, () => confirmed(`Delete “${record.title}”?`, "It goes with everything in it, and can't be brought back.", async () => {
-      if (record.id === conversation?.id) {
-        stop();
-        conversation = null;
-        await dropConversation(record.id);
-        await openConversation(null);
-      } else {
-        await dropConversation(record.id);
-      }
-      showList();
-    }));
+    const why = "It goes with everything in it, and can't be brought back.";
+    const away = tool("", ICONS.cross, () => confirmed(`Delete “${record.title}”?`, why, () => deleted(record.id)));
     away.setAttribute("aria-label", `Delete ${record.title}`);
     const row = make("li", "", open, rename, away);
     return row;
   }));
   $("no-list").hidden = rows.length > 0;
   $("no-list").textContent = found ? "Nothing found." : "What you ask is kept here, in this browser alone.";
+}
+
+async function deleted(id) {
+  const isOpen = id === conversation?.id;
+  if (isOpen) {
+    stop();
+    conversation = null;
+  }
+  await dropConversation(id);
+  if (isOpen) await openConversation(null);
+  showList();
 }
 
 function renaming(record, row) {
@@ -63,9 +65,10 @@ function renaming(record, row) {
 async function search() {
   const words = $("search").value.trim().toLowerCase();
   if (words) {
-    const titles = [...remembered.conversations.values()].filter(({ title }) => title.toLowerCase().includes(words)).map(({ id }) => id);
-    const texts = (await everyMessage()).filter(({ text, media }) => [text, ...(media || []).map(({ file }) => file.name)].join("\n").toLowerCase().includes(words));
-    found = new Set([...titles, ...texts.map((message) => message.conversation)]);
+    const has = (text) => text.toLowerCase().includes(words);
+    const titles = [...remembered.conversations.values()].filter(({ title }) => has(title));
+    const texts = (await everyMessage()).filter(({ text, media }) => has(text) || media?.some(({ file }) => has(file.name)));
+    found = new Set([...titles.map(({ id }) => id), ...texts.map((message) => message.conversation)]);
   } else {
     found = null;
   }
@@ -90,11 +93,13 @@ for (const [id, value] of [["confirm-yes", "yes"], ["confirm-no", ""]]) $(id).ad
 // Export and import: one JSON file with every conversation, its media in base64.
 
 async function exported() {
-  const messages = await Promise.all((await everyMessage()).map(async ({ saving, ...message }) => ({
-    ...message,
-    ...(message.media && { media: await Promise.all(message.media.map(async ({ kind, file }) => ({ kind, name: file.name, type: file.type, data: await base64Of(file) }))) }),
-  })));
-  return JSON.stringify({ format: "g3n_mlx conversations", version: 1, conversations: [...remembered.conversations.values()], messages }, null, 1);
+  const written = async ({ kind, file }) => ({ kind, name: file.name, type: file.type, data: await base64Of(file) });
+  const messages = [];
+  for (const message of await everyMessage()) {
+    messages.push({ ...message, media: await Promise.all((message.media || []).map(written)) });
+  }
+  const conversations = [...remembered.conversations.values()];
+  return JSON.stringify({ format: "g3n_mlx conversations", version: 1, conversations, messages }, null, 1);
 }
 
 async function exportAll() {
@@ -113,14 +118,29 @@ function bytes(data) {
 function readExport(text) {
   const { format, version, conversations, messages } = JSON.parse(text);
   if (format !== "g3n_mlx conversations" || version !== 1) throw new Error("no export of this page");
-  const ids = new Map(conversations.map(({ id }) => [id, newId()])), renamed = new Map(messages.map(({ id }) => [id, newId()]));
+  const ids = new Map(conversations.map(({ id }) => [id, newId()]));
+  const renamed = new Map(messages.map(({ id }) => [id, newId()]));
+  const fileOf = ({ name, type, data }) => new File([bytes(data)], String(name), { type: String(type) });
   return {
-    conversations: conversations.map((record) => ({ id: ids.get(record.id), title: String(record.title), created: Number(record.created), updated: Number(record.updated), leaf: renamed.get(record.leaf) || null })),
-    messages: messages.map((message) => ({
-      id: renamed.get(message.id), conversation: ids.get(message.conversation), parent: renamed.get(message.parent) || null, order: Number(message.order),
-      role: message.role === "user" ? "user" : "assistant", text: String(message.text), reason: message.reason, usage: message.usage, failure: message.failure,
-      media: (message.media || []).map(({ kind, name, type, data }) => ({ kind: String(kind), file: new File([bytes(data)], String(name), { type: String(type) }) })),
-    })).filter((message) => message.conversation),
+    conversations: conversations.map(({ id, title, created, updated, leaf }) => ({
+      id: ids.get(id),
+      title: String(title),
+      created: Number(created),
+      updated: Number(updated),
+      leaf: renamed.get(leaf) || null,
+    })),
+    messages: messages.filter((message) => ids.has(message.conversation)).map((message) => ({
+      id: renamed.get(message.id),
+      conversation: ids.get(message.conversation),
+      parent: renamed.get(message.parent) || null,
+      order: Number(message.order),
+      role: message.role === "user" ? "user" : "assistant",
+      text: String(message.text),
+      reason: message.reason,
+      usage: message.usage,
+      failure: message.failure,
+      media: (message.media || []).map((entry) => ({ kind: String(entry.kind), file: fileOf(entry) })),
+    })),
   };
 }
 
@@ -146,13 +166,15 @@ $("import-file").addEventListener("change", async () => {
   if (file) await importFile(file);
   $("import-file").value = "";
 });
-$("clear").addEventListener("click", () => confirmed("Delete all conversations?", "Everything that this page keeps in this browser goes, drafts too.", async () => {
-  stop();
-  conversation = null;
-  $("text").value = "";
-  chosen = [];
-  await dropEverything();
-  await openConversation(null);
-}));
+$("clear").addEventListener("click", () => {
+  confirmed("Delete all conversations?", "Everything that this page keeps in this browser goes, drafts too.", async () => {
+    stop();
+    conversation = null;
+    $("text").value = "";
+    chosen = [];
+    await dropEverything();
+    await openConversation(null);
+  });
+});
 $("search").addEventListener("input", search);
 $("conversations").addEventListener("toggle", (event) => $("conversations-button").setAttribute("aria-expanded", event.newState === "open"));

@@ -6,6 +6,8 @@ const RULE = /^ {0,3}([-*_])(?:[ \t]*\1){2,}[ \t]*$/;
 const QUOTE = /^ {0,3}>[ \t]?/;
 const ITEM = /^([ \t]*)([-*+]|\d{1,9}[.)])(?:[ \t]+|$)/;
 const DIVIDER = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
+const FORMULA = /^ {0,3}(\\\[|\$\$)/; // to its end, over lines
+const NOTE = /^ {0,3}\[\^([^\]\s]{1,40})\]:[ \t]*(.*)$/; // of a footnote
 const DEEPEST = 12; // blocks inside each other; what is deeper is plain text
 
 const isBlank = (line) => line.trim() === "";
@@ -14,7 +16,7 @@ const indentOf = (line) => line.length - line.trimStart().length;
 function parseBlocks(lines, depth = 0) {
   const blocks = [];
   let at = 0;
-  const beginsBlock = (line) => FENCE.test(line) || HEADING.test(line) || RULE.test(line) || QUOTE.test(line);
+  const beginsBlock = (line) => FENCE.test(line) || HEADING.test(line) || RULE.test(line) || QUOTE.test(line) || FORMULA.test(line) || NOTE.test(line);
   const isTable = (i) => lines[i].includes("|") && i + 1 < lines.length && lines[i + 1].includes("-")
     && DIVIDER.test(lines[i + 1]) && cellsOf(lines[i]).length === cellsOf(lines[i + 1]).length;
   while (at < lines.length) {
@@ -31,6 +33,13 @@ function parseBlocks(lines, depth = 0) {
       }
       at++;
       blocks.push({ kind: "code", language: info.trim().split(/\s/)[0], text: code.join("\n") });
+    } else if ((match = FORMULA.exec(line)) && (match = formulaLines(lines, at, match[1]))) {
+      blocks.push({ kind: "formula", text: match.text });
+      at = match.end;
+    } else if ((match = NOTE.exec(line))) {
+      const words = [match[2].trim()];
+      for (at++; at < lines.length && !isBlank(lines[at]) && !beginsBlock(lines[at]); at++) words.push(lines[at].trim());
+      blocks.push({ kind: "note", label: match[1], text: words.join("\n") });
     } else if ((match = HEADING.exec(line))) {
       blocks.push({ kind: "heading", level: match[1].length, text: match[2] || "" });
       at++;
@@ -63,6 +72,19 @@ function parseBlocks(lines, depth = 0) {
     }
   }
   return blocks;
+}
+
+/** A formula that has its lines to itself: its text and the line behind it; null where it does not end so. */
+function formulaLines(lines, at, opened) {
+  const closed = opened === "$$" ? "$$" : "\\]", found = [];
+  for (let i = at, rest = lines[at].trim().slice(2); i < lines.length && i < at + 200; rest = (lines[++i] || "").trim()) {
+    if (i > at && isBlank(lines[i])) return null;
+    const end = rest.indexOf(closed);
+    if (end >= 0 && !/^[.,;]?$/.test(rest.slice(end + 2).trim())) return null;
+    found.push(end < 0 ? rest : rest.slice(0, end));
+    if (end >= 0) return { text: found.join("\n"), end: i + 1 };
+  }
+  return null;
 }
 
 function parseList(lines, at, depth, beginsBlock) {
@@ -108,7 +130,7 @@ function cellsOf(line) {
 function render(block) {
   switch (block.kind) {
     case "code": {
-      const code = make("code", "", block.text);
+      const code = make("code", "", ...coloured(block.text, block.language));
       const pre = make("pre", "", code);
       pre.tabIndex = 0; // long lines are scrolled by keyboard too
       return make("div", "block", make("div", "", make("span", "", block.language || "text"), copier(() => block.text)), pre);
@@ -117,6 +139,13 @@ function render(block) {
       const heading = make(`h${block.level}`);
       renderInline(block.text, heading);
       return heading;
+    }
+    case "formula":
+      return formula(block.text, true);
+    case "note": {
+      const note = make("p", "note", make("sup", "", block.label), " ");
+      renderInline(block.text, note);
+      return note;
     }
     case "rule":
       return make("hr");
@@ -159,20 +188,35 @@ function render(block) {
   }
 }
 
-const INLINE = /\\([!-/:-@[-`{-~])|(`+)|(!?)\[|<((?:https?:\/\/|mailto:)[^\s<>]+)>|(https?:\/\/[^\s<>"]+)|(\*{1,3}|_{1,3}|~~)|(\n|<br ?\/?>)/g;
+const INLINE = /\\([!-/:-@[-`{-~])|(`+)|(!?)\[|<((?:https?:\/\/|mailto:)[^\s<>]+)>|(https?:\/\/[^\s<>"]+)|(\*{1,3}|_{1,3}|~~)|(\n|<br ?\/?>)|(\$\$?)|(&(?:#x[0-9a-fA-F]{1,6}|#\d{1,7}|\w{2,10});)/g;
 const TARGET = /\(\s*<?([^\s<>()]*(?:\([^\s<>()]*\)[^\s<>()]*)*)>?(?:\s+(?:"[^"]*"|'[^']*'|\([^)]*\)))?\s*\)/y;
 const STYLES = { "*": ["em"], _: ["em"], "**": ["strong"], __: ["strong"], "***": ["strong", "em"], ___: ["strong", "em"], "~~": ["del"] };
+
+const FOOTMARK = /^\[\^([^\]\s]{1,40})\]/;
 
 function renderInline(text, into, depth = 0, inLink = false) {
   const token = new RegExp(INLINE);
   const unclosed = new Set(); // what has no end from here on has none further on either
-  let plain = 0, match;
+  let plain = 0, match, label;
   const upTo = (end) => { if (end > plain) into.append(text.slice(plain, end)); };
   const goOn = (end) => { plain = token.lastIndex = end; };
   while ((match = token.exec(text))) {
     const at = match.index;
-    const [all, escaped, ticks, bang, angled, address, mark] = match;
-    if (escaped) {
+    const [all, escaped, ticks, bang, angled, address, mark, , dollars, reference] = match;
+    const opens = dollars || (escaped === "(" || escaped === "[" ? all : null);
+    const inside = opens && !unclosed.has(opens) ? formulaEnd(text, at + all.length, opens) : null;
+    if (opens && !inside && opens !== "$") unclosed.add(opens);
+    if (inside) {
+      upTo(at);
+      into.append(formula(text.slice(at + all.length, inside.end), opens === "\\[" || opens === "$$"));
+      goOn(inside.after);
+    } else if (dollars) {
+      continue;
+    } else if (reference) {
+      upTo(at);
+      into.append(character(reference));
+      goOn(at + all.length);
+    } else if (escaped) {
       upTo(at);
       goOn(at + 1);
       token.lastIndex = at + 2;
@@ -187,6 +231,10 @@ function renderInline(text, into, depth = 0, inLink = false) {
       if (/^ .*[^ ].* $/.test(code)) code = code.slice(1, -1);
       into.append(make("code", "", code));
       goOn(end + ticks.length);
+    } else if (bang === "" && text[at + 1] === "^" && (label = FOOTMARK.exec(text.slice(at, at + 50)))) {
+      upTo(at);
+      into.append(make("sup", "", label[1]));
+      goOn(at + label[0].length);
     } else if (bang !== undefined) {
       const end = inLink || unclosed.has("[") || depth > DEEPEST ? -1 : bracketEnd(text, at + all.length);
       if (end < 0) {

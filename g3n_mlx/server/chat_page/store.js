@@ -38,14 +38,13 @@ async function openStore() {
 async function keep(store, record) {
   remembered[store].set(record.id, record);
   if (!database) return;
-  const { saving, ...plain } = record; // what belongs to the page alone
   try {
     const transaction = database.transaction(store, "readwrite", { durability: "strict" });
     const written = new Promise((done, failed) => {
       transaction.oncomplete = done;
       transaction.onabort = () => failed(transaction.error);
     });
-    transaction.objectStore(store).put(plain);
+    transaction.objectStore(store).put(record);
     await written;
   } catch (error) {
     notice(`The browser could not keep this (${error?.name || "error"}): export the conversation, or delete others.`);
@@ -87,4 +86,6 @@ async function dropEverything() {
   }
 }
 
-const bytesOf = (messages) => messages.reduce((sum, message) => sum + (message.media || []).reduce((bytes, { file }) => bytes + file.size, 0), 0);
+function bytesOf(messages) {
+  return messages.flatMap(({ media }) => media || []).reduce((sum, { file }) => sum + file.size, 0);
+}
