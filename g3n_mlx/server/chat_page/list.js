@@ -85,6 +85,7 @@ function confirmed(title, why, action) {
 }
 
 $("confirm").addEventListener("close", () => {
+  $("conversations").showPopover(); // which the dialog has closed
   if ($("confirm").returnValue === "yes") onConfirmed();
   $("confirm").returnValue = "";
 });

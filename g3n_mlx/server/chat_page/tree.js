@@ -54,7 +54,6 @@ function titleOf(text, media) {
 
 async function openConversation(id) {
   stop();
-  await saveDraft();
   const record = remembered.conversations.get(id);
   conversation = record || null;
   nodes = new Map(record ? (await messagesOf(id)).map((node) => [node.id, node]) : []);
