@@ -18,6 +18,9 @@ from g3n_mlx.sampling import SamplingParams
 
 # Tokens that a cache can forget at any time: longer than a draft of tokens is worth.
 MAX_TRIM_TOKENS = 64
+# Images or clips that a GPU encodes in a call: enough to fill a large one with one image's smallest maps (24 x 24), and
+# not so many that others wait long. Not measured.
+MEDIA_TOGETHER = 4
 
 
 class KVArrays(Protocol):
@@ -95,12 +98,18 @@ class Model(Protocol):
         """Logits or soft tokens on the host, float32."""
         ...
 
-    def embed_image(self, pixels: np.ndarray) -> SoftTokens:
-        """The soft tokens of an image [h, w, 3] float32; the vision tower is read at the first one."""
+    @property
+    def media_together(self) -> int:
+        """How many images or clips are worth encoding in a call."""
         ...
 
-    def embed_audio(self, frames: np.ndarray, mask: np.ndarray) -> SoftTokens:
-        """The soft tokens of a clip: log-mel frames [T, mel] float32, of which the mask [T] says which are real.
+    def embed_images(self, pixels: np.ndarray) -> Sequence[SoftTokens]:
+        """The soft tokens of each of some images [B, h, w, 3] float32; the vision tower is read at the first ones."""
+        ...
+
+    def embed_audio(self, frames: np.ndarray, mask: np.ndarray) -> Sequence[SoftTokens]:
+        """The soft tokens of each of some clips: log-mel frames [B, T, mel] float32, of which the mask [B, T] says
+        which are real.
 
         Always the config's count; what the clip leaves over is the embedding of the audio range's last id.
         """

@@ -131,8 +131,8 @@ def test_soft_tokens_are_made_once_for_all_slices(whole, monkeypatch):
     half = whole.slice("half")
     calls = []
     towers = whole.runner.model.towers
-    embed_image = towers.embed_image
-    monkeypatch.setattr(towers, "embed_image", lambda pixels: (calls.append(1), embed_image(pixels))[1])
+    embed_images = towers.embed_images
+    monkeypatch.setattr(towers, "embed_images", lambda pixels: (calls.append(1), embed_images(pixels))[1])
     picture = np.full((24, 24, 3), 7, np.uint8)
     np.testing.assert_array_equal(whole.encode_image(picture), half.encode_image(picture))
     assert calls == [1]

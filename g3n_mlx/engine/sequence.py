@@ -22,7 +22,13 @@ from g3n_mlx.prompt.prompt import Features, MediaSpan, Prompt, PromptTooLong
 from g3n_mlx.rows import Draw, Rows, Soft, SoftTokens, Step
 from g3n_mlx.sampling import SamplingParams
 
-Embed = Callable[[Features], SoftTokens]
+
+class Embed(Protocol):
+    """Media to soft tokens."""
+
+    def __call__(self, features: Features, later: Sequence[Features] = ()) -> SoftTokens:
+        """The soft tokens of an image or a clip. later: those of the prompt behind it."""
+        ...
 
 
 class Constraint(Protocol):
@@ -91,10 +97,10 @@ def prefill_spans(start: int, length: int, borders: Sequence[int], step_size: in
 def soft_tokens(media: Sequence[MediaSpan], start: int, stop: int, embed: Embed) -> Soft:
     """The soft tokens among the prompt's ids [start, stop), placed from `start` on."""
     soft: list[tuple[int, SoftTokens]] = []
-    for span in media:
+    for index, span in enumerate(media):
         first, last = max(start, span.start), min(stop, span.start + span.length)
         if first < last:
-            rows = embed(span.features)
+            rows = embed(span.features, [other.features for other in media[index + 1 :]])
             assert len(rows) == span.length, (len(rows), span.length)
             soft.append((first - start, rows[first - span.start : last - span.start]))
     return soft

@@ -70,8 +70,8 @@ def test_each_sequence_gets_what_it_would_get_alone(network, lengths, seed):
 
 
 def test_images_and_audio_stay_with_their_sequence(network):
-    image = network.embed_image(np.random.default_rng(1).random((64, 64, 3), np.float32))
-    clip = network.embed_audio(np.random.default_rng(2).random((40, 128), np.float32), np.ones(40, bool))
+    image = network.embed_images(np.random.default_rng(1).random((1, 64, 64, 3), np.float32))[0]
+    clip = network.embed_audio(np.random.default_rng(2).random((1, 40, 128), np.float32), np.ones((1, 40), bool))[0]
     soft = [[(3, image)], (), [(0, clip), (len(clip) + 2, image)]]
     prompts = [ids_of(20 + len(image), 1), ids_of(9, 2), ids_of(len(clip) + len(image) + 10, 3)]
     for found, ids, media in zip(together(network, prompts, 8, soft), prompts, soft, strict=True):

@@ -85,6 +85,7 @@ def test_back_across_a_media_block(models):
         assert ask("Look:", other, "And how many?")[1].token_ids == result.token_ids
 
 
+@pytest.mark.usefixtures("bfloat16_products")
 def test_nothing_between_the_modules_of_bfloat16_towers_is_float32(framework, tiny_folder, monkeypatch):
     """Whatever goes into a module of the towers and embedders or comes out of it, and every weight."""
     network = framework.model(Checkpoint.open(tiny_folder), "bfloat16")
@@ -112,8 +113,8 @@ def test_nothing_between_the_modules_of_bfloat16_towers_is_float32(framework, ti
             if inspect.isclass(kind) and kind.__module__ == module.__name__ and call in vars(kind):
                 watch(kind)
     watch(framework.module("text").RMSNorm)
-    image = network.embed_image(np.ones((64, 64, 3), np.float32))
-    sound = network.embed_audio(np.ones((40, 128), np.float32), np.ones(40, bool))
+    image = network.embed_images(np.ones((1, 64, 64, 3), np.float32))[0]
+    sound = network.embed_audio(np.ones((1, 40, 128), np.float32), np.ones((1, 40), bool))[0]
     assert floats((image, sound)) == [str(image.dtype)] * 2
     assert {"Conv2d", "MultiQueryAttention", "LocalAttention", "CumulativeGroupNorm", "Linear"} <= seen
     for tower in (network.towers.vision_tower, network.towers.audio_tower):

@@ -110,13 +110,13 @@ def test_another_picture_in_the_same_place_is_not_taken_for_the_first(model, gol
 def test_a_picture_is_encoded_once(model, golden, monkeypatch):
     """By content, whatever form it came in; dropped towers come back."""
     calls = []
-    embed_image = model.runner.model.embed_image
+    embed_images = model.runner.model.embed_images
 
     def counted(pixels):
         calls.append(pixels.shape)
-        return embed_image(pixels)
+        return embed_images(pixels)
 
-    monkeypatch.setattr(model.runner.model, "embed_image", counted)
+    monkeypatch.setattr(model.runner.model, "embed_images", counted)
     monkeypatch.setattr(model, "_embedded", EmbeddedMedia(model.runner))
     picture = golden["images"][0]
     expected = model.encode_image(picture)
@@ -126,6 +126,47 @@ def test_a_picture_is_encoded_once(model, golden, monkeypatch):
     assert model.runner.model.towers.vision_tower is None
     np.testing.assert_array_equal(model.encode_image(picture), expected)
     assert len(calls) == 2
+
+
+def test_media_of_a_prompt_share_a_call(model, monkeypatch):
+    """Where the device gains from it: those of one kind and shape, and the answer stays what it was."""
+    network, calls = model.runner.model, []
+    rng = np.random.default_rng(0)
+    sizes = [(32, 32), (32, 32), (24, 24), (32, 32), (32, 32)]
+    pictures = [rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
+    clips = [rng.normal(0, 0.1, 4000).astype(np.float32) for _ in range(2)]
+    parts = [
+        *({"type": "image", "image": picture} for picture in pictures),
+        *({"type": "audio", "audio": Audio(clip, 16000)} for clip in clips),
+    ]
+    prompt = model.prepare([{"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}])
+
+    def counted(name):
+        encode = getattr(network, name)
+
+        def run(*arrays):
+            calls.append((name, len(arrays[0])))
+            return encode(*arrays)
+
+        return run
+
+    logits = {}
+    for together in (1, 3):
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "_embedded", EmbeddedMedia(model.runner))
+            patch.setattr(type(network), "media_together", together)
+            for name in ("embed_images", "embed_audio"):
+                patch.setattr(network, name, counted(name))
+            calls.clear()
+            model.reset()
+            logits[together] = model.logits(prompt)
+            found = list(calls)
+        shapes = [features.features.values().shape for features in prompt.media if features.features.kind == "image"]
+        most = max(map(shapes.count, shapes))
+        assert sum(count for _, count in found) == len(parts)
+        assert max(count for _, count in found) == min(together, most)
+        assert together == 1 or ("embed_audio", 2) in found
+    np.testing.assert_allclose(logits[3], logits[1], rtol=0, atol=1e-4)
 
 
 def test_a_border_follows_every_media_block(model, golden):

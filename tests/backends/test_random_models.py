@@ -59,8 +59,11 @@ def soft(networks: dict[str, Any], prompt: MediaPrompt) -> dict[str, dict[tuple[
     """Backend -> kind and number of a medium -> its soft tokens."""
     encoded: dict[str, dict[tuple[str, int], Any]] = {}
     for name, network in networks.items():
-        pictures = {(IMAGE, i): network.embed_image(picture) for i, picture in enumerate(prompt.pictures)}
-        clips = {("audio", i): network.embed_audio(frames, mask) for i, (frames, mask) in enumerate(prompt.clips)}
+        pictures = {(IMAGE, i): network.embed_images(picture[None])[0] for i, picture in enumerate(prompt.pictures)}
+        clips = {
+            ("audio", i): network.embed_audio(frames[None], mask[None])[0]
+            for i, (frames, mask) in enumerate(prompt.clips)
+        }
         encoded[name] = pictures | clips
     return encoded
 

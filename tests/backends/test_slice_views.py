@@ -163,14 +163,14 @@ def test_towers_and_what_they_read_are_shared(framework, tiny_folder):
     plan = SlicePlan("same", tuple(range(whole.config.text.num_hidden_layers)), whole.config.text.intermediate_size)
     one = network.slice(sliced(whole, plan), plan)
     pixels = np.ones((64, 64, 3), np.float32)
-    soft = framework.numpy(one.embed_image(pixels))
+    soft = framework.numpy(one.embed_images(pixels[None])[0])
     assert one.towers is network.towers
     assert network.towers.vision_tower is not None
     whole.close()
     network.close()
     gc.collect()
     one.drop_towers()  # read again from files that the whole model has left
-    np.testing.assert_array_equal(framework.numpy(one.embed_image(pixels)), soft)
+    np.testing.assert_array_equal(framework.numpy(one.embed_images(pixels[None])[0]), soft)
 
 
 MEMORY = """

@@ -75,7 +75,9 @@ def test_logits_and_soft_tokens(theirs, backend, tiny_folder, prompt_ids):
         assert np.abs(model.logits(prompt_ids) - expected["logits"]).max() <= 1e-4
         network = model.runner.model
         heard = model.runner.call(
-            lambda network=network: network.numpy(network.embed_audio(expected["mel"], np.ones(100, bool)))
+            lambda network=network: network.numpy(
+                network.embed_audio(expected["mel"][None], np.ones((1, 100), bool))[0]
+            )
         )
         assert np.abs(heard[: len(expected["sound"])] - expected["sound"]).max() <= 1e-4
     assert np.abs(plain.logits(prompt_ids) - expected["logits"]).max() > 1

@@ -25,7 +25,7 @@ from g3n_mlx.checkpoint.folder import Changes, Checkpoint
 from g3n_mlx.config.audio import AudioConfig
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.config.vision import VisionConfig
-from g3n_mlx.interface import KVArrays
+from g3n_mlx.interface import MEDIA_TOGETHER, KVArrays
 from g3n_mlx.matformer.loaded import LoadedLayers, module_at, put_module
 from g3n_mlx.matformer.plan import SlicePlan, whole_plan
 from g3n_mlx.rows import Batch, Cache, Soft, embedder_rows
@@ -72,18 +72,20 @@ class Towers:
         self.vision_tower: VisionTower | None = None
         self.audio_tower: AudioTower | None = None
 
-    def embed_image(self, pixels: np.ndarray) -> mx.array:
-        """An image [h, w, 3] as soft tokens [n, D]."""
+    def embed_images(self, pixels: np.ndarray) -> list[mx.array]:
+        """Images [B, h, w, 3] as soft tokens [n, D] each."""
         config = self.config.vision
         assert config is not None
         if self.vision_tower is None:
             self.vision_tower = VisionTower(config, self.weights.at("vision_tower"))
-        features = self.vision_tower(mx.array(pixels).astype(self.weights.dtype)[None])  # [1, h', w', C]
-        rows = features.reshape(-1, config.hidden_size) * config.hidden_size**0.5  # row by row of the image
-        return evaluated(self.embedder("embed_vision").soft(rows))
+        features = self.vision_tower(mx.array(pixels).astype(self.weights.dtype))  # [B, h', w', C]
+        rows = features.reshape(-1, config.hidden_size) * config.hidden_size**0.5  # row by row of each image
+        return list(
+            evaluated(self.embedder("embed_vision").soft(rows).reshape(len(pixels), -1, self.config.text.hidden_size))
+        )
 
-    def embed_audio(self, frames: np.ndarray, mask: np.ndarray) -> mx.array:
-        """A clip's log-mel frames [T, mel], of which the mask says which are real, as soft tokens [n, D].
+    def embed_audio(self, frames: np.ndarray, mask: np.ndarray) -> list[mx.array]:
+        """Clips' log-mel frames [B, T, mel], of which the mask says which are real, as soft tokens [n, D] each.
 
         Padded positions and what the clip leaves over of the n are the embedding of the audio range's last id.
         """
@@ -91,13 +93,13 @@ class Towers:
         assert config is not None
         if self.audio_tower is None:
             self.audio_tower = AudioTower(config, self.weights.at("audio_tower"))
-        mel = mx.array(frames).astype(self.weights.dtype)[None]
-        encodings, valid = self.audio_tower(mel, mx.array(mask)[None])
+        mel = mx.array(frames).astype(self.weights.dtype)
+        encodings, valid = self.audio_tower(mel, mx.array(mask))  # [B, T', hidden], [B, T']
         embedder = self.embedder("embed_audio")
         filler = embedder(np.array([config.vocab_offset + config.vocab_size - 1]))  # [1, D]
-        rows = mx.where(valid[0, :, None], embedder.soft(encodings[0]), filler)
-        rest = config.soft_tokens - rows.shape[0]
-        return evaluated(mx.concatenate([rows, mx.broadcast_to(filler, (rest, filler.shape[1]))]))
+        soft = embedder.soft(encodings.flatten(0, 1)).reshape(*valid.shape, -1)
+        rest = mx.broadcast_to(filler, (len(frames), config.soft_tokens - soft.shape[1], filler.shape[1]))
+        return list(evaluated(mx.concatenate([mx.where(valid[..., None], soft, filler), rest], axis=1)))
 
     def embedder(self, name: str) -> MultimodalEmbedder:
         """An embedder, read at its first use."""
@@ -228,13 +230,18 @@ class Gemma3nModel(nn.Module):
         begun = self.decode_steps.started(mx.array([token_id]), positions)
         return self.decode_steps.finished(begun, [cache]).logits
 
-    def embed_image(self, pixels: np.ndarray) -> mx.array:
-        """An image [h, w, 3] as soft tokens [n, D]."""
-        mx.set_default_device(self.device)
-        return self.towers.embed_image(pixels)
+    @property
+    def media_together(self) -> int:
+        """Images or clips worth encoding in a call: one on a CPU, whose cores a single one keeps busy."""
+        return 1 if self.device.type == mx.cpu else MEDIA_TOGETHER
 
-    def embed_audio(self, frames: np.ndarray, mask: np.ndarray) -> mx.array:
-        """A clip's log-mel frames [T, mel], of which the mask says which are real, as soft tokens [n, D]."""
+    def embed_images(self, pixels: np.ndarray) -> list[mx.array]:
+        """Images [B, h, w, 3] as soft tokens [n, D] each."""
+        mx.set_default_device(self.device)
+        return self.towers.embed_images(pixels)
+
+    def embed_audio(self, frames: np.ndarray, mask: np.ndarray) -> list[mx.array]:
+        """Clips' log-mel frames [B, T, mel], of which the mask says which are real, as soft tokens [n, D] each."""
         mx.set_default_device(self.device)
         return self.towers.embed_audio(frames, mask)
 

@@ -27,7 +27,7 @@ from g3n_mlx.checkpoint.folder import Changes, Checkpoint
 from g3n_mlx.config.audio import AudioConfig
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.config.vision import VisionConfig
-from g3n_mlx.interface import KVArrays
+from g3n_mlx.interface import MEDIA_TOGETHER, KVArrays
 from g3n_mlx.kernels.library import instructions
 from g3n_mlx.matformer.loaded import LoadedLayers, module_at, put_module
 from g3n_mlx.matformer.plan import SlicePlan, whole_plan
@@ -77,19 +77,19 @@ class Towers:
         self.vision_tower: VisionTower | None = None
         self.audio_tower: AudioTower | None = None
 
-    def embed_image(self, pixels: np.ndarray) -> Tensor:
-        """An image [h, w, 3] as soft tokens [n, D]."""
+    def embed_images(self, pixels: np.ndarray) -> list[Tensor]:
+        """Images [B, h, w, 3] as soft tokens [n, D] each."""
         config = self.config.vision
         assert config is not None
         if self.vision_tower is None:
             self.vision_tower = VisionTower(config, self.weights.at("vision_tower"))
-        image = torch.from_numpy(pixels).to(self.weights.device, self.weights.dtype).permute(2, 0, 1)[None]
-        features = self.vision_tower(image)  # [1, C, h', w'] of [1, 3, h, w]
-        rows = features.flatten(2)[0].T * config.hidden_size**0.5  # [h' * w', C], row by row of the image
-        return self.embedder("embed_vision").soft(rows)
+        images = torch.from_numpy(pixels).to(self.weights.device, self.weights.dtype).permute(0, 3, 1, 2)
+        features = self.vision_tower(images)  # [B, C, h', w'] of [B, 3, h, w]
+        rows = features.flatten(2).transpose(1, 2) * config.hidden_size**0.5  # [B, h' * w', C], row by row of the image
+        return list(self.embedder("embed_vision").soft(rows.flatten(0, 1)).unflatten(0, rows.shape[:2]))
 
-    def embed_audio(self, frames: np.ndarray, mask: np.ndarray) -> Tensor:
-        """A clip's log-mel frames [T, mel], of which the mask says which are real, as soft tokens [n, D].
+    def embed_audio(self, frames: np.ndarray, mask: np.ndarray) -> list[Tensor]:
+        """Clips' log-mel frames [B, T, mel], of which the mask says which are real, as soft tokens [n, D] each.
 
         Padded positions and what the clip leaves over of the n are the embedding of the audio range's last id.
         """
@@ -97,12 +97,13 @@ class Towers:
         assert config is not None
         if self.audio_tower is None:
             self.audio_tower = AudioTower(config, self.weights.at("audio_tower"))
-        mel = torch.from_numpy(frames).to(device, self.weights.dtype)[None]
-        encodings, valid = self.audio_tower(mel, torch.from_numpy(mask).to(device)[None])
+        mel = torch.from_numpy(frames).to(device, self.weights.dtype)
+        encodings, valid = self.audio_tower(mel, torch.from_numpy(mask).to(device))  # [B, T', hidden], [B, T']
         embedder = self.embedder("embed_audio")
         filler = embedder(np.array([config.vocab_offset + config.vocab_size - 1]))  # [1, D]
-        rows = torch.where(valid[0, :, None], embedder.soft(encodings[0]), filler)
-        return torch.cat([rows, filler.expand(config.soft_tokens - rows.shape[0], -1)])
+        soft = embedder.soft(encodings.flatten(0, 1)).unflatten(0, valid.shape)
+        rest = filler.expand(config.soft_tokens - soft.shape[1], -1)
+        return [torch.cat([rows, rest]) for rows in torch.where(valid[..., None], soft, filler)]
 
     def embedder(self, name: str) -> MultimodalEmbedder:
         """An embedder, read at its first use."""
@@ -218,14 +219,19 @@ class Gemma3nModel(nn.Module):
         """Starts on the next decode step of these sequences, whose tokens may not be known yet."""
         self.decode_steps.begin(steps, caches)
 
-    @torch.no_grad()
-    def embed_image(self, pixels: np.ndarray) -> Tensor:
-        """An image [h, w, 3] as soft tokens [n, D]."""
-        return self.towers.embed_image(pixels)
+    @property
+    def media_together(self) -> int:
+        """Images or clips worth encoding in a call: one on a CPU, whose cores a single one keeps busy."""
+        return 1 if self.device.type == "cpu" else MEDIA_TOGETHER
 
     @torch.no_grad()
-    def embed_audio(self, frames: np.ndarray, mask: np.ndarray) -> Tensor:
-        """A clip's log-mel frames [T, mel], of which the mask says which are real, as soft tokens [n, D]."""
+    def embed_images(self, pixels: np.ndarray) -> list[Tensor]:
+        """Images [B, h, w, 3] as soft tokens [n, D] each."""
+        return self.towers.embed_images(pixels)
+
+    @torch.no_grad()
+    def embed_audio(self, frames: np.ndarray, mask: np.ndarray) -> list[Tensor]:
+        """Clips' log-mel frames [B, T, mel], of which the mask says which are real, as soft tokens [n, D] each."""
         return self.towers.embed_audio(frames, mask)
 
     def numpy(self, array: Tensor) -> np.ndarray:
