@@ -17,12 +17,12 @@ from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.checkpoint.hub import cache_folder
 from g3n_mlx.checkpoint.names import canonical_tensors
 from g3n_mlx.checkpoint.quantization import Quantization
-from g3n_mlx.checkpoint.recipe import choose_quantizations, read_recipe
+from g3n_mlx.checkpoint.recipe import Recipe, choose_quantizations, choose_uniformly, read_recipe
 from g3n_mlx.checkpoint.shards import open_shards
 from g3n_mlx.config.manifest import TEXT
 from g3n_mlx.config.model import ModelConfig
+from g3n_mlx.convert.card import CARD_BYTES, Origin, model_card
 from g3n_mlx.convert.card import FILE as CARD
-from g3n_mlx.convert.card import Origin, model_card
 from g3n_mlx.convert.gguf import cached_gguf, is_gguf, write_gguf
 from g3n_mlx.convert.methods import method_named
 from g3n_mlx.convert.quantize import FLOATS, Method, affine, plan_jobs, quantization_entry, readable
@@ -31,6 +31,9 @@ from g3n_mlx.convert.write import (
     check_free_name,
     check_space,
     copy_sidecars,
+    json_bytes,
+    num_bytes_written,
+    sidecars,
     write_json,
     write_shards,
 )
@@ -167,23 +170,27 @@ def cached_conversion(
     q_group_size: int = DEFAULT_GROUP_SIZE,
     ple_bits: int | None = None,
     plan: SlicePlan | None = None,
+    everything: bool = False,
     progress: bool = True,
 ) -> Path:
     """The quantized form of an unquantized checkpoint, from the user's cache folder; made on first use.
 
-    Raises as `convert` does; processes that want the same one wait for each other.
+    everything: the PLE table and LAuReL at the same bits as the rest. Raises as `convert` does; processes that want the
+    same one wait for each other.
     """
     ple_bits = ple_bits or DEFAULT_PLE_BITS
-    key = hashlib.sha256(
-        repr((_CACHE_VERSION, fingerprint(folder), plan, q_bits, q_group_size, ple_bits)).encode()
-    ).hexdigest()
+    choose = partial(choose_quantizations, q_bits=q_bits, q_group_size=q_group_size, ple_bits=ple_bits)
+    wanted = (_CACHE_VERSION, fingerprint(folder), plan, q_bits, q_group_size, ple_bits)
+    if everything:
+        choose = partial(choose_uniformly, bits=q_bits, group_size=q_group_size)
+        wanted = (*wanted, "everything")
+    key = hashlib.sha256(repr(wanted).encode()).hexdigest()
     target = cache_folder() / "conversions" / f"{folder.resolve().name}-{q_bits}bit-{key[:16]}"
     if not target.is_dir():
         checkpoint = open_sliced(folder, plan)
         try:
             logger.info("quantizing %s once, into %s", folder, target)
             place = appearing_folder(target, wait_for_others=True, otherwise=_OUTSIDE_THE_CACHE)
-            choose = partial(choose_quantizations, q_bits=q_bits, q_group_size=q_group_size, ple_bits=ple_bits)
             _write(checkpoint, plan, target, place, choose, None, progress)
         except FileExistsError:
             if not target.is_dir():
@@ -209,6 +216,17 @@ def _gguf_file(path: str | Path, revision: str | None) -> Path:
     if revision is not None:
         raise BadValue(f"revision {revision!r} was given for the file {path}; only a hub id has revisions")
     return Path(path).expanduser()
+
+
+def written_bytes(checkpoint: Checkpoint, recipe: Recipe, dtype: str | None = None) -> int:
+    """The size of the folder that a conversion of an unquantized checkpoint by a recipe makes, at most.
+
+    To the byte but for the model card, whose text depends on the command: CARD_BYTES are counted for it.
+    """
+    tensors, stored = readable(checkpoint, False), FLOATS[dtype or "bfloat16"]
+    chosen = recipe.choose({name: tensor.shape for name, tensor in tensors.items()}, str)
+    size = num_bytes_written(plan_jobs(tensors, chosen, stored)) + len(json_bytes(_config(checkpoint, chosen, stored)))
+    return size + sum(path.stat().st_size for path in sidecars(checkpoint.folder, whole=True)) + CARD_BYTES
 
 
 def plan_for(folder: Path, matformer: str, matformer_config: str | Path | None = None) -> SlicePlan:

@@ -3,8 +3,9 @@
 import argparse
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,18 @@ from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.checkpoint.hub import tensor_headers
 from g3n_mlx.checkpoint.names import canonical_name
 from g3n_mlx.checkpoint.quantization import BITS, GROUP_SIZES, Quantization
+from g3n_mlx.checkpoint.recipe import Recipe, can_be_quantized, is_quantized_module, read_recipe
 from g3n_mlx.checkpoint.shards import DTYPES
 from g3n_mlx.commands import add_model_flag, command_parser, log_to_stderr, num_bytes, run_command, say, tell
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig, read_config
 from g3n_mlx.config.text import TextConfig
-from g3n_mlx.convert import DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS, convert, resolve
+from g3n_mlx.convert import DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS, convert, plan_for, resolve
 from g3n_mlx.convert.gguf import is_gguf
 from g3n_mlx.convert.methods import METHODS
 from g3n_mlx.convert.quantize import FLOATS
-from g3n_mlx.failures import BadValue, MissingFile, size_in_words
+from g3n_mlx.convert.write import check_free_name
+from g3n_mlx.failures import BadValue, FileInTheWay, MissingFile, check_folder_of, size_in_words
 from g3n_mlx.matformer.adapted import parsed_adapters
 from g3n_mlx.matformer.choice import UNASKED_BITS, best_fitting
 from g3n_mlx.matformer.listing import PUBLISHED_TOWER_BYTES, table
@@ -60,9 +63,11 @@ def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
         parser.error("--matformer-config needs --matformer, --fits or --list-slices")
     if flags.recipe and (flags.quantize or flags.list_slices or flags.fits is not None):
         parser.error("--recipe says how every module is stored: leave out -q, --fits and --list-slices")
-    if flags.method != "affine" and not (flags.quantize or flags.recipe):
-        parser.error("--method is for a conversion with -q or --recipe")
-    if (flags.calibration is not None) != (flags.method == "gptq"):
+    if flags.budget is not None:
+        _check_budget(parser, flags)
+    if flags.method != "affine" and not (flags.quantize or flags.recipe or flags.budget):
+        parser.error("--method is for a conversion with -q, --recipe or --budget")
+    if flags.budget is None and (flags.calibration is not None) != (flags.method == "gptq"):
         parser.error("--method gptq needs --calibration, the others take none")
     for name in ("q_bits", "ple_bits", "q_group_size"):
         if getattr(flags, name) is not None and not flags.quantize and not flags.list_slices:
@@ -99,7 +104,35 @@ def _wrote(output: Path) -> int:
     return 0
 
 
+def _check_budget(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
+    if flags.calibration is None:
+        parser.error("--budget measures what bits cost on your own data: give --calibration FILE")
+    for name in ("quantize", "recipe", "fits", "list_slices", "matformer", "adapter", "dequantize"):
+        if getattr(flags, name):
+            parser.error(
+                f"--budget chooses the bits of a whole unquantized checkpoint: leave out --{name.replace('_', '-')}, "
+                "or convert with it first"
+            )
+
+
+def _recipe_within(flags: argparse.Namespace) -> Path:
+    """The recipe for --budget, beside the folder that is made by it."""
+    from g3n_mlx.slices.bits import recipe_within
+
+    output = flags.output.expanduser()
+    check_free_name(output)
+    recipe = output.with_name(f"{output.name}.json")
+    if recipe.exists():
+        raise FileInTheWay(f"{recipe} exists already, where the recipe goes: choose another -o, or remove it")
+    check_folder_of(recipe)
+    recipe_within(flags.hf_path, flags.budget, flags.calibration, recipe, flags.dtype, flags.revision)
+    say(f"wrote {recipe}, for --recipe")
+    return recipe
+
+
 def _convert(flags: argparse.Namespace) -> int:
+    if flags.budget is not None:
+        flags.recipe = _recipe_within(flags)
     matformer, q_bits = flags.matformer, (flags.q_bits or _DEFAULT_BITS) if flags.quantize else None
     if flags.fits is not None:
         source = _source(flags)
@@ -133,14 +166,23 @@ def _moments(flags: argparse.Namespace, matformer: str | None) -> Path:
     from g3n_mlx.calibration import measure
     from g3n_mlx.loading import load
 
+    table = flags.matformer_config if matformer else None
+    only: Callable[[str], bool] = is_quantized_module
+    if flags.recipe is not None:  # what it leaves alone need not be measured
+        plan = None if matformer is None else plan_for(resolve(flags.hf_path, flags.revision), matformer, table)
+        only = partial(_is_chosen, read_recipe(flags.recipe.expanduser()), str if plan is None else plan.base_name)
     with load(
         flags.hf_path,
         matformer=matformer,
-        matformer_config=flags.matformer_config if matformer else None,
+        matformer_config=table,
         revision=flags.revision,
         adapter=parsed_adapters(flags.adapter),
     ) as model:
-        return measure(model, flags.calibration)
+        return measure(model, flags.calibration, only=only)
+
+
+def _is_chosen(recipe: Recipe, base_name: Callable[[str], str], path: str) -> bool:
+    return can_be_quantized(path) and recipe.quantization(base_name(path)) is not None
 
 
 def _list_slices(flags: argparse.Namespace) -> int:
@@ -264,11 +306,12 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="for gptq: text, or JSON lines with messages, like your own data",
+        help="for gptq and --budget: text, or JSON lines with messages, like your own data",
     )
     add("--dequantize", action="store_true", help="read a quantized source as numbers: write them dense, or -q anew")
     add("--q-group-size", type=int, choices=GROUP_SIZES, help=f"default {DEFAULT_GROUP_SIZE}")
     add("--ple-bits", type=int, choices=BITS, help=f"bits of the PLE table (default {DEFAULT_PLE_BITS})")
+    add("--budget", type=num_bytes, metavar="SIZE", help="choose bits by module so that the folder is no larger: 6GB")
     add("--recipe", type=Path, metavar="FILE", help="JSON of bits by module, as g3n slices search writes it")
     add_model_flag(add, "--matformer", help="MatFormer slice to take, by name or short form (e2.49b-block)")
     add_model_flag(add, "--matformer-config")

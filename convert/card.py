@@ -12,6 +12,7 @@ from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.failures import size_in_words
 
 FILE = "README.md"
+CARD_BYTES = 2048  # that a card takes at most; without a long command it is some 700
 # Whatever is made of a Gemma 3n stays under its terms; a source whose own card names others keeps those.
 _LICENCE = "gemma"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -39,17 +39,7 @@ class _ShardFile:
     """A safetensors file whose tensors may be written in any order, from any thread."""
 
     def __init__(self, path: Path, outputs: Iterable[Output]):
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        places: dict[str, int] = {}
-        end = 0
-        # Wide types first, so that every tensor is aligned.
-        for output in sorted(outputs, key=lambda output: -DTYPES[output.dtype].itemsize):
-            places[output.name] = end
-            end += output.num_bytes
-            offsets = [places[output.name], end]
-            header[output.name] = {"dtype": output.dtype, "shape": output.shape, "data_offsets": offsets}
-        raw = json.dumps(header, separators=(",", ":")).encode()
-        raw += b" " * (-len(raw) % 8)
+        raw, places, end = _header(outputs)
         start = 8 + len(raw)
         self._places = {name: start + place for name, place in places.items()}
         self._lock = threading.Lock()
@@ -68,6 +58,21 @@ class _ShardFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _header(outputs: Iterable[Output]) -> tuple[bytes, dict[str, int], int]:
+    """The header of a file, where each tensor begins behind it, and where the last one ends."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    places: dict[str, int] = {}
+    end = 0
+    # Wide types first, so that every tensor is aligned.
+    for output in sorted(outputs, key=lambda output: -DTYPES[output.dtype].itemsize):
+        places[output.name] = end
+        end += output.num_bytes
+        offsets = [places[output.name], end]
+        header[output.name] = {"dtype": output.dtype, "shape": output.shape, "data_offsets": offsets}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    return raw + b" " * (-len(raw) % 8), places, end
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,14 +152,10 @@ def write_shards(
     folder: Path, jobs: Sequence[TensorJob], progress: bool, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
     """Runs all jobs into model.safetensors, or into numbered shards and their index."""
-    groups = list(_split(jobs, max_shard_bytes))
-    names = [
-        WHOLE if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
-        for number in range(1, len(groups) + 1)
-    ]
+    groups = _named_groups(jobs, max_shard_bytes)
     with ExitStack() as opened:
         blocks: list[_Block] = []
-        for name, group in zip(names, groups, strict=True):
+        for name, group in groups.items():
             shard = _ShardFile(folder / name, (output for job in group for output in job.outputs))
             opened.callback(shard.close)
             blocks += (block for job in group for block in _blocks(job, shard))
@@ -165,28 +166,55 @@ def write_shards(
             for done in _run_all(blocks):
                 bar.update(done)
     if len(groups) > 1:
-        weight_map = {
-            output.name: name
-            for name, group in zip(names, groups, strict=True)
-            for job in group
-            for output in job.outputs
-        }
-        size = sum(output.num_bytes for job in jobs for output in job.outputs)
-        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
+        write_json(folder / INDEX, _index(groups))
+
+
+def num_bytes_written(jobs: Sequence[TensorJob], max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
+    """The size of the files that `write_shards` makes."""
+    groups = _named_groups(jobs, max_shard_bytes)
+    headers = [_header(output for job in group for output in job.outputs) for group in groups.values()]
+    size = sum(8 + len(raw) + end for raw, _, end in headers)
+    return size + (len(json_bytes(_index(groups))) if len(groups) > 1 else 0)
+
+
+def _named_groups(jobs: Sequence[TensorJob], max_shard_bytes: int) -> dict[str, list[TensorJob]]:
+    """What goes into each file."""
+    groups = list(_split(jobs, max_shard_bytes))
+    if len(groups) == 1:
+        return {WHOLE: groups[0]}
+    return {f"model-{number:05}-of-{len(groups):05}.safetensors": group for number, group in enumerate(groups, 1)}
+
+
+def _index(groups: Mapping[str, Sequence[TensorJob]]) -> dict[str, Any]:
+    outputs = {output.name: (name, output) for name, group in groups.items() for job in group for output in job.outputs}
+    size = sum(output.num_bytes for _, output in outputs.values())
+    weight_map = {output: name for output, (name, _) in sorted(outputs.items())}
+    return {"metadata": {"total_size": size}, "weight_map": weight_map}
 
 
 def copy_sidecars(source: Path, folder: Path, whole: bool) -> None:
     """Tokenizer, chat template, generation and processor settings, licence; of a whole model its slices too."""
+    for path in sidecars(source, whole):
+        shutil.copyfile(path, folder / path.name)
+
+
+def sidecars(source: Path, whole: bool) -> Iterator[Path]:
+    """The files that `copy_sidecars` copies."""
     for pattern in (*_SIDECARS, *([OWN_TABLE] if whole else [])):
         for path in source.glob(pattern):
             left = path.name in ("config.json", INDEX, ADAPTER_SETTINGS) or path.name.startswith(".")
             if path.is_file() and not left:
-                shutil.copyfile(path, folder / path.name)
+                yield path
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes JSON as the published files have it."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    path.write_bytes(json_bytes(value))
+
+
+def json_bytes(value: dict[str, Any]) -> bytes:
+    """What `write_json` writes."""
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def _split(jobs: Sequence[TensorJob], max_bytes: int) -> Iterator[list[TensorJob]]:

@@ -51,7 +51,7 @@ def measure(
     lie below the file's folder. only: whether a module, by its path in the model, is wanted. The folder is in the
     user's cache. Raises OSError, or ValueError naming the line.
     """
-    prompts = _prompts(model, data, data.read_bytes())
+    prompts = [prompt for prompt, _ in read_prompts(model, data)]
     plan = (model.slice_name, model.config.text.intermediate_size)
     key = hashlib.sha256(repr((fingerprint(model.checkpoint.folder), plan, BLOCK_WIDTH)).encode())
     for part in _contents(model.checkpoint, prompts):
@@ -125,9 +125,13 @@ def _write(folder: Path, moments: dict[str, list[np.ndarray]]) -> None:
             shutil.move(partial, file)  # whole, or not there
 
 
-def _prompts(model: Gemma3n, data: Path, contents: bytes) -> list[Prompt]:
+def read_prompts(model: Gemma3n, data: Path) -> list[tuple[Prompt, int]]:
+    """What a model reads of calibration data, and from which of its tokens on the next one's distribution counts.
+
+    Of examples with an answer that is the answer's. Raises OSError, or ValueError naming the line.
+    """
     try:
-        text = contents.decode("utf-8")
+        text = data.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadValue(f"{data} is not UTF-8 text: {error}") from None
     if not text.strip():
@@ -141,17 +145,19 @@ def _prompts(model: Gemma3n, data: Path, contents: bytes) -> list[Prompt]:
     ids, vocab_size = model.tokenizer.encode(text), model.config.text.vocab_size
     size = min(_WINDOW_TOKENS, model.config.text.max_position_embeddings) - 1
     windows = [ids[start : start + size] for start in range(0, len(ids), size)]
-    return [of_token_ids([model.tokenizer.bos_id, *window], vocab_size) for window in windows]
+    return [(of_token_ids([model.tokenizer.bos_id, *window], vocab_size), 0) for window in windows]
 
 
-def _example(model: Gemma3n, line: str, data: Path, where: str) -> Prompt:
+def _example(model: Gemma3n, line: str, data: Path, where: str) -> tuple[Prompt, int]:
     try:
         entry = parse_json(line)
         if not isinstance(entry, dict) or not isinstance(entry.get("messages"), list):
             raise BadValue("expected an object with messages")
         prompt = model.prepare(entry["messages"], MediaPolicy(paths=data.absolute().parent))
         answer = entry.get("answer")
-        ids = model.tokenizer.encode(answer) if isinstance(answer, str) else []
-        return replace(prompt, token_ids=(*prompt.token_ids, *ids))
+        if not isinstance(answer, str):
+            return prompt, 0
+        whole = replace(prompt, token_ids=(*prompt.token_ids, *model.tokenizer.encode(answer)))
+        return whole, len(prompt.token_ids) - 1
     except ValueError as error:
         raise BadValue(f"{where}: {error}") from None

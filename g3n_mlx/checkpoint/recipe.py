@@ -3,7 +3,7 @@
 A recipe is a JSON file, {"modules": {PATTERN: {"bits": 4, "group_size": 64}, OTHER_PATTERN: false, ...}}. Patterns are
 those of file names, over module paths of the whole checkpoint, before any slice (`language_model.layers.3.mlp.*`). The
 first that matches counts; false, or none that matches, leaves the module as it is. Only modules that a conversion
-quantizes at all are looked up.
+quantizes at all, and LAuReL's, which it leaves alone without a recipe, are looked up.
 """
 
 import json
@@ -33,6 +33,7 @@ _QUANTIZED_PARTS = (
     "per_layer_input_gate",
     "per_layer_projection",
 )
+_LAUREL_PARTS = ("laurel.linear_left", "laurel.linear_right")
 _QUANTIZED_ROOTS = (f"{TEXT}per_layer_model_projection", TOKEN_TABLE, PLE_TABLE)
 
 
@@ -41,6 +42,22 @@ def is_quantized_module(path: str) -> bool:
     if path.startswith(f"{TEXT}layers."):
         return path.removeprefix(f"{TEXT}layers.").partition(".")[2] in _QUANTIZED_PARTS
     return path in _QUANTIZED_ROOTS or path.startswith((f"{TEXT}altup_projections.", f"{TEXT}altup_unembed_"))
+
+
+def can_be_quantized(path: str) -> bool:
+    """Whether a recipe may quantize this module's weight: LAuReL's too, as mlx-vlm does."""
+    parts = path.removeprefix(f"{TEXT}layers.").partition(".")[2]
+    return is_quantized_module(path) or (path.startswith(TEXT) and parts in _LAUREL_PARTS)
+
+
+def choose_uniformly(shapes: Mapping[str, tuple[int, ...]], bits: int, group_size: int) -> dict[str, Quantization]:
+    """As `choose_quantizations`, of everything that a recipe may quantize, the PLE table and LAuReL included."""
+    names = {name.removesuffix(".weight"): shape for name, shape in shapes.items()}
+    return {
+        path: Quantization(bits, group_size)
+        for path, shape in names.items()
+        if can_be_quantized(path) and shape[-1] % group_size == 0
+    }
 
 
 def choose_quantizations(
@@ -77,7 +94,7 @@ class Recipe:
         chosen: dict[str, Quantization] = {}
         for name, shape in shapes.items():
             path = name.removesuffix(".weight")
-            how = self.quantization(base_name(path)) if is_quantized_module(path) else None
+            how = self.quantization(base_name(path)) if can_be_quantized(path) else None
             if how is not None and shape[-1] % how.group_size == 0:
                 chosen[path] = how
         if not chosen:

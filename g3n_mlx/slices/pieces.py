@@ -51,6 +51,16 @@ def read_pieces(
     return list({piece.key: piece for piece in pieces}.values())
 
 
+def spread(prompts: Sequence[tuple[Prompt, int]], max_tokens: int) -> list[Piece]:
+    """Prompts, with the token from which on each counts, as pieces; some of them where they are longer together."""
+    pieces = [Piece(prompt, max(start, len(prompt.token_ids) - PIECE_TOKENS)) for prompt, start in prompts]
+    pieces = list({piece.key: piece for piece in pieces}.values())
+    wanted = max(2, len(pieces) * max_tokens // sum(len(piece.prompt.token_ids) for piece in pieces))
+    if wanted >= len(pieces):
+        return pieces
+    return [pieces[at * len(pieces) // wanted] for at in range(wanted)]
+
+
 def split(pieces: Sequence[Piece]) -> tuple[list[Piece], list[Piece]]:
     """Pieces to search on, and those held out; a single piece has to serve for both."""
     held_out = set(range(HELD_OUT_EVERY - 1, len(pieces), HELD_OUT_EVERY)) or set(range(len(pieces))[1:][-1:])

@@ -2,9 +2,9 @@
 
 A candidate says for every layer of the checkpoint how wide its FFN is, 0 where the layer is skipped, and, where bits
 are searched too, at how many the attention and the FFN are stored; the matrices outside the layers have bits of their
-own. KV-sharing layers are skipped in blocks that end where a layer with full attention does, as in the published
-slices, which skip layers 20 to 24 of E4B. Costs add up: what a layer takes does not depend on the others, but for the
-bits of its rows of the PLE projection.
+own, and so have the per-layer gates of all layers, and LAuReL's. KV-sharing layers are skipped in blocks that end where
+a layer with full attention does, as in the published slices, which skip layers 20 to 24 of E4B. Costs add up: what a
+layer takes does not depend on the others, but for the bits of its rows of the PLE projection.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +16,7 @@ from typing import NamedTuple
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.manifest import TEXT
 from g3n_mlx.config.text import FULL, TextConfig
+from g3n_mlx.convert import DEFAULT_PLE_BITS
 from g3n_mlx.failures import BadValue
 from g3n_mlx.matformer.plan import SlicePlan, plan_slice
 from g3n_mlx.matformer.table import Slice, short_name
@@ -30,15 +31,18 @@ class Layer(NamedTuple):
     """What is chosen for one layer."""
 
     width: int  # of the FFN; 0: the layer is skipped
-    attention_bits: int = UNCHANGED  # of the per-layer gates too
+    attention_bits: int = UNCHANGED
     ffn_bits: int = UNCHANGED
 
 
 class Outside(NamedTuple):
-    """Bits of the matrices outside the layers."""
+    """Bits of the matrices outside the layers, and of small ones that are the same in all of them."""
 
     token_bits: int = UNCHANGED  # of the token table, which is the head too
     other_bits: int = UNCHANGED  # AltUp's and the PLE projections
+    gate_bits: int = UNCHANGED  # the per-layer gates and their projections
+    ple_bits: int = UNCHANGED  # of the PLE table
+    laurel_bits: int = UNCHANGED
 
 
 class Candidate(NamedTuple):
@@ -52,9 +56,9 @@ class Candidate(NamedTuple):
         return tuple(layer.width for layer in self.layers)
 
     def at(self, bits: int) -> "Candidate":
-        """The same widths with everything at so many bits."""
+        """The same widths as a conversion to so many bits stores them."""
         layers = tuple(Layer(layer.width, bits, bits) if layer.width else layer for layer in self.layers)
-        return Candidate(layers, Outside(bits, bits))
+        return Candidate(layers, Outside(bits, bits, bits, DEFAULT_PLE_BITS) if bits else Outside())
 
     def changed(self, layers: Mapping[int, Layer]) -> "Candidate":
         return self._replace(layers=tuple(layers.get(at, layer) for at, layer in enumerate(self.layers)))
@@ -71,7 +75,8 @@ class Space:
     whole: Candidate
     widths: tuple[tuple[int, ...], ...]  # per layer, ascending, the whole width last
     blocks: tuple[tuple[int, ...], ...]  # layers that may be skipped together
-    bits: tuple[int, ...]  # ascending; (UNCHANGED,) where they are not searched
+    bits: tuple[int, ...]  # of layers, ascending, UNCHANGED last; (UNCHANGED,) where they are not searched
+    outside: tuple[tuple[int, ...], ...]  # the same of each field of Outside
 
     def changes(self) -> list[Candidate]:
         """Every candidate that differs from the whole model in one choice."""
@@ -85,8 +90,10 @@ class Space:
             found += [whole.changed({at: layer._replace(attention_bits=bits)}) for bits in self.bits]
             found += [whole.changed({at: layer._replace(ffn_bits=bits)}) for bits in self.bits]
         found += [whole.changed(dict.fromkeys(block, SKIPPED)) for block in self.blocks]
-        found += [whole._replace(outside=Outside(token_bits=bits)) for bits in self.bits]
-        return found + [whole._replace(outside=Outside(other_bits=bits)) for bits in self.bits]
+        for name, scale in zip(Outside._fields, self.outside, strict=True):
+            if len(scale) > 1 or scale == self.bits:
+                found += [whole._replace(outside=Outside(**{name: bits})) for bits in scale]
+        return found
 
     def loss(self, candidate: Candidate, losses: Mapping[Candidate, float]) -> float:
         """The sum of the losses of a candidate's changes. losses: of every one of `changes`."""
@@ -113,18 +120,28 @@ class Space:
             skipped = self.whole.changed(dict.fromkeys(block, SKIPPED))
             skip = Option(cost(skipped) - base, losses[skipped], (SKIPPED,) * len(block))
             groups[block] = [skip, *undominated([self._of_layer(at, losses, cost) for at in block])]
-        outside: list[Option] = []
-        for choice in map(Outside._make, product(self.bits, self.bits)):
-            changed = self.whole._replace(outside=choice)
-            outside.append(Option(cost(changed) - base, self._outside_loss(choice, losses), (choice,)))
-        in_order, excess = [*(groups[layers] for layers in sorted(groups)), outside], 0
+        outside = [
+            self._of_outside(name, scale, losses, cost)
+            for name, scale in zip(Outside._fields, self.outside, strict=True)
+        ]
+        in_order, excess = [*(groups[layers] for layers in sorted(groups)), *outside], 0
         while found := solve(in_order, budget - base - excess):
-            *layers, outside_choice = found.values
-            candidate = Candidate(tuple(layers), outside_choice)  # pyright: ignore[reportArgumentType]
+            layers, chosen = found.values[: len(self.widths)], found.values[len(self.widths) :]
+            candidate = Candidate(layers, Outside(*chosen))  # pyright: ignore[reportArgumentType]
             if cost(candidate) <= budget:
                 return candidate
             excess += cost(candidate) - budget
         return None
+
+    def _of_outside(
+        self, name: str, scale: Sequence[int], losses: Mapping[Candidate, float], cost: Cost
+    ) -> list[Option]:
+        options: list[Option] = []
+        for bits in scale:
+            changed = self.whole._replace(outside=Outside(**{name: bits}))
+            loss = self._outside_loss(changed.outside, losses)
+            options.append(Option(cost(changed) - cost(self.whole), loss, (bits,)))
+        return undominated([options])
 
     def _of_layer(self, at: int, losses: Mapping[Candidate, float], cost: Cost) -> list[Option]:
         choices = map(Layer._make, product(self.widths[at], self.bits, self.bits))
@@ -148,15 +165,17 @@ class Space:
         return sum(losses[self.whole.changed({at: part})] for part in parts if part != whole)
 
     def _outside_loss(self, choice: Outside, losses: Mapping[Candidate, float]) -> float:
-        parts = (Outside(token_bits=choice.token_bits), Outside(other_bits=choice.other_bits))
-        return sum(losses[self.whole._replace(outside=part)] for part in parts if part != Outside())
+        """What is not searched, the one value of its scale, is not measured either."""
+        parts = (Outside(**{name: bits}) for name, bits in choice._asdict().items())
+        changes = (self.whole._replace(outside=part) for part in parts if part != Outside())
+        return sum(losses.get(change, 0.0) for change in changes)
 
     def cheapest(self) -> Candidate:
         """The least of everything."""
         low = self.bits[0]
         in_a_block = {at for block in self.blocks for at in block}
         layers = [SKIPPED if at in in_a_block else Layer(widths[0], low, low) for at, widths in enumerate(self.widths)]
-        return Candidate(tuple(layers), Outside(low, low))
+        return Candidate(tuple(layers), Outside(*(scale[0] for scale in self.outside)))
 
     def neighbours(self, candidate: Candidate) -> set[Candidate]:
         """Candidates one step larger, one smaller, or both: a width, the bits of a part, or a block."""
@@ -176,8 +195,8 @@ class Space:
                     )
                     for value in _next(scale, getattr(layer, name), direction)
                 ]
-        for name in Outside._fields:
-            for value in _next(self.bits, getattr(candidate.outside, name), direction):
+        for name, scale in zip(Outside._fields, self.outside, strict=True):
+            for value in _next(scale, getattr(candidate.outside, name), direction):
                 found.append(candidate._replace(outside=candidate.outside._replace(**{name: value})))
         for block in self.blocks:
             kept = any(candidate.layers[at].width for at in block)
@@ -207,8 +226,17 @@ def space_of(checkpoint: Checkpoint, fractions: Sequence[Fraction], bits: Sequen
                 f"layer {at}"
             )
         widths.append((*sorted(offered - {whole}), whole))
-    layers = tuple(map(Layer, text.intermediate_size))
-    return Space(Candidate(layers), tuple(widths), _blocks(text), tuple(sorted(bits)) or (UNCHANGED,))
+    layers, scale = tuple(map(Layer, text.intermediate_size)), tuple(sorted(bits)) or (UNCHANGED,)
+    # The PLE table stays on disk and costs no memory, and LAuReL's matrices are small.
+    ple = (DEFAULT_PLE_BITS if bits else UNCHANGED,)
+    return Space(Candidate(layers), tuple(widths), _blocks(text), scale, (scale, scale, scale, ple, (UNCHANGED,)))
+
+
+def bits_space(text: TextConfig, bits: Sequence[int]) -> Space:
+    """The whole model with every part at some bits, or as it is."""
+    layers, scale = tuple(map(Layer, text.intermediate_size)), (*sorted(bits), UNCHANGED)
+    widths = tuple((width,) for width in text.intermediate_size)
+    return Space(Candidate(layers), widths, (), scale, (scale,) * len(Outside._fields))
 
 
 def _next(scale: Sequence[int], value: int, direction: int) -> Sequence[int]:

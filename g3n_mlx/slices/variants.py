@@ -19,9 +19,15 @@ if TYPE_CHECKING:
 class Variants:
     """The smaller models that a loaded one can become."""
 
-    def __init__(self, whole: "Gemma3n", device: str | None = None, activations: str = "exact") -> None:
-        """device, activations: those that the model was loaded with."""
+    def __init__(
+        self, whole: "Gemma3n", device: str | None = None, activations: str = "exact", *, everything: bool = False
+    ) -> None:
+        """device, activations: those that the model was loaded with.
+
+        everything: bits of the PLE table and of LAuReL vary too, which the usual conversions have at 8 and dense.
+        """
         self.whole, self._device, self._activations = whole, device, activations
+        self._everything = everything
         self._conversions: dict[int, Checkpoint] = {}  # by bits; made in the user's cache when first asked for
 
     @contextmanager
@@ -54,15 +60,14 @@ class Variants:
                 continue
             if (merged := sources[f"{path}.weight"].low_rank) is not None:  # the conversions are without the adapter
                 low_ranks[path] = merged
-            # Every conversion has the PLE table, at 8 bits.
-            bits = candidate.outside.token_bits if path == PLE_TABLE else quantization.bits
-            converted = self._conversion(bits)
+            usual = path == PLE_TABLE and not self._everything  # every conversion has it, at 8 bits
+            converted = self._conversion(candidate.outside.token_bits if usual else quantization.bits)
             del sources[f"{path}.weight"]
             sources |= {f"{path}.{part}": converted.sources[f"{path}.{part}"] for part in PARTS}
         return base.view(base.config, base.raw_config, sources, chosen, low_ranks)
 
     def _conversion(self, bits: int) -> Checkpoint:
         if bits not in self._conversions:
-            folder = cached_conversion(self.whole.checkpoint.folder, q_bits=bits)
+            folder = cached_conversion(self.whole.checkpoint.folder, q_bits=bits, everything=self._everything)
             self._conversions[bits] = Checkpoint.open(folder)
         return self._conversions[bits]
