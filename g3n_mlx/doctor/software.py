@@ -15,6 +15,7 @@ EXTRAS = {
     "pictures": ("images shown in the terminal", ("textual-image",)),
     "mic": ("recording in the chat", ("sounddevice",)),
     "plot": ("g3n eval --plot", ("matplotlib",)),
+    "gguf": ("GGUF files with Q6_K and the like", ("gguf",)),
     "mcp": ("g3n mcp", ("mcp",)),
     "parquet": ("g3n batch -o FILE.parquet", ("pyarrow",)),
     "ray": ("g3n batch --ray", ("ray",)),

@@ -190,7 +190,7 @@ def test_options_that_do_not_go_together(tiny_folder: Path, tmp_path: Path, opti
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--method", "mse"], "--method is for a conversion with -q or --recipe"),
+        (["--method", "mse"], "--method is for a conversion with -q, --recipe or --budget"),
         (["-q", "--method", "gptq"], "--method gptq needs --calibration"),
         (["-q", "--calibration", "x"], "the others take none"),
     ],
