@@ -106,7 +106,13 @@ def test_a_stopped_run_goes_on(tmp_path, capsys, clip_s):
     assert list(tmp_path.glob("*.part")) == []
     stat = source.stat()
     asked = {"language": None, "prompt": None, "translate": False, "model": "demo", "slice": None}
-    asked |= {"adapters": [], "bits": None, "dtype": None, "backend": served_backend(), "activations": "exact"}
+    asked |= {
+        "adapters": [],
+        "weights": str(demo_folder()),
+        "dtype": None,
+        "backend": served_backend(),
+        "activations": "exact",
+    }
     asked |= {"revision": None, "source": str(source), "bytes": stat.st_size, "modified": stat.st_mtime_ns}
     kept = Progress(tmp_path / "long.txt.part", asked)
     kept.begin()
