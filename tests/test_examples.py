@@ -61,8 +61,9 @@ def test_the_media_are_what_the_examples_say():
 
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
 def test_the_script_makes_the_media(tmp_path):
-    if not any(Path("/usr/share/fonts").rglob("DejaVuSans-Bold.ttf")):
-        pytest.skip("the fonts are not installed")
+    fonts = {path.name for path in Path("/usr/share/fonts/truetype").rglob("*.ttf")}
+    if not {"DejaVuSans-Bold.ttf", "LiberationSans-Regular.ttf", "FreeSansBold.ttf"} <= fonts:
+        pytest.skip("the fonts DejaVu, Liberation and FreeFont are not installed")
     assert importlib.util.find_spec("av")
     done = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -24,20 +24,20 @@ def model(backend, tiny_folder):
 
 @pytest.fixture
 def encodings(model, monkeypatch):
-    """What the towers are asked for, from an empty store on."""
+    """What the towers are asked for, from an empty store on; on a CPU one at a time."""
     calls: list[str] = []
 
-    def counted(kind: str):
-        original = getattr(model.runner.model, f"embed_{kind}")
+    def counted(kind: str, name: str):
+        original = getattr(model.runner.model, name)
 
         def embed(*arguments):
-            calls.append(kind)
+            calls.extend([kind] * len(arguments[0]))
             return original(*arguments)
 
         return embed
 
-    for kind in ("image", "audio"):
-        monkeypatch.setattr(model.runner.model, f"embed_{kind}", counted(kind))
+    for kind, name in (("image", "embed_images"), ("audio", "embed_audio")):
+        monkeypatch.setattr(model.runner.model, name, counted(kind, name))
     monkeypatch.setattr(model, "_embedded", EmbeddedMedia(model.runner))
     model.reset()
     return calls

@@ -113,10 +113,12 @@ def test_training_goes_on_from_a_quantized_model(tmp_path):
 def test_every_pattern_of_the_phrasings_fits_what_a_generator_writes(start):
     """Without a cache of speech, those of hearing are asked what they would write."""
     from phrasings import all_wordings
-    from pictures import SEEING
+    from pictures import FONTS, HELD_OUT_FONTS, SEEING
     from reading import READING
     from sounds import COUNT_BEEPS, LISTEN, MATCH, TRANSCRIBE, WATCH
 
+    if not {*FONTS, *HELD_OUT_FONTS} <= {path.name for path in Path("/usr/share/fonts/truetype").rglob("*.ttf")}:
+        pytest.skip("the fonts DejaVu, Liberation and FreeFont are not installed")
     written = [*TRANSCRIBE, *LISTEN, *COUNT_BEEPS, MATCH, WATCH]
     for generate in (*READING.values(), *SEEING.values()):
         for seed in range(60):

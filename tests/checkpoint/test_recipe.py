@@ -37,7 +37,7 @@ def test_the_first_pattern_that_matches_counts(tiny_folder, tmp_path):
     assert not any(".layers.2." in module for module in stored)
     assert stored["language_model.layers.1.mlp.gate_proj"] == Quantization(2, 32)
     assert stored["language_model.embed_tokens"] == Quantization(6, 64)
-    assert not any("norm" in module or "laurel" in module for module in stored)
+    assert not any("norm" in module or "router" in module for module in stored)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
+from g3n_mlx.failures import BadValue
+
 SENT_ELSEWHERE = "send it as a part of the message's content: image_url, input_audio, audio_url or video_url"
 OUR_TEMPLATE = "prompts follow the checkpoint's own template"
 
@@ -19,7 +21,7 @@ def _encodable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the text has the lone surrogate {text[error.start]!a}") from None
+        raise BadValue(f"the text has the lone surrogate {text[error.start]!a}") from None
     return text
 
 
