@@ -39,13 +39,18 @@ def main() -> None:
     requests, results, kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     random.seed(0)
     survived = 0
+    # Some are killed while they read what there is to do, which takes time on a slow machine, some while they write.
+    began = time.perf_counter()
+    with Journal(results.with_suffix(".unused")) as journal:
+        pending(RequestFile(requests), journal)
+    reading_s = time.perf_counter() - began
     for number in range(kills):
         child = os.fork()
         if child == 0:
             random.seed(number)
             work(requests, results)
             os._exit(0)
-        time.sleep(0.004 + random.random() / 40)
+        time.sleep(random.random() * (3 * reading_s + 0.02))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         survived += not os.WIFSIGNALED(status)
