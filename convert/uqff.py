@@ -11,7 +11,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from g3n_mlx.checkpoint.quantization import Quantization, dequantize, pack, quan
 from g3n_mlx.checkpoint.shards import DTYPES, Shard, StoredTensor, read_header
 from g3n_mlx.checkpoint.source import Source
 from g3n_mlx.config.fields import read_json
+from g3n_mlx.convert.gguf.blocks import AFFINE, Affine, Parts
 from g3n_mlx.convert.quantize import Output, TensorJob, quantization_entry, quantized_outputs
 from g3n_mlx.convert.write import (
     appearing_folder,
@@ -54,8 +55,6 @@ _BUFFERS = (
     ".v_norm.weight",
 )
 _REPORT = "uqff_report.json"
-
-Affine = tuple[np.ndarray, np.ndarray, np.ndarray]  # codes uint8 [R, K], scales and biases float32 [R, K / 32]
 
 
 def convert_uqff(source: Path, output: Path, *, progress: bool = True) -> Path:
@@ -233,13 +232,13 @@ def _blocks(path: str, module: _Module, in_tower: bool) -> tuple[TensorJob, Quan
     layout = _KINDS[kind]
     shape = tuple(int(size) for size in _read(module.parts["shape"]))
     rows, width = shape
-    stored, row_bytes = module.parts[""], width // layout.block * layout.block_bytes
-    if width % layout.block or stored.num_bytes != rows * row_bytes:
+    stored, row_bytes = module.parts[""], width // layout.block_size * layout.block_bytes
+    if width % layout.block_size or stored.num_bytes != rows * row_bytes:
         raise BadValue(f"{module.where} has {stored.num_bytes} bytes, expected {layout.name} of {list(shape)}")
     flat = StoredTensor(stored.shard, stored.offset, "U8", (rows, row_bytes))
 
-    def affine(start: int, stop: int) -> Affine:
-        return layout.affine(_read(flat, start, stop).reshape(-1, layout.block_bytes), width)
+    def affine(start: int, stop: int) -> Parts:
+        return layout.parts(_read(flat, start, stop))
 
     how = None if in_tower else Quantization(layout.bits, 32)
     produce = partial(_stored, affine, how)
@@ -251,7 +250,7 @@ def _blocks(path: str, module: _Module, in_tower: bool) -> tuple[TensorJob, Quan
 
 
 def _stored(
-    affine: Callable[[int, int], Affine], how: Quantization | None, start: int, stop: int
+    affine: Callable[[int, int], Parts], how: Quantization | None, start: int, stop: int
 ) -> tuple[np.ndarray, ...]:
     codes, scales, biases = affine(start, stop)
     per_group = codes.shape[-1] // scales.shape[-1]
@@ -262,77 +261,15 @@ def _stored(
     return (values.astype(DTYPES["BF16"]),) if how is None else quantize(values, how.bits, how.group_size)
 
 
-def _half(blocks: np.ndarray, at: int) -> np.ndarray:
-    return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32)  # [n, 1]
-
-
-def _nibbles(packed: np.ndarray) -> np.ndarray:
-    """[n, 16] bytes -> [n, 32]: the lower halves, then the upper ones."""
-    return np.concatenate([packed & 15, packed >> 4], axis=1)
-
-
-def _simple(blocks: np.ndarray, width: int, fifth_bit: bool, has_minimum: bool) -> Affine:
-    """Q4_0, Q4_1, Q5_0 and Q5_1: a scale, perhaps a minimum, perhaps the codes' fifth bits, and the codes."""
-    scales, at = _half(blocks, 0), 4 if has_minimum else 2
-    codes = _nibbles(blocks[:, at + (4 if fifth_bit else 0) :])
-    if fifth_bit:
-        codes |= np.unpackbits(blocks[:, at : at + 4], axis=1, bitorder="little") << 4
-    middle = 16 if fifth_bit else 8
-    return _in_rows(width, codes, scales, _half(blocks, 2) if has_minimum else -middle * scales)
-
-
-def _q8_0(blocks: np.ndarray, width: int) -> Affine:
-    scales = _half(blocks, 0)
-    return _in_rows(width, blocks[:, 2:] ^ 128, scales, -128 * scales)  # signed codes, 128 higher
-
-
-def _k_quants(blocks: np.ndarray, width: int, fifth_bit: bool) -> Affine:
-    """Q4_K and Q5_K: of 8 groups of 32 scales and minima in 6 bits, times two numbers of the block."""
-    packed = blocks[:, 4:16]
-    low, middle, high = packed[:, :4], packed[:, 4:8], packed[:, 8:]
-    scales = np.concatenate([low & 63, (high & 15) | (low >> 6 << 4)], axis=1)  # [n, 8]
-    minima = np.concatenate([middle & 63, (high >> 4) | (middle >> 6 << 4)], axis=1)
-    codes = blocks[:, 48 if fifth_bit else 16 :].reshape(-1, 4, 1, 32)
-    codes = np.concatenate([codes & 15, codes >> 4], axis=2).reshape(-1, 8, 32)
-    if fifth_bit:
-        codes |= (blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1) << 4
-    return _in_rows(width, codes, _half(blocks, 0) * scales, -_half(blocks, 2) * minima)
-
-
-def _q6_k(blocks: np.ndarray, width: int) -> Affine:
+def _q6_k(blocks: np.ndarray) -> Parts:
     low, high = blocks[:, :128].reshape(-1, 2, 2, 32), blocks[:, 128:192].reshape(-1, 2, 1, 32)
     low = np.concatenate([low & 15, low >> 4], axis=2)  # [n, 2, 4, 32]
     codes = low | (high >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3) << 4
-    scales = _half(blocks, 208) * blocks[:, 192:208].view(np.int8)  # of groups of 16
-    return _in_rows(width, codes, scales, -32 * scales)
+    scale = np.ascontiguousarray(blocks[:, 208:210]).view("<f2").astype(np.float32)
+    scales = scale * blocks[:, 192:208].view(np.int8)  # of groups of 16
+    return codes, scales, -32 * scales
 
 
-def _in_rows(width: int, codes: np.ndarray, scales: np.ndarray, biases: np.ndarray) -> Affine:
-    """Of blocks that lie row after row. scales, biases: one for each group."""
-    codes = codes.reshape(-1, width)
-    groups = scales.size // len(codes)
-    return codes, scales.reshape(-1, groups), biases.reshape(-1, groups)
-
-
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """A type of ggml's."""
-
-    name: str
-    block: int  # numbers in a block
-    block_bytes: int
-    bits: int  # that it is stored at here
-    affine: Callable[[np.ndarray, int], Affine]  # of blocks uint8 [n, block_bytes] of rows of some width
-
-
-# By ggml's numbers (ggml.h, enum ggml_type).
-_KINDS = {
-    2: _Kind("Q4_0", 32, 18, 4, partial(_simple, fifth_bit=False, has_minimum=False)),
-    3: _Kind("Q4_1", 32, 20, 4, partial(_simple, fifth_bit=False, has_minimum=True)),
-    6: _Kind("Q5_0", 32, 22, 5, partial(_simple, fifth_bit=True, has_minimum=False)),
-    7: _Kind("Q5_1", 32, 24, 5, partial(_simple, fifth_bit=True, has_minimum=True)),
-    8: _Kind("Q8_0", 32, 34, 8, _q8_0),
-    12: _Kind("Q4K", 256, 144, 4, partial(_k_quants, fifth_bit=False)),
-    13: _Kind("Q5K", 256, 176, 5, partial(_k_quants, fifth_bit=True)),
-    14: _Kind("Q6K", 256, 210, 8, _q6_k),
-}
+# Q6K by ggml's number too: affine in groups of 16, so that it is stored at 8 bits.
+_KINDS = {kind: replace(entry, name=entry.name.replace("_K", "K")) for kind, entry in AFFINE.items()}
+_KINDS[14] = Affine("Q6K", 8, 210, 256, _q6_k)
