@@ -90,7 +90,7 @@ def expected(folder: Path, prompt: MediaPrompt, reference_class: Any) -> np.ndar
 def placed(prompt: MediaPrompt, soft: dict[tuple[str, int], Any], start: int, stop: int) -> Any:
     """The soft tokens among ids [start, stop)."""
     spans = [MediaSpan(first, length, (kind, which)) for first, length, kind, which in prompt.spans]
-    return soft_tokens(spans, start, stop, soft.__getitem__)
+    return soft_tokens(spans, start, stop, lambda which, _: soft[which])
 
 
 def test_logits_are_the_references(networks, prompt, soft, expected):
