@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from g3n_mlx.chat import attachments
-from g3n_mlx.chat.session import SETTINGS, Session
+from g3n_mlx.chat.commands import SETTINGS
+from g3n_mlx.chat.session import Session
 from g3n_mlx.chat.terminal import message_lines, takes_styles, typed_messages
 from g3n_mlx.commands import (
     INTERRUPTED,

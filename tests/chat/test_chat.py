@@ -19,6 +19,7 @@ from g3n_mlx import commands
 from g3n_mlx.chat import __main__ as command
 from g3n_mlx.chat import session as sessions
 from g3n_mlx.chat import terminal as console
+from g3n_mlx.chat.commands import SETTINGS
 from g3n_mlx.commands import PIPE_CLOSED
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
@@ -153,7 +154,7 @@ def test_settings(session, echo, capsys):
 def test_every_setting_is_a_sampling_keyword():
     from g3n_mlx.sampling import SamplingParams
 
-    SamplingParams(**{name: kind("1") for name, kind in sessions.SETTINGS.items()})
+    SamplingParams(**{name: kind("1") for name, kind in SETTINGS.items()})
 
 
 def test_save_and_load(session, echo, tmp_path, capsys):
