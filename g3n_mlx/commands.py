@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from g3n_mlx.failures import is_expected, one_line, size_in_words
 from g3n_mlx.installation import DISTRIBUTION, version
@@ -337,9 +337,17 @@ def tell(text: str, end: str = "\n") -> None:
 
 def log_to_stderr(level: int | str, form: str = "%(message)s") -> None:
     """Shows what the package logs, from a level on."""
-    handler = logging.StreamHandler()
+    handler = _ToStderr()
     handler.setFormatter(_Printable(form))
     logging.basicConfig(level=level, handlers=[handler])
+
+
+class _ToStderr(logging.StreamHandler[TextIO]):
+    """Writes to what is stderr now, as `say` does."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.setStream(sys.stderr)
+        super().emit(record)
 
 
 class _Printable(logging.Formatter):

@@ -15,6 +15,7 @@ from g3n_mlx.chat import attachments
 from g3n_mlx.chat.commands import SETTINGS
 from g3n_mlx.chat.session import Session
 from g3n_mlx.chat.terminal import message_lines, takes_styles, typed_messages
+from g3n_mlx.chat.waiting import Waiting
 from g3n_mlx.commands import (
     INTERRUPTED,
     MODEL_FLAGS,
@@ -96,7 +97,8 @@ def _run(arguments: argparse.Namespace) -> int:
     SamplingParams(**settings)
     schema = None if arguments.schema is None else _schema(arguments.schema)
     prompt = _one_shot_prompt(arguments.prompt)
-    model = load_from(arguments, slices_later=True)
+    with Waiting("loading the model"):
+        model = load_from(arguments, slices_later=True)
     session = Session(
         model,
         arguments.system_prompt,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from g3n_mlx.chat import attachments
 from g3n_mlx.chat.saved import saved_messages, write_messages
+from g3n_mlx.chat.waiting import Waiting
 from g3n_mlx.failures import BadValue, check_folder_of, size_in_words
 
 if TYPE_CHECKING:
@@ -123,7 +124,8 @@ def _slice(session: "Session", name: str) -> None:
         for line in session.sizes.lines():
             session.note(line)
         return
-    session.sizes.choose(name)
+    with Waiting(f"taking {name}"):
+        session.sizes.choose(name)
     again = "; it reads the conversation again at the next question" if session.messages else ""
     session.note(f"{session.sizes.name} answers from now on{again}")
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from g3n_mlx.chat import attachments, commands
 from g3n_mlx.chat.slices import Sizes
-from g3n_mlx.chat.terminal import Interruption, reading, say_dimly
+from g3n_mlx.chat.terminal import Interruption, say_dimly
+from g3n_mlx.chat.waiting import Waiting
 from g3n_mlx.commands import say, tell
 from g3n_mlx.failures import is_expected, one_line
 
@@ -99,7 +100,7 @@ class Session:
     def attach(self, part: dict[str, Any], *, quiet: bool = False) -> None:
         """Takes a media part into the next question, once it is seen to be usable; shows what it is unless quiet."""
         messages = [{"role": "user", "content": [part]}]
-        with attachments.errors_by_name(messages):
+        with attachments.errors_by_name(messages), Waiting(f"opening {attachments.name_of(part)}"):
             prompt = self.model.prepare(self.opened.in_messages(messages))
         self.attached.append(part)
         if not quiet:
@@ -148,16 +149,17 @@ class Session:
     def _stream(self, messages: list[dict[str, Any]], schema: dict[str, Any] | None) -> Reply:
         parts: list[str] = []
         finish_reason, usage, stopped = None, None, False
-        with attachments.errors_by_name(messages), Interruption() as interruption:
+        with attachments.errors_by_name(messages), Interruption() as interruption, Waiting("reading") as waiting:
             options: dict[str, Any] = {"draft": self.sizes.draft(self.draft), **self.settings}
             if schema is not None:
                 options["schema"] = schema
-            if sys.stderr.isatty():
-                options["progress"] = reading
+            if waiting.shown:
+                options["progress"] = waiting.read
             drawn = self._markdown() if schema is None else None
             chunks = self.model.stream(self.opened.in_messages(messages), **options)
             try:
                 for chunk in chunks:
+                    waiting.end()
                     interruption.answering = True
                     parts.append(chunk.text)
                     if drawn is None:
@@ -172,6 +174,7 @@ class Session:
             except KeyboardInterrupt:
                 stopped = True
             finally:
+                waiting.end()
                 chunks.close()
             text = "".join(parts)
             if drawn is not None:

@@ -42,14 +42,6 @@ class Interruption:
         self.noted = True
 
 
-def reading(read: int, tokens: int) -> None:
-    """Shows in one line of stderr how far a long prompt is read; takes the line away at its end."""
-    line = f"reading: {read} of {tokens} tokens"
-    with suppress(OSError):
-        sys.stderr.write(f"\r{line}" if read < tokens else f"\r{' ' * len(line)}\r")
-        sys.stderr.flush()
-
-
 def takes_styles() -> bool:
     """Whether answers may be drawn and notes dimmed: everything goes to a terminal that can do that."""
     return sys.stdout.isatty() and sys.stderr.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
