@@ -9,6 +9,8 @@ from typing import Any
 
 import psutil
 
+from g3n_mlx.memory import available_bytes, total_bytes
+
 # Names of the kernel's flags, in the order in which they are shown. ARM's Linux calls NEON asimd.
 _FEATURES = {
     "avx2": "AVX2",
@@ -23,7 +25,6 @@ _FEATURES = {
 }
 _WINDOWS_FEATURES = {40: "AVX2", 41: "AVX-512", 19: "NEON"}  # PF_* of IsProcessorFeaturePresent
 _CPUINFO = Path("/proc/cpuinfo")
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def chip() -> dict[str, Any]:
@@ -58,10 +59,7 @@ def linux_chip(cpuinfo: str) -> tuple[str, list[str]]:
 
 def memory() -> dict[str, int]:
     """Bytes in all, and bytes that could be had now; a container's limit is the machine's memory for us."""
-    seen = psutil.virtual_memory()
-    limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.exists() else ""
-    total = min(seen.total, int(limit)) if limit.isdigit() else seen.total
-    return {"total_bytes": total, "available_bytes": min(seen.available, total)}
+    return {"total_bytes": total_bytes(), "available_bytes": available_bytes()}
 
 
 def _mac_features() -> list[tuple[str, str]]:

@@ -188,16 +188,6 @@ def test_chips_of_linux():
     assert machine.linux_chip(arm) == ("", ["NEON", "I8MM", "BF16"])
 
 
-def test_the_limit_of_a_container(tmp_path, monkeypatch):
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(machine, "_CGROUP_LIMIT", limit)
-    for text in ("max\n", f"{1 << 60}\n"):
-        limit.write_text(text)
-        assert machine.memory()["total_bytes"] == machine.psutil.virtual_memory().total
-    limit.write_text("1000000\n")
-    assert machine.memory() == {"total_bytes": 1_000_000, "available_bytes": 1_000_000}
-
-
 def test_models_of_the_caches(tmp_path, monkeypatch):
     (tmp_path / "weights").write_bytes(b"1234")
     monkeypatch.setattr(models, "models_here", lambda: [(tmp_path, "google/x"), (tmp_path, str(tmp_path))])
