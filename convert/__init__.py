@@ -17,7 +17,14 @@ from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.checkpoint.hub import cache_folder
 from g3n_mlx.checkpoint.names import canonical_tensors
 from g3n_mlx.checkpoint.quantization import Quantization
-from g3n_mlx.checkpoint.recipe import Recipe, choose_quantizations, choose_uniformly, read_recipe
+from g3n_mlx.checkpoint.recipe import (
+    Predicate,
+    Recipe,
+    choose_by_predicate,
+    choose_quantizations,
+    choose_uniformly,
+    read_recipe,
+)
 from g3n_mlx.checkpoint.shards import open_shards
 from g3n_mlx.config.manifest import TEXT
 from g3n_mlx.config.model import ModelConfig
@@ -66,6 +73,7 @@ def convert(
     matformer: str | None = None,
     matformer_config: str | Path | None = None,
     recipe: str | Path | None = None,
+    quant_predicate: Predicate | None = None,
     dtype: str | None = None,
     revision: str | None = None,
     adapter: AdapterLike | None = None,
@@ -81,7 +89,9 @@ def convert(
     is written as it is. tokenizer: a folder with the tokenizer to take instead of a GGUF file's. q_bits: 2, 3, 4, 5, 6
     or 8; None does not quantize. ple_bits: of the PLE table, 8 by default. matformer: name of a slice in
     matformer_config, a CSV file (None: the published table). recipe: a JSON file with bits by module, instead of q_bits
-    (checkpoint/recipe.py). dtype: "bfloat16" by default, "float16" or "float32"; of an already quantized source it
+    (checkpoint/recipe.py). quant_predicate: a function that says of a module's path, before any slice, whether it is
+    quantized: True (as q_bits, q_group_size and ple_bits say), False, or its own {"bits": 6, "group_size": 64}. dtype:
+    "bfloat16" by default, "float16" or "float32"; of an already quantized source it
     stays what it is. adapter: LoRA adapters, as `load` takes them, which are merged before anything is quantized.
     method: "affine" as MLX quantizes, "mse" with the least squared error of the weights, "gptq" with that of their
     products, for which moments names the folder that `g3n_mlx.calibration.measure` filled. dequantize: reads a
@@ -90,16 +100,18 @@ def convert(
     """
     if matformer_config is not None and matformer is None:
         raise BadValue("matformer_config was given without matformer: name the slice to take from it")
-    if method != "affine" and recipe is None and q_bits is None:
+    if method != "affine" and recipe is None and q_bits is None and quant_predicate is None:
         raise BadValue(f"method is {method!r}, but nothing is quantized: give q_bits or a recipe")
     quantizing = method_named(method, None if moments is None else Path(moments).expanduser())
     if recipe is not None and q_bits is not None:
         raise BadValue("recipe and q_bits were both given: the recipe says how every module is stored")
+    if recipe is not None and quant_predicate is not None:
+        raise BadValue("recipe and quant_predicate were both given: each says how every module is stored")
     rules = None if recipe is None else read_recipe(Path(recipe).expanduser())
     output = Path(output).expanduser()
     words = None if tokenizer is None else Path(tokenizer).expanduser()
     if is_gguf(source):
-        changed = (q_bits, matformer, recipe, dtype, adapter)
+        changed = (q_bits, matformer, recipe, quant_predicate, dtype, adapter)
         if not dequantize and not any(changed):
             check_free_name(output)
             path = _gguf_file(source, revision)
@@ -122,11 +134,14 @@ def convert(
     if (note := chat_template_note(folder, checkpoint.config.media_kinds)) is not None:
         logger.warning("%s", note)
     choose: Choice | None = None
+    base_name = str if plan is None else plan.base_name
+    own_bits = {"q_bits": q_bits, "q_group_size": q_group_size, "ple_bits": ple_bits or DEFAULT_PLE_BITS}
     if rules is not None:
-        choose = partial(rules.choose, base_name=str if plan is None else plan.base_name)
+        choose = partial(rules.choose, base_name=base_name)
+    elif quant_predicate is not None:
+        choose = partial(choose_by_predicate, base_name=base_name, predicate=quant_predicate, **own_bits)
     elif q_bits is not None:
-        bits_of_ple = ple_bits or DEFAULT_PLE_BITS
-        choose = partial(choose_quantizations, q_bits=q_bits, q_group_size=q_group_size, ple_bits=bits_of_ple)
+        choose = partial(choose_quantizations, **own_bits)
     try:
         check_free_name(output)
         place = appearing_folder(output, wait_for_others=False)
@@ -143,7 +158,8 @@ def convert(
             dequantize=dequantize,
             adapter=adapter,
         )
-        origin = Origin(str(source), folder, flags)
+        note = "" if quant_predicate is None else "with quant_predicate, a function in Python"
+        origin = Origin(str(source), folder, flags, note)
         _write(checkpoint, plan, output, place, choose, dtype, progress, quantizing, dequantize, origin)
     finally:
         checkpoint.close()

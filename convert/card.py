@@ -25,6 +25,7 @@ class Origin:
     source: str
     folder: Path
     flags: Sequence[str]  # of `g3n convert`, without the source and the output
+    note: str = ""  # what no flag says
 
     @property
     def hub_id(self) -> str | None:
@@ -57,6 +58,7 @@ def model_card(
         front += ["base_model_relation: quantized"] if quantizations else []
     tags = ["mlx", "safetensors", "gemma3n", "g3n_mlx", *(["matformer"] if slice_name else [])]
     command = " ".join(["g3n convert --hf-path", origin.name, *map(_quoted, origin.flags), "-o FOLDER"])
+    command += f"  # {origin.note}" if origin.note else ""
     rows = {
         "base model": origin.name,
         "slice": slice_name or "none: the whole model",

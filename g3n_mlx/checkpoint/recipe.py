@@ -3,7 +3,8 @@
 A recipe is a JSON file, {"modules": {PATTERN: {"bits": 4, "group_size": 64}, OTHER_PATTERN: false, ...}}. Patterns are
 those of file names, over module paths of the whole checkpoint, before any slice (`language_model.layers.3.mlp.*`). The
 first that matches counts; false, or none that matches, leaves the module as it is. Only modules that a conversion
-quantizes at all, and LAuReL's, which it leaves alone without a recipe, are looked up.
+quantizes at all, and LAuReL's, which it leaves alone without a recipe, are looked up. A predicate is a function that
+says the same of one path.
 """
 
 import json
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from g3n_mlx.checkpoint.quantization import Quantization
 from g3n_mlx.config.fields import is_integer, read_json, shown
@@ -19,6 +21,9 @@ from g3n_mlx.config.manifest import PLE_TABLE, TEXT, TOKEN_TABLE
 from g3n_mlx.failures import BadValue
 
 logger = logging.getLogger(__name__)
+
+# True: as the conversion's own bits and group size say; a dict has "bits", perhaps "group_size"; False leaves it dense.
+Predicate = Callable[[str], bool | Mapping[str, Any]]
 
 # What is quantized. The rest is small and sensitive, or a tower: norms, AltUp's router and coefficients, LAuReL,
 # the embedders of images and audio.
@@ -91,15 +96,63 @@ class Recipe:
 
     def choose(self, shapes: Mapping[str, tuple[int, ...]], base_name: Callable[[str], str]) -> dict[str, Quantization]:
         """As `choose_quantizations`, by this recipe. base_name: the whole checkpoint's path of a module."""
-        chosen: dict[str, Quantization] = {}
-        for name, shape in shapes.items():
-            path = name.removesuffix(".weight")
-            how = self.quantization(base_name(path)) if can_be_quantized(path) else None
-            if how is not None and shape[-1] % how.group_size == 0:
-                chosen[path] = how
+        chosen = _chosen(self.quantization, shapes, base_name)
         if not chosen:
             raise BadValue("the recipe quantizes no module of this checkpoint: are its patterns those of another one?")
         return chosen
+
+
+def choose_by_predicate(
+    shapes: Mapping[str, tuple[int, ...]],
+    base_name: Callable[[str], str],
+    predicate: Predicate,
+    q_bits: int | None,
+    q_group_size: int,
+    ple_bits: int,
+) -> dict[str, Quantization]:
+    """As `choose_quantizations`, by a function of the whole checkpoint's paths; raises ValueError for other answers."""
+
+    def quantization(path: str) -> Quantization | None:
+        how = predicate(path)
+        if how is False:
+            return None
+        if how is True:
+            if q_bits is None:
+                raise BadValue(
+                    f"the predicate says True of {path}: give q_bits, which True stands for, or say the bits"
+                )
+            return Quantization(ple_bits if path == PLE_TABLE else q_bits, q_group_size)
+        entry: dict[str, Any] = {"group_size": q_group_size, "mode": "affine"}
+        entry |= how if isinstance(how, Mapping) else {}
+        known = entry.keys() == {"bits", "group_size", "mode"} and entry["mode"] == "affine"
+        if not known or not is_integer(entry["bits"]) or not is_integer(entry["group_size"]):
+            raise BadValue(
+                f"the predicate says {shown(how)} of {path}, expected True, False, or a dict of bits and group_size"
+            )
+        try:
+            return Quantization(entry["bits"], entry["group_size"])
+        except ValueError as error:
+            raise BadValue(f"the predicate, of {path}: {error}") from None
+
+    chosen = _chosen(quantization, shapes, base_name)
+    if not chosen:
+        raise BadValue("the predicate quantizes no module of this checkpoint")
+    return chosen
+
+
+def _chosen(
+    quantization: Callable[[str], Quantization | None],
+    shapes: Mapping[str, tuple[int, ...]],
+    base_name: Callable[[str], str],
+) -> dict[str, Quantization]:
+    """What a function of the whole checkpoint's paths says of the modules that may be quantized and divide."""
+    chosen: dict[str, Quantization] = {}
+    for name, shape in shapes.items():
+        path = name.removesuffix(".weight")
+        how = quantization(base_name(path)) if can_be_quantized(path) else None
+        if how is not None and shape[-1] % how.group_size == 0:
+            chosen[path] = how
+    return chosen
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -114,6 +114,30 @@ def test_our_conversion_loads_there(
     assert np.abs(theirs - our_logits(folder, prompt_ids, backend)).max() <= 1e-3
 
 
+def test_mixed_bits_of_ours_load_there(backend, run_peer, tiny_folder, prompt_ids, our_logits, tmp_path):
+    """Bits and groups that differ by layer, part and root, LAuReL's too, and parts that stay dense.
+
+    What --budget writes is what its recipe makes: tests/slices/test_budget.py.
+    """
+    from g3n_mlx.convert import convert
+
+    recipe = tmp_path / "recipe.json"
+    rules = {
+        "*.layers.1.*": False,
+        "*.layers.2.mlp.*": {"bits": 2, "group_size": 32},
+        "*.self_attn.v_proj": {"bits": 8, "group_size": 64},
+        "*.laurel.linear_left": {"bits": 6, "group_size": 32},
+        "*.embed_tokens_per_layer": {"bits": 5, "group_size": 32},
+        "*": {"bits": 4, "group_size": 64},
+    }
+    recipe.write_text(json.dumps({"modules": rules}))
+    folder = convert(tiny_folder, tmp_path / "ours", recipe=recipe, dtype="float32", progress=False)
+    run_peer(LOGITS, folder, json.dumps(prompt_ids), tmp_path / "theirs.npy")
+    ours = our_logits(folder, prompt_ids, backend)
+    assert np.abs(np.load(tmp_path / "theirs.npy") - ours).max() <= 1e-3
+    assert np.abs(ours - our_logits(tiny_folder, prompt_ids, backend)).max() > 0.1  # they are other weights
+
+
 def test_a_slice_of_ours_loads_there(backend, run_peer, tiny_folder, prompt_ids, our_logits, tmp_path):
     """One width a layer, and a layer fewer: what a MatFormer slice is to a peer."""
     from g3n_mlx.convert import convert
