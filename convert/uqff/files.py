@@ -1,0 +1,93 @@
+"""The files of a UQFF folder: modules and what stands beside their weights, unquantized tensors, and the version."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from g3n_mlx.checkpoint.names import canonical_name
+from g3n_mlx.checkpoint.shards import Shard, StoredTensor, read_header
+from g3n_mlx.checkpoint.source import Source
+from g3n_mlx.failures import BadValue, MissingFile
+
+RESIDUAL = "residual.safetensors"
+# The newest version that is read.
+_VERSION = (1, 2)
+# What mistral.rs writes beside the weights: buffers that follow from the config, and norms that have no weight.
+_BUFFERS = (
+    ".invalid_logits_tensor",
+    ".local_causal_valid_mask",
+    ".per_dim_scale_softplus",
+    ".inv_timescales",
+    ".pos_indices",
+    ".embedding_post_projection_norm.weight",
+    ".v_norm.weight",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """A weight in a .uqff file, and what stands beside it, by what comes behind the weight's name."""
+
+    where: str  # for errors
+    format: int
+    parts: dict[str, StoredTensor]
+
+    def number(self, part: str) -> int:
+        """A number that stands in a tensor of its own."""
+        if part not in self.parts:
+            raise BadValue(f"{self.where} lacks its {part}: download it again")
+        return int(read(self.parts[part]).reshape(-1)[0])
+
+
+def opened_tensors(source: Path, opened: ExitStack) -> tuple[dict[str, Module], dict[str, StoredTensor]]:
+    """Modules by canonical path, and unquantized tensors by canonical name."""
+    files = sorted(source.glob("*.uqff"))
+    if not files:
+        raise MissingFile(f"{source} holds no *.uqff files: expected a folder that mistral.rs wrote")
+    if not (source / RESIDUAL).is_file():
+        raise MissingFile(f"{source} lacks {RESIDUAL}, with what is not quantized: is the download complete?")
+    found: dict[str, StoredTensor] = {}
+    stems = {path.stem.rpartition("-")[0] or path.stem for path in files}
+    if len(stems) > 1:
+        raise BadValue(
+            f"{source} holds {len(stems)} models ({', '.join(sorted(stems))}): keep the .uqff files of one of them, "
+            f"with {RESIDUAL} and the small files, in a folder of its own"
+        )
+    for path in (*files, source / RESIDUAL):
+        shard = Shard(path)
+        opened.callback(shard.close)
+        tensors = dict(read_header(shard))
+        if path.suffix == ".uqff":
+            _check_version(path, tensors)
+        found |= {name: stored for name, stored in tensors.items() if not name.startswith("uqff.version.")}
+    modules: dict[str, Module] = {}
+    for name in [name for name in found if name.endswith(".weight.format")]:
+        weight = name.removesuffix(".format")
+        parts = {part.removeprefix(weight).lstrip("."): found.pop(part) for part in _parts_of(weight, found)}
+        kind = int(read(parts["format"]).reshape(-1)[0])
+        modules[canonical_name(weight).removesuffix(".weight")] = Module(weight, kind, parts)
+    plain = {canonical_name(name): stored for name, stored in found.items() if not name.endswith(_BUFFERS)}
+    return modules, plain
+
+
+def _parts_of(weight: str, found: dict[str, StoredTensor]) -> list[str]:
+    ends = ("", ".format", ".scales", ".biases", ".bits", ".group_size", ".dtype", ".shape", ".zeros")
+    return [f"{weight}{end}" for end in ends if f"{weight}{end}" in found]
+
+
+def _check_version(path: Path, tensors: dict[str, StoredTensor]) -> None:
+    names = [f"uqff.version.{part}" for part in ("major", "minor")]
+    if not all(name in tensors for name in names):
+        raise BadValue(
+            f"{path} is a UQFF file of before version 1.0, which mistral.rs itself no longer reads: take the original "
+            "checkpoint (g3n convert -q quantizes it), or one that mistral.rs 0.9 or newer has quantized"
+        )
+    major, minor = (int(read(tensors[name]).reshape(-1)[0]) for name in names)
+    if major != _VERSION[0] or minor > _VERSION[1]:
+        raise BadValue(f"{path} is UQFF {major}.{minor}: up to {_VERSION[0]}.{_VERSION[1]} is read, of the same major")
+
+
+def read(stored: StoredTensor, start: int = 0, stop: int | None = None) -> np.ndarray:
+    return Source(stored, stored.shape).read(start, stop)
