@@ -2,13 +2,14 @@
 
 A .uqff file is a safetensors file; beside a module's `weight` it says in which format that is stored. AFQ is MLX's
 affine layout and is copied; llama.cpp's blocks that are affine in groups of 32 keep their exact numbers, with scales in
-float32; Q6_K, whose groups are of 16, goes to 8 bits. Towers, which are not quantized here, become dense. What was not
-quantized lies in residual.safetensors.
+float32; Q6_K, whose groups are of 16, and HQQ, whose groups lie across the rows, go to 8 bits. Towers, which are not
+quantized here, become dense. What was not quantized lies in residual.safetensors.
 Sources: mistral.rs 0.9.5, mistralrs-quant/src/uqff (version 1.2); llama.cpp, ggml/src/ggml-quants.c, for the blocks.
 """
 
 import hashlib
 import logging
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from g3n_mlx.checkpoint.hub import cache_folder
 from g3n_mlx.checkpoint.quantization import Quantization
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.convert.quantize import TensorJob, quantization_entry
-from g3n_mlx.convert.uqff.files import RESIDUAL, opened_tensors
-from g3n_mlx.convert.uqff.weights import converted, copied
+from g3n_mlx.convert.uqff.files import RESIDUAL, Module, opened_tensors
+from g3n_mlx.convert.uqff.weights import converted, copied, rounded_anew
 from g3n_mlx.convert.write import (
     appearing_folder,
     check_free_name,
@@ -31,7 +32,7 @@ from g3n_mlx.convert.write import (
 logger = logging.getLogger(__name__)
 
 # Raised when the output changes, so that cached conversions are made again.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 _REPORT = "uqff_report.json"
 
 
@@ -52,6 +53,7 @@ def convert_uqff(source: Path, output: Path, *, progress: bool = True) -> Path:
             jobs.append(job)
             if how is not None:
                 chosen[path] = how
+        _tell_what_is_rounded(source, [modules[path] for path in chosen])
         config = read_json(source / "config.json")
         if chosen:
             config["quantization"] = config["quantization_config"] = quantization_entry(chosen)
@@ -63,6 +65,13 @@ def convert_uqff(source: Path, output: Path, *, progress: bool = True) -> Path:
             write_json(partial_folder / "config.json", config)
             Checkpoint.open(partial_folder).close()  # complete, and of the shapes that the config says
     return output
+
+
+def _tell_what_is_rounded(source: Path, modules: list[Module]) -> None:
+    anew = Counter(name for module in modules if (name := rounded_anew(module)) is not None)
+    if anew:
+        kinds = ", ".join(f"{count} of {name}" for name, count in sorted(anew.items()))
+        logger.warning("%s: tensors %s are rounded anew, to 8 bits; all others keep their exact values", source, kinds)
 
 
 def cached_uqff(source: Path) -> Path:

@@ -34,11 +34,21 @@ class Module:
     format: int
     parts: dict[str, StoredTensor]
 
+    def part(self, name: str) -> StoredTensor:
+        if name not in self.parts:
+            raise BadValue(f"{self.where} lacks its {name}: download it again")
+        return self.parts[name]
+
     def number(self, part: str) -> int:
         """A number that stands in a tensor of its own."""
-        if part not in self.parts:
-            raise BadValue(f"{self.where} lacks its {part}: download it again")
-        return int(read(self.parts[part]).reshape(-1)[0])
+        return int(read(self.part(part)).reshape(-1)[0])
+
+    def shape(self) -> tuple[int, int]:
+        """Rows and width of a matrix whose numbers are stored in another shape."""
+        sizes = read(self.part("shape"))
+        if sizes.size != 2:
+            raise BadValue(f"{self.where} has {sizes.size} axes, expected the 2 of a matrix")
+        return int(sizes[0]), int(sizes[1])
 
 
 def opened_tensors(source: Path, opened: ExitStack) -> tuple[dict[str, Module], dict[str, StoredTensor]]:
@@ -73,8 +83,9 @@ def opened_tensors(source: Path, opened: ExitStack) -> tuple[dict[str, Module], 
 
 
 def _parts_of(weight: str, found: dict[str, StoredTensor]) -> list[str]:
-    ends = ("", ".format", ".scales", ".biases", ".bits", ".group_size", ".dtype", ".shape", ".zeros")
-    return [f"{weight}{end}" for end in ends if f"{weight}{end}" in found]
+    ends = ("", ".format", ".scales", ".biases", ".bits", ".group_size", ".dtype", ".shape")
+    of_hqq = (".zeros", ".axis", ".channel_wise", ".round_zeros", ".optimization_steps")
+    return [f"{weight}{end}" for end in (*ends, *of_hqq) if f"{weight}{end}" in found]
 
 
 def _check_version(path: Path, tensors: dict[str, StoredTensor]) -> None:

@@ -12,9 +12,11 @@ from g3n_mlx.checkpoint.shards import DTYPES, StoredTensor
 from g3n_mlx.convert.gguf.blocks import AFFINE, Affine, Parts
 from g3n_mlx.convert.quantize import Output, TensorJob, quantized_outputs
 from g3n_mlx.convert.uqff.files import Module, read
+from g3n_mlx.convert.uqff.hqq import hqq_parts
 from g3n_mlx.failures import BadValue
 
 _FORMATS = {0: "GGUF", 1: "unquantized", 2: "HQQ", 3: "FP8", 4: "AFQ", 5: "F8Q8", 6: "MXFP4"}
+_Q6K = 14  # ggml's number
 
 
 def copied(name: str, stored: StoredTensor) -> TensorJob:
@@ -34,19 +36,18 @@ def converted(path: str, module: Module) -> tuple[TensorJob, Quantization | None
         return _afq(path, module, in_tower)
     if module.format == 0:
         return _blocks(path, module, in_tower)
+    if module.format == 2:
+        return _hqq(path, module, in_tower)
     name = _FORMATS.get(module.format, f"format {module.format}")
     raise BadValue(
-        f"{module.where} is stored as {name}, which is not read: AFQ, Q4_0 to Q8_0, Q4K, Q5K, Q6K and unquantized "
-        "tensors are; quantize the original checkpoint to one of these"
+        f"{module.where} is stored as {name}, which is not read: AFQ, Q4_0 to Q8_0, Q4K, Q5K, Q6K, HQQ4, "
+        "HQQ8 and unquantized tensors are; quantize the original checkpoint to one of these"
     )
 
 
 def _afq(path: str, module: Module, in_tower: bool) -> tuple[TensorJob, Quantization | None]:
     how = Quantization(module.number("bits"), module.number("group_size"))
-    missing = [part for part in ("scales", "biases") if part not in module.parts]
-    if missing:
-        raise BadValue(f"{module.where} lacks its {missing[0]}: download it again")
-    parts = [module.parts[part] for part in ("", "scales", "biases")]
+    parts = [module.part(part) for part in ("", "scales", "biases")]
     shape = (parts[0].shape[0], parts[0].shape[1] * 32 // how.bits)
     size = sum(part.num_bytes for part in parts)
     if in_tower:
@@ -69,35 +70,57 @@ def _afq(path: str, module: Module, in_tower: bool) -> tuple[TensorJob, Quantiza
 def _blocks(path: str, module: Module, in_tower: bool) -> tuple[TensorJob, Quantization | None]:
     """llama.cpp's blocks, which lie row after row."""
     kind = module.number("dtype")
-    if kind not in _KINDS or "shape" not in module.parts:
+    if kind not in _KINDS:
         raise BadValue(
             f"{module.where} is stored as ggml type {kind}, which is not read: quantize the original checkpoint to "
             f"{', '.join(entry.name for entry in _KINDS.values())} or AFQ"
         )
     layout = _KINDS[kind]
-    shape = tuple(int(size) for size in read(module.parts["shape"]))
-    rows, width = shape
+    rows, width = module.shape()
     stored, row_bytes = module.parts[""], width // layout.block_size * layout.block_bytes
     if width % layout.block_size or stored.num_bytes != rows * row_bytes:
-        raise BadValue(f"{module.where} has {stored.num_bytes} bytes, expected {layout.name} of {list(shape)}")
+        raise BadValue(f"{module.where} has {stored.num_bytes} bytes, expected {layout.name} of {[rows, width]}")
     flat = StoredTensor(stored.shard, stored.offset, "U8", (rows, row_bytes))
 
-    def affine(start: int, stop: int) -> Parts:
+    def parts(start: int, stop: int) -> Parts:
         return layout.parts(read(flat, start, stop))
 
-    how = None if in_tower else Quantization(layout.bits, 32)
-    produce = partial(_stored, affine, how)
-    if how is None:
-        outputs: tuple[Output, ...] = (Output(f"model.{path}.weight", "BF16", (rows, width)),)
+    return _affine(path, module, parts, None if in_tower else Quantization(layout.bits, 32))
+
+
+def _hqq(path: str, module: Module, in_tower: bool) -> tuple[TensorJob, Quantization | None]:
+    parts, (_, width) = hqq_parts(module), module.shape()
+    if rounded_anew(module) is None:
+        how = Quantization(module.number("bits"), module.number("group_size"))
     else:
+        how = Quantization(8, 32) if width % 32 == 0 else None
+    return _affine(path, module, parts, None if in_tower else how)
+
+
+def rounded_anew(module: Module) -> str | None:
+    """The name of a module's format where its weights don't keep their numbers, but go to 8 bits."""
+    if module.format == 0 and module.number("dtype") == _Q6K:
+        return _KINDS[_Q6K].name
+    if module.format == 2 and module.number("axis") == 0:
+        return f"HQQ{module.number('bits')}"
+    return None
+
+
+def _affine(
+    path: str, module: Module, parts: Callable[[int, int], Parts], how: Quantization | None
+) -> tuple[TensorJob, Quantization | None]:
+    """What is written for weights of any affine groups; how: the layout to write them in, None is dense."""
+    rows, width = module.shape()
+    outputs: tuple[Output, ...] = (Output(f"model.{path}.weight", "BF16", (rows, width)),)
+    if how is not None:
         outputs = quantized_outputs(f"model.{path}", (rows, width), how, "F32")
-    return TensorJob(outputs, rows, stored.num_bytes, produce), how
+    return TensorJob(outputs, rows, module.parts[""].num_bytes, partial(_stored, parts, how)), how
 
 
 def _stored(
-    affine: Callable[[int, int], Parts], how: Quantization | None, start: int, stop: int
+    parts: Callable[[int, int], Parts], how: Quantization | None, start: int, stop: int
 ) -> tuple[np.ndarray, ...]:
-    codes, scales, biases = affine(start, stop)
+    codes, scales, biases = parts(start, stop)
     per_group = codes.shape[-1] // scales.shape[-1]
     if how is not None and per_group == how.group_size:
         return pack(codes, how.bits), scales, biases
@@ -115,6 +138,6 @@ def _q6_k(blocks: np.ndarray) -> Parts:
     return codes, scales, -32 * scales
 
 
-# Q6K by ggml's number too: affine in groups of 16, so that it is stored at 8 bits.
+# Q6K too: affine in groups of 16, so that it is stored at 8 bits.
 _KINDS = {kind: replace(entry, name=entry.name.replace("_K", "K")) for kind, entry in AFFINE.items()}
-_KINDS[14] = Affine("Q6K", 8, 210, 256, _q6_k)
+_KINDS[_Q6K] = Affine("Q6K", 8, 210, 256, _q6_k)
