@@ -25,6 +25,7 @@ from g3n_mlx.convert import DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS, convert, plan_
 from g3n_mlx.convert.gguf import is_gguf
 from g3n_mlx.convert.methods import METHODS
 from g3n_mlx.convert.quantize import FLOATS
+from g3n_mlx.convert.upload import check_upload, going_on, upload
 from g3n_mlx.convert.write import check_free_name
 from g3n_mlx.failures import BadValue, FileInTheWay, MissingFile, check_folder_of, size_in_words
 from g3n_mlx.matformer.adapted import parsed_adapters
@@ -76,17 +77,40 @@ def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
         parser.error("--list-slices converts nothing: leave out --adapter")
     if flags.list_slices and flags.matformer:
         parser.error("--list-slices lists all slices: leave out --matformer")
+    if flags.list_slices and flags.upload_repo:
+        parser.error("--list-slices converts nothing: leave out --upload-repo")
     log_to_stderr(logging.WARNING)
     logging.getLogger("g3n_mlx").setLevel(logging.INFO)
-    work = _convert_uqff if flags.uqff is not None else _list_slices if flags.list_slices else _convert
-    return run_command(prog, lambda: work(flags), stopped="stopped; nothing was written")
+    code = run_command(prog, lambda: _work(flags), stopped="stopped; nothing was written")
+    if code or not flags.upload_repo:
+        return code
+    whole = going_on(flags.output, flags.upload_repo)
+    return run_command(prog, lambda: _upload(flags), stopped=f"stopped; {whole}")
+
+
+def _work(flags: argparse.Namespace) -> int:
+    if flags.list_slices:
+        return _list_slices(flags)
+    if flags.upload_repo:  # a conversion takes minutes, a calibration hours
+        check_upload(flags.upload_repo)
+    return _convert_uqff(flags) if flags.uqff is not None else _convert(flags)
+
+
+def _upload(flags: argparse.Namespace) -> int:
+    try:
+        url = upload(flags.output.expanduser(), flags.upload_repo)
+    except BaseException:
+        say("")  # the hub's client leaves the line of its progress bar open
+        raise
+    say(f"uploaded to {url}")
+    return 0
 
 
 def _check_uqff(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
     given = {name for name, value in vars(flags).items() if value != parser.get_default(name)}
     if flags.output is None:
         parser.error("--uqff needs -o, the folder to make")
-    if other := sorted(given - {"uqff", "output"}):
+    if other := sorted(given - {"uqff", "output", "upload_repo"}):
         parser.error(
             f"--uqff converts what is there: leave out --{other[0].replace('_', '-')}, or convert again with it"
         )
@@ -288,6 +312,7 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     add("--gguf", type=Path, metavar="FILE", help="the source: a GGUF file of llama.cpp's")
     add("--tokenizer", type=Path, metavar="FOLDER", help="take the tokenizer from here instead of the GGUF file's")
     add("-o", "--output", type=Path, metavar="FOLDER", help="the folder to make")
+    add("--upload-repo", metavar="OWNER/NAME", help="then upload it to this repository of the Hugging Face hub")
     add("-q", "--quantize", action="store_true", help="quantize the text model")
     add_model_flag(
         add,
