@@ -155,7 +155,7 @@ class Gemma3n:
         matformer_config: a CSV table whose slices are listed instead. Raises FileNotFoundError or ValueError.
         """
         table = slices_for(self.checkpoint.folder, None if matformer_config is None else Path(matformer_config))
-        return [entry for entry in table if can_slice(self.checkpoint, entry)]
+        return [entry for entry in table if can_slice(self.config.text, self.checkpoint.quantizations, entry)]
 
     def slice(self, chosen: str | SlicePlan, *, matformer_config: str | Path | None = None) -> "Gemma3n":
         """A smaller model inside this one, over the same weights: it takes milliseconds, and memory for little more

@@ -1,6 +1,7 @@
 """Which slice of a model a command takes, at how many bits: the best that fits a memory, or that reaches a speed."""
 
 from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ import numpy as np
 
 from g3n_mlx.checkpoint import hub
 from g3n_mlx.checkpoint.folder import Checkpoint
-from g3n_mlx.config.manifest import TEXT
+from g3n_mlx.checkpoint.outline import Outline
 from g3n_mlx.convert import DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS, resolve
 from g3n_mlx.failures import BadValue, size_in_words
 from g3n_mlx.matformer.choice import UNASKED_BITS, best, best_fitting
@@ -31,6 +32,18 @@ SPEED_BITS = 4  # of what is not quantized, where a speed is wanted
 _PROMPT_IDS, _WARM_TOKENS, _TOKENS = (2, 2, 2, 2), 3, 16
 
 
+def outline_of(path_or_id: str | Path, revision: str | None) -> Outline:
+    """The outline of a folder, a GGUF file or a hub id; raises as `resolve` does.
+
+    Of a hub id whose weights are not here it is asked from the hub, so that what can't fit is not downloaded.
+    """
+    if hub.is_absent(path_or_id, revision):
+        with suppress(OSError):  # what keeps the hub from answering is said where the model is downloaded
+            return Outline.of_hub_id(str(path_or_id), revision)
+    with closing(Checkpoint.open(resolve(path_or_id, revision))) as checkpoint:
+        return Outline.of(checkpoint)
+
+
 def fitting(
     path_or_id: str | Path, limit_bytes: int, revision: str | None, table: Path | None, q_bits: int | None
 ) -> SizedSlice:
@@ -39,13 +52,10 @@ def fitting(
     q_bits: what was asked for; without it an unquantized checkpoint gets 8 where the whole model has room, else 4.
     Raises ValueError when none fits.
     """
-    checkpoint = Checkpoint.open(resolve(path_or_id, revision))
-    try:
-        stored = bool(checkpoint.quantizations)
-        widths: Sequence[int | None] = (None,) if stored else UNASKED_BITS if q_bits is None else (q_bits,)
-        candidates = [entry for width in widths for entry in sized(checkpoint, table, width)]
-    finally:
-        checkpoint.close()
+    outline = outline_of(path_or_id, revision)
+    stored = bool(outline.quantizations)
+    widths: Sequence[int | None] = (None,) if stored else UNASKED_BITS if q_bits is None else (q_bits,)
+    candidates = [entry for width in widths for entry in sized(outline, table, width)]
     advice = "start from the unquantized checkpoint for fewer bits" if stored else "--q-bits takes fewer bits"
     return best_fitting(candidates, limit_bytes, advice)
 
@@ -74,29 +84,25 @@ def unasked(
     the demo model is, stay as they are. Raises ValueError, saying what would fit, where nothing does that
     was asked for.
     """
-    folder = resolve(path_or_id, revision)
-    if folder == hub.demo_folder():
+    outline = outline_of(path_or_id, revision)
+    if outline.folder == hub.demo_folder():
         return Chosen(matformer, q_bits, None)
-    checkpoint = Checkpoint.open(folder)
-    try:
-        towers = sum(checkpoint.sources[name].num_bytes for name in checkpoint.names if not name.startswith(TEXT))
-        (whole,) = sized(checkpoint, table, None, [whole_model(checkpoint.config.text)])
-        stored, room = bool(checkpoint.quantizations), int(_USABLE * free_bytes) - towers
-        if whole.resident_bytes + towers <= SMALL_BYTES or (stored and q_bits is not None):  # the latter is an error
-            return Chosen(matformer, q_bits, None)
-        if stored and matformer is None and whole.resident_bytes <= room:
-            return Chosen(None, None, None)
-        widths: Sequence[int | None] = (None,) if stored else UNASKED_BITS
-        possible = [entry for width in widths for entry in sized(checkpoint, table, width)]
-        named = None
-        if matformer is not None:
-            named = [find_slice(matformer, slices_for(folder, table), checkpoint.config.text)]
-        asked = possible
-        if named is not None or q_bits is not None:
-            asked_widths = widths if q_bits is None else (q_bits,)
-            asked = [entry for width in asked_widths for entry in sized(checkpoint, table, width, named)]
-    finally:
-        checkpoint.close()
+    towers = outline.tower_bytes
+    (whole,) = sized(outline, table, None, [whole_model(outline.text)])
+    stored, room = bool(outline.quantizations), int(_USABLE * free_bytes) - towers
+    if whole.resident_bytes + towers <= SMALL_BYTES or (stored and q_bits is not None):  # the latter is an error
+        return Chosen(matformer, q_bits, None)
+    if stored and matformer is None and whole.resident_bytes <= room:
+        return Chosen(None, None, None)
+    widths: Sequence[int | None] = (None,) if stored else UNASKED_BITS
+    possible = [entry for width in widths for entry in sized(outline, table, width)]
+    named = None
+    if matformer is not None:
+        named = [find_slice(matformer, slices_for(outline.folder, table), outline.text)]
+    asked = possible
+    if named is not None or q_bits is not None:
+        asked_widths = widths if q_bits is None else (q_bits,)
+        asked = [entry for width in asked_widths for entry in sized(outline, table, width, named)]
     chosen = _widest_whole(asked, room) or _best_or_only(asked, room)
     if chosen is None:
         raise _nothing_fits(asked, possible, towers, free_bytes)
@@ -157,7 +163,7 @@ def fast_enough(model: "Gemma3n", tokens_per_s: float, table: Path | None = None
     The speeds of the whole and of the smallest are measured, those between them estimated by what a token reads, and
     the best slice that should do is measured, until one does. Raises ValueError when none does.
     """
-    candidates = sized(model.checkpoint, table, None)
+    candidates = sized(Outline.of(model.checkpoint), table, None)
     smallest = min(candidates, key=lambda entry: entry.resident_bytes)
     seconds: dict[int, float] = {}  # per token, by the candidate's memory
 
@@ -196,18 +202,18 @@ def decode_speed(model: "Gemma3n") -> float:
 
 
 def sized(
-    checkpoint: Checkpoint, table: Path | None, q_bits: int | None, slices: Sequence[Slice] | None = None
+    outline: Outline, table: Path | None, q_bits: int | None, slices: Sequence[Slice] | None = None
 ) -> list[SizedSlice]:
     """A checkpoint and its slices, or those that are given, with their sizes, as stored or at a width."""
-    text = checkpoint.config.text
+    text, stored = outline.text, outline.quantizations
     found = slices
     if found is None:
-        found = [entry for entry in slices_for(checkpoint.folder, table) if can_slice(checkpoint, entry)]
+        found = [entry for entry in slices_for(outline.folder, table) if can_slice(text, stored, entry)]
         if not any(is_whole(text, entry) for entry in found):
             found.append(whole_model(text))
-    dtype = "F32" if checkpoint.info("language_model.norm.weight").dtype == "F32" else "BF16"
-    raw_text = checkpoint.raw_config["text_config"]
-    return size_slices(raw_text, found, q_bits, DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS, dtype, checkpoint.quantizations)
+    return size_slices(
+        outline.raw_text, found, q_bits, DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS, outline.dtype, outline.quantizations
+    )
 
 
 def chosen_in_words(entry: SizedSlice, size: Callable[[int], str]) -> str:

@@ -8,8 +8,6 @@ from g3n_mlx import load, sizing
 from g3n_mlx.batch import __main__ as batch
 from g3n_mlx.bench import __main__ as bench
 from g3n_mlx.chat import __main__ as chat
-from g3n_mlx.checkpoint.folder import Checkpoint
-from g3n_mlx.checkpoint.hub import demo_folder
 from g3n_mlx.convert import convert
 from g3n_mlx.eval import __main__ as evaluation
 from g3n_mlx.matformer.table import Slice, write_slices
@@ -20,10 +18,8 @@ from g3n_mlx.transcribe import __main__ as transcribe
 @pytest.fixture(scope="module")
 def sizes():
     """Memory of the demo model and its slices, by short name."""
-    checkpoint = Checkpoint.open(demo_folder())
-    found = {entry.slice.short_name: entry.resident_bytes for entry in sizing.sized(checkpoint, None, None)}
-    checkpoint.close()
-    return found
+    outline = sizing.outline_of("demo", None)
+    return {entry.slice.short_name: entry.resident_bytes for entry in sizing.sized(outline, None, None)}
 
 
 @pytest.fixture
@@ -43,9 +39,8 @@ def test_a_quantized_model_fits_as_it_is_or_as_a_slice(sizes):
 
 
 def test_bits_are_8_where_the_whole_model_has_room_and_else_4(tiny_folder):
-    checkpoint = Checkpoint.open(tiny_folder)
-    at_8, at_4 = (sizing.sized(checkpoint, None, bits)[0].resident_bytes for bits in (8, 4))
-    checkpoint.close()
+    outline = sizing.outline_of(tiny_folder, None)
+    at_8, at_4 = (sizing.sized(outline, None, bits)[0].resident_bytes for bits in (8, 4))
     assert at_4 < at_8
     for limit, bits in ((at_8, 8), (at_8 - 1, 4), (at_4, 4)):
         assert sizing.fitting(tiny_folder, limit, None, None, None).q_bits == bits
@@ -113,13 +108,10 @@ def test_a_chat_takes_what_fits(sizes, capsys):
 def tiny_is_large(tiny_folder, monkeypatch):
     """What must be free for the tiny checkpoint at 8 and at 4 bits, as if it were no small model; and its config."""
     monkeypatch.setattr(sizing, "SMALL_BYTES", 0)
-    checkpoint = Checkpoint.open(tiny_folder)
-    towers = sum(checkpoint.sources[name].num_bytes for name in checkpoint.names if "language_model" not in name)
-    whole = [entry for bits in (8, 4) for entry in sizing.sized(checkpoint, None, bits) if entry.is_whole]
-    config = checkpoint.config.text
-    checkpoint.close()
-    assert towers > 0
-    return {entry.q_bits: int((entry.resident_bytes + towers) / 0.9) + 2 for entry in whole}, config
+    outline = sizing.outline_of(tiny_folder, None)
+    whole = [entry for bits in (8, 4) for entry in sizing.sized(outline, None, bits) if entry.is_whole]
+    assert outline.tower_bytes > 0
+    return {entry.q_bits: int((entry.resident_bytes + outline.tower_bytes) / 0.9) + 2 for entry in whole}, outline.text
 
 
 def test_a_model_that_nobody_chose_bits_for_gets_those_that_fit(tiny_folder, tiny_is_large):

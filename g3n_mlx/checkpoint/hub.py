@@ -64,6 +64,20 @@ def resolve(path_or_id: str | Path, revision: str | None = None, *, weights: boo
     return found
 
 
+def is_absent(path_or_id: str | Path, revision: str | None = None) -> bool:
+    """Whether a model is a hub id whose weights are not in the hub cache, where `resolve` would look for them."""
+    hub_id = str(path_or_id).rstrip("/")
+    if Path(path_or_id).expanduser().exists() or not _HUB_ID.fullmatch(hub_id):
+        return False
+    import huggingface_hub
+
+    try:
+        weight_files(Path(huggingface_hub.snapshot_download(hub_id, revision=revision, local_files_only=True)))
+    except (OSError, ValueError):
+        return True
+    return False
+
+
 def resolve_adapter(path_or_id: str | Path) -> Path:
     """The local folder of an adapter, given as a folder, as one file of it or as a hub id; raises as `resolve` does."""
     if not isinstance(path_or_id, str | Path) or not str(path_or_id).strip():

@@ -90,7 +90,7 @@ def lacks_stem_bias(tensors: Mapping[str, StoredTensor]) -> bool:
 
 
 def without_absent_modalities(
-    config: ModelConfig, raw_config: dict[str, Any], tensors: Mapping[str, StoredTensor]
+    config: ModelConfig, raw_config: dict[str, Any], tensors: Mapping[str, object]
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Drops modalities that have no tensors: text-only conversions keep the whole config.json."""
     for modality, tower in TOWERS.items():

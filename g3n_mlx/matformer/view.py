@@ -76,15 +76,15 @@ def _cut_low_ranks(low_ranks: Mapping[str, LowRank], plan: SlicePlan, config: Te
     return found
 
 
-def can_slice(checkpoint: Checkpoint, chosen: Slice) -> bool:
+def can_slice(text: TextConfig, quantizations: Mapping[str, Quantization], chosen: Slice) -> bool:
     """Whether a slice can be taken from a checkpoint: it fits the config, and parts no group of quantized weights."""
-    if not fits(checkpoint.config.text, chosen):
+    if not fits(text, chosen):
         return False
-    plan = plan_slice(checkpoint.config.text, chosen)
+    plan = plan_slice(text, chosen)
     try:
-        for path, quantization in checkpoint.quantizations.items():
+        for path, quantization in quantizations.items():
             if plan.sliced_name(path) is not None:
-                columns = cut(plan, checkpoint.config.text, path).columns
+                columns = cut(plan, text, path).columns
                 _check_groups(plan, path, columns or (), quantization)
     except ValueError:
         return False

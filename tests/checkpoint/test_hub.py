@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from g3n_mlx.checkpoint import hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TINY = Path(__file__).parent.parent / "tiny-gemma3n"
 FILES = {
     "config.json": b'{"model_type": "gemma3n"}',
     "tokenizer.json": b"{}",
@@ -23,6 +25,8 @@ FILES = {
     "matformer.csv": b"a table of slices",
     "README.md": b"words",
 }
+# Of owner/real; of all others FILES.
+REAL_FILES = {name: (TINY / name).read_bytes() for name in ("config.json", "tokenizer.json", "model.safetensors")}
 # What the hub answers for repositories it does not give away: status and X-Error-Code.
 REFUSALS = {"owner/gated": (403, "GatedRepo"), "owner/absent": (401, "RepoNotFound"), "owner/down": (500, "")}
 
@@ -35,6 +39,7 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = self.path.partition("?")[0]
+        files = REAL_FILES if "owner/real" in path else FILES
         for repository, (status, code) in REFUSALS.items():
             if repository in path:
                 return self.answer(status, b"{}", {"X-Error-Code": code, "X-Error-Message": "refused"})
@@ -44,12 +49,14 @@ class HubHandler(BaseHTTPRequestHandler):
             return self.answer(200, json.dumps({"id": "owner/model", "sha": COMMIT, "siblings": []}).encode())
         if "/tree/" in path:
             entries = [
-                {"type": "file", "path": name, "size": len(data), "oid": f"{name}-oid"} for name, data in FILES.items()
+                {"type": "file", "path": name, "size": len(data), "oid": f"{name}-oid"} for name, data in files.items()
             ]
             return self.answer(200, json.dumps(entries).encode())
-        if path.rpartition("/")[2] not in FILES:
+        if path.rpartition("/")[2] not in files:
             return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
-        data = FILES[path.rpartition("/")[2]]
+        data = files[path.rpartition("/")[2]]
+        if part := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            return self.answer(206, data[int(part[1]) : int(part[2]) + 1])
         if "owner/short" in path and self.command == "GET" and path.endswith(".safetensors"):
             self.close_connection = True
             return self.answer(200, data[:3], {"Content-Length": str(len(data))})
@@ -78,12 +85,19 @@ def endpoint() -> Iterator[str]:
 def resolve_in_child(
     home: Path, hub_id: str, revision: str | None = None, weights: bool = True, **environment: str
 ) -> str:
-    """What resolve() returns or raises in a fresh process: the hub client reads its environment when imported."""
+    """What resolve() returns or raises."""
+    return in_child(home, f"hub.resolve({hub_id!r}, {revision!r}, weights={weights})", **environment)
+
+
+def in_child(home: Path, expression: str, **environment: str) -> str:
+    """What an expression returns or raises in a fresh process: the hub client reads its environment when imported."""
     code = f"""
-from g3n_mlx import Error
+from g3n_mlx import Error, sizing
 from g3n_mlx.checkpoint import hub
+from g3n_mlx.checkpoint.outline import Outline
+sizing.SMALL_BYTES = 0
 try:
-    print(hub.resolve({hub_id!r}, {revision!r}, weights={weights}))
+    print({expression})
 except Error as error:
     builtin = type(error).__bases__[-1]
     print(builtin.__name__ + ": " + str(error))
@@ -175,6 +189,30 @@ def test_refusals_say_what_to_do(endpoint, tmp_path, hub_id, revision, expected)
     line = resolve_in_child(tmp_path, hub_id, revision, HF_ENDPOINT=endpoint)
     for words in expected:
         assert words in line
+
+
+def test_what_can_not_fit_is_refused_before_its_weights_are_downloaded(endpoint, tmp_path):
+    unasked = "sizing.unasked('owner/real', {}, None, None, None, None)"
+    told = in_child(tmp_path, unasked.format(1_000_000), HF_ENDPOINT=endpoint)
+    assert told.startswith("ValueError: ")
+    assert "whole at 4 bits needs" in told
+    told = in_child(tmp_path, "sizing.fitting('owner/real', 1_000_000, None, None, None)", HF_ENDPOINT=endpoint)
+    assert told.startswith("ValueError: no slice fits")
+    assert "q_bits=8" in in_child(tmp_path, unasked.format(10**10), HF_ENDPOINT=endpoint)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+    # The headers say the same as the whole files, which need no hub once they are here.
+    outline = in_child(tmp_path, "Outline.of_hub_id('owner/real')", HF_ENDPOINT=endpoint)
+    assert in_child(tmp_path, "hub.is_absent('owner/real')") == "True"
+    resolve_in_child(tmp_path, "owner/real", HF_ENDPOINT=endpoint)
+    assert in_child(tmp_path, "hub.is_absent('owner/real')") == "False"
+    assert in_child(tmp_path, "sizing.outline_of('owner/real', None)", HF_HUB_OFFLINE="1") == outline
+
+
+def test_a_hub_that_does_not_answer_is_told_as_for_a_download(endpoint, tmp_path):
+    for hub_id in ("owner/gated", "owner/absent", "owner/down"):
+        told = in_child(tmp_path, f"sizing.outline_of({hub_id!r}, None)", HF_ENDPOINT=endpoint)
+        assert told == resolve_in_child(tmp_path, hub_id, HF_ENDPOINT=endpoint)
 
 
 def test_a_download_that_breaks_off_can_go_on(endpoint, tmp_path):
