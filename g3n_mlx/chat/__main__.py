@@ -13,8 +13,9 @@ from typing import Any
 
 from g3n_mlx.chat import attachments
 from g3n_mlx.chat.commands import SETTINGS
+from g3n_mlx.chat.keyboard import typed_messages
 from g3n_mlx.chat.session import Session
-from g3n_mlx.chat.terminal import message_lines, takes_styles, typed_messages
+from g3n_mlx.chat.terminal import message_lines, takes_styles
 from g3n_mlx.chat.waiting import Waiting
 from g3n_mlx.commands import (
     INTERRUPTED,

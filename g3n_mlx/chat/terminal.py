@@ -1,4 +1,4 @@
-"""The terminal's side of a chat: messages typed or piped in, dim notes, and Ctrl-C while an answer comes."""
+"""The terminal's side of a chat: messages piped in, dim notes, and Ctrl-C while an answer comes."""
 
 import os
 import shutil
@@ -9,14 +9,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from g3n_mlx.commands import printable, say
-from g3n_mlx.failures import one_line
+from g3n_mlx.commands import printable
 
 if TYPE_CHECKING:
     from types import FrameType
-
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.key_binding import KeyPressEvent
 
 
 class Interruption:
@@ -67,48 +63,3 @@ def message_lines() -> Iterator[str]:
         message = ""
     if message:
         yield message
-
-
-def typed_messages() -> Iterator[str]:
-    """Messages typed into the terminal, until Ctrl-D."""
-    session = _prompt_session()
-    while True:
-        try:
-            yield session.prompt("> ")
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            say("Ctrl-D or /exit ends")
-
-
-def _prompt_session() -> "PromptSession[str]":
-    """Line editing, history over sessions, and messages of several lines; pasted newlines are kept as they are."""
-    import platformdirs
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.history import FileHistory, InMemoryHistory
-    from prompt_toolkit.key_binding import KeyBindings
-
-    keys = KeyBindings()
-
-    @keys.add("enter")
-    def _enter(event: "KeyPressEvent") -> None:
-        buffer = event.current_buffer
-        if buffer.document.char_before_cursor == "\\":
-            buffer.delete_before_cursor()
-            buffer.insert_text("\n")
-        else:
-            buffer.validate_and_handle()
-
-    @keys.add("escape", "enter")
-    def _alt_enter(event: "KeyPressEvent") -> None:
-        event.current_buffer.insert_text("\n")
-
-    path = platformdirs.user_state_path("g3n_mlx", appauthor=False) / "chat_history"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)  # what one asks a model is private
-        history = FileHistory(str(path))
-    except OSError as error:
-        say(f"no history is kept: {one_line(error)}")
-        history = InMemoryHistory()
-    return PromptSession(history=history, key_bindings=keys, multiline=True, prompt_continuation="  ")

@@ -1,0 +1,56 @@
+"""Messages typed into a terminal: a line editor with history over sessions."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from g3n_mlx.commands import say
+from g3n_mlx.failures import one_line
+
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.key_binding import KeyPressEvent
+
+
+def typed_messages() -> Iterator[str]:
+    """Messages typed into the terminal, until Ctrl-D."""
+    session = _prompt_session()
+    while True:
+        try:
+            yield session.prompt("> ")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            say("Ctrl-D or /exit ends")
+
+
+def _prompt_session() -> "PromptSession[str]":
+    """Line editing, history over sessions, and messages of several lines; pasted newlines are kept as they are."""
+    import platformdirs
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+    from prompt_toolkit.key_binding import KeyBindings
+
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _enter(event: "KeyPressEvent") -> None:
+        buffer = event.current_buffer
+        if buffer.document.char_before_cursor == "\\":
+            buffer.delete_before_cursor()
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _alt_enter(event: "KeyPressEvent") -> None:
+        event.current_buffer.insert_text("\n")
+
+    path = platformdirs.user_state_path("g3n_mlx", appauthor=False) / "chat_history"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)  # what one asks a model is private
+        history = FileHistory(str(path))
+    except OSError as error:
+        say(f"no history is kept: {one_line(error)}")
+        history = InMemoryHistory()
+    return PromptSession(history=history, key_bindings=keys, multiline=True, prompt_continuation="  ")
