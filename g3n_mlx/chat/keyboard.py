@@ -1,8 +1,9 @@
-"""Messages typed into a terminal: a line editor with history over sessions."""
+"""Messages typed into a terminal: a line editor with history over sessions, and completion."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from g3n_mlx.chat.terminal import is_unfinished
 from g3n_mlx.commands import say
 from g3n_mlx.failures import one_line
 
@@ -30,6 +31,8 @@ def _prompt_session() -> "PromptSession[str]":
     from prompt_toolkit.history import FileHistory, InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings
 
+    from g3n_mlx.chat.completer import ChatCompleter
+
     keys = KeyBindings()
 
     @keys.add("enter")
@@ -37,6 +40,8 @@ def _prompt_session() -> "PromptSession[str]":
         buffer = event.current_buffer
         if buffer.document.char_before_cursor == "\\":
             buffer.delete_before_cursor()
+            buffer.insert_text("\n")
+        elif is_unfinished(buffer.text):
             buffer.insert_text("\n")
         else:
             buffer.validate_and_handle()
@@ -53,4 +58,13 @@ def _prompt_session() -> "PromptSession[str]":
     except OSError as error:
         say(f"no history is kept: {one_line(error)}")
         history = InMemoryHistory()
-    return PromptSession(history=history, key_bindings=keys, multiline=True, prompt_continuation="  ")
+    return PromptSession(
+        history=history,
+        key_bindings=keys,
+        multiline=True,
+        prompt_continuation="  ",
+        completer=ChatCompleter(),
+        complete_while_typing=False,
+        complete_in_thread=True,  # a folder of a network may take its time
+        enable_suspend=True,
+    )

@@ -91,6 +91,10 @@ class MarkdownStream:
         now = time.monotonic()
         self._next_drawing = now + max(LEAST_PAUSE_S, PAUSE_PER_DRAWING * (now - begun))
 
+    def begin_anew(self) -> None:
+        """Forgets what stands on the screen: others have written below it, so the last block is drawn once more."""
+        self._lines = []
+
     def end(self) -> None:
         """Draws all that has come."""
         self._next_drawing = 0.0

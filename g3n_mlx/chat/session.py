@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from g3n_mlx.chat import attachments, commands
 from g3n_mlx.chat.slices import Sizes
-from g3n_mlx.chat.terminal import Interruption, say_dimly
+from g3n_mlx.chat.terminal import Interruption, quoted, say_dimly
 from g3n_mlx.chat.waiting import Waiting
 from g3n_mlx.commands import say, tell
 from g3n_mlx.failures import is_expected, one_line
@@ -67,13 +67,17 @@ class Session:
     def run(self, messages: Iterator[str]) -> None:
         """Answers messages and obeys commands until there are no more; a failure is said and does not end it."""
         for message in messages:
+            in_quotes = quoted(message)
             # "/usr/bin is what?" is a question: a command's name is one word of letters.
             name, _, rest = message.strip().partition(" ")
             name = "/exit" if name == "/quit" else name
             if name == "/exit" and not rest.strip():
                 return
             try:
-                if name[:1] == "/" and name[1:].isalpha():
+                if in_quotes is not None:
+                    if in_quotes.strip():
+                        self.ask(in_quotes)
+                elif name[:1] == "/" and name[1:].isalpha():
                     commands.obey(self, name[1:], rest.strip())
                 elif message.strip():
                     self.ask(message)
@@ -166,6 +170,9 @@ class Session:
                         tell(chunk.text, end="")
                         sys.stdout.flush()
                     else:
+                        if interruption.resumed:
+                            drawn.begin_anew()
+                            interruption.resumed = False
                         drawn.write(chunk.text)
                     finish_reason, usage = chunk.finish_reason, chunk.usage
                     if interruption.noted:

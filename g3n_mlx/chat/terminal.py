@@ -16,26 +16,34 @@ if TYPE_CHECKING:
 
 
 class Interruption:
-    """Ctrl-C while an answer comes: a context that notes the first one and leaves the chunk whole.
+    """Ctrl-C and Ctrl-Z while an answer comes: a context that notes the first Ctrl-C and leaves the chunk whole.
 
     Before the first chunk (a long prompt may take its time) and at the second Ctrl-C it raises KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
         self.noted = False
+        self.resumed = False  # after Ctrl-Z: other lines stand in the terminal now; the caller takes it back
         self.answering = False  # the caller sets it once a chunk has come
 
     def __enter__(self) -> "Interruption":
         self._previous = signal.signal(signal.SIGINT, self._on_signal)
+        if hasattr(signal, "SIGCONT"):
+            self._continued = signal.signal(signal.SIGCONT, self._on_resumption)
         return self
 
     def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGINT, self._previous)
+        if hasattr(signal, "SIGCONT"):
+            signal.signal(signal.SIGCONT, self._continued)
 
     def _on_signal(self, _number: int, _frame: "FrameType | None") -> None:
         if self.noted or not self.answering:
             raise KeyboardInterrupt
         self.noted = True
+
+    def _on_resumption(self, _number: int, _frame: "FrameType | None") -> None:
+        self.resumed = True
 
 
 def takes_styles() -> bool:
@@ -51,11 +59,33 @@ def say_dimly(line: str) -> None:
         sys.stderr.flush()
 
 
+# Begins and ends a message of several lines.
+QUOTES = '"""'
+
+
+def is_unfinished(message: str) -> bool:
+    """Whether quotes have begun that have not ended."""
+    text = message.strip()
+    return text.startswith(QUOTES) and (len(text) < 2 * len(QUOTES) or not text.endswith(QUOTES))
+
+
+def quoted(message: str) -> str | None:
+    """What stands between quotes, even where it looks like a command; None for a message without them."""
+    text = message.strip()
+    if not text.startswith(QUOTES):
+        return None
+    inner = text.removeprefix(QUOTES)
+    return inner.removesuffix(QUOTES).removeprefix("\n").removesuffix("\n")
+
+
 def message_lines() -> Iterator[str]:
-    """Messages from a pipe: one a line; a backslash at a line's end continues it."""
+    """Messages from a pipe: one a line; a backslash at a line's end continues it, and quotes span lines."""
     message = ""
     for line in sys.stdin:
         message += line.rstrip("\n")
+        if is_unfinished(message):
+            message += "\n"
+            continue
         if message.endswith("\\"):
             message = message[:-1] + "\n"
             continue

@@ -112,3 +112,12 @@ def test_an_answer_is_cut_into_blocks():
     assert blocks("one") == ["one"]
     assert blocks("\none\n\n- two\n- three\n\nfour") == ["\none\n\n", "- two\n- three\n\n", "four"]
     assert blocks("```\none\n\ntwo") == ["```\none\n\ntwo"]
+
+
+def test_what_others_wrote_meanwhile_stays(monkeypatch):
+    screen = Screen(monkeypatch, 40, 12)
+    screen.answer.write("A paragraph.\n\none two")
+    screen.write("[1]+ Stopped\n$ fg\n")
+    screen.answer.begin_anew()
+    rows = screen.show(" three")
+    assert rows == ["A paragraph.", "", "one two", "[1]+ Stopped", "$ fg", "", "one two three"]
