@@ -14,7 +14,6 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from g3n_mlx.config.manifest import effective_parameters
-from g3n_mlx.installation import version
 from g3n_mlx.server.chat import Translated, translated_choices
 from g3n_mlx.server.engine import Engine, Place, PlaceOf
 from g3n_mlx.server.errors import ApiError
@@ -32,6 +31,8 @@ from g3n_mlx.server.schemas.ollama import (
 from g3n_mlx.server.tools.history import arguments_of
 
 FAMILY = "gemma3n"
+# Programs refuse an Ollama that is older than what they were written for: VS Code's Copilot one before 0.6.4.
+API_VERSION = "0.12.0"
 # A chat's fields as this protocol has them, where they differ.
 FIELDS = {
     **{name: f"options.{name}" for name in OllamaOptions.model_fields},
@@ -74,8 +75,8 @@ def _chat_fields(message: Mapping[str, Any]) -> dict[str, Any]:
 
 @router.get("/api/version")
 async def show_version() -> dict[str, str]:
-    """This package's version."""
-    return {"version": version()}
+    """The Ollama release whose API this is."""
+    return {"version": API_VERSION}
 
 
 @router.get("/api/tags")
@@ -113,6 +114,7 @@ async def show(body: OllamaShowRequest, request: Request) -> dict[str, Any]:
         "details": described["details"],
         "model_info": {
             "general.architecture": FAMILY,
+            "general.basename": name,
             "general.parameter_count": effective_parameters(config.text),
             f"{FAMILY}.context_length": config.text.max_position_embeddings,
             f"{FAMILY}.block_count": config.text.num_hidden_layers,

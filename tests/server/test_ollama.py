@@ -142,8 +142,18 @@ def test_the_models(server, remote):
     assert {"completion", "vision", "audio", "tools"} <= set(shown.capabilities)
     assert shown.modelinfo["gemma3n.context_length"] > 0
     assert remote.ps().models[0].model == "tiny"
+
+
+def test_editors_take_the_server_for_a_recent_ollama(server):
+    """VS Code's Copilot compares numbers with 0.6.4, and asks what a model is called and holds by these names."""
     with server.http() as http:
-        assert http.get("/api/version").json()["version"]
+        told = http.get("/api/version").json()["version"]
+        shown = http.post("/api/show", json={"model": "tiny"}).json()
+    assert [int(part) for part in told.split(".")] >= [0, 6, 4]
+    info = shown["model_info"]
+    assert info["general.basename"] == "tiny"
+    assert info[f"{info['general.architecture']}.context_length"] > 0
+    assert "tools" in shown["capabilities"]
 
 
 @pytest.mark.parametrize(
