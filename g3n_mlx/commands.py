@@ -179,22 +179,28 @@ def _is_read_as_stored(folder: Path, arguments: argparse.Namespace, fits: int | 
 def add_choice_flags(parser: argparse.ArgumentParser) -> None:
     """Adds --fits and --speed, of which one may be given, and instead of --matformer."""
     group = parser.add_mutually_exclusive_group()
+    add_fits_flag(group.add_argument)
     group.add_argument(
+        "--speed", type=positive_float, metavar="N", help="take the best slice that decodes N tokens per second here"
+    )
+
+
+def add_fits_flag(add: Callable[..., argparse.Action]) -> None:
+    """Adds --fits. add: `add_argument` of a parser or group."""
+    add(
         "--fits",
         type=_fits,
         default=AUTO,
         metavar="SIZE",
         help="the best slice whose memory fits, as 4GB; auto: bits and slice by what is free; off; default: auto",
     )
-    group.add_argument(
-        "--speed", type=positive_float, metavar="N", help="take the best slice that decodes N tokens per second here"
-    )
 
 
 def check_choice(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Ends the command where the slice is named and to be chosen as well."""
-    if arguments.matformer is not None and (isinstance(arguments.fits, int) or arguments.speed is not None):
-        parser.error("give --matformer, --fits or --speed, one of them")
+    ways = ["--matformer", "--fits", "--speed"] if "speed" in arguments else ["--matformer", "--fits"]
+    if arguments.matformer is not None and (isinstance(arguments.fits, int) or getattr(arguments, "speed", None)):
+        parser.error(f"give {', '.join(ways[:-1])} or {ways[-1]}, one of them")
 
 
 def add_draft_flag(add: Callable[..., argparse.Action], default: str) -> None:

@@ -8,6 +8,7 @@ from g3n_mlx import load, sizing
 from g3n_mlx.batch import __main__ as batch
 from g3n_mlx.bench import __main__ as bench
 from g3n_mlx.chat import __main__ as chat
+from g3n_mlx.commands import load_from
 from g3n_mlx.convert import convert
 from g3n_mlx.eval import __main__ as evaluation
 from g3n_mlx.matformer.table import Slice, write_slices
@@ -100,7 +101,13 @@ def test_a_chat_takes_what_fits(sizes, capsys):
     out, err = capsys.readouterr()
     assert "46" in out
     assert err.startswith("best slice that fits: half, ")
-    assert chat.main([*flags, "--speed", "0.001"]) == 0
+
+
+def test_a_command_takes_what_is_fast_enough(capsys):
+    pytest.importorskip("torch")
+    arguments = server.command_line().parse_args(["--model", "demo", "--backend", "torch", "--speed", "0.001"])
+    with load_from(arguments) as loaded:
+        assert loaded.slice_name is None
     assert "best slice that is as fast: demo, " in capsys.readouterr().err
 
 
@@ -176,8 +183,10 @@ def test_what_is_measured_is_never_chosen_unasked():
         assert command.command_line().get_default("fits") == "auto"
 
 
-@pytest.mark.parametrize("command", [chat, server])
-@pytest.mark.parametrize("more", [["--matformer", "half"], ["--speed", "3"]])
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [(chat, ["--matformer", "half"]), (server, ["--matformer", "half"]), (server, ["--speed", "3"])],
+)
 def test_one_way_to_say_which_slice(command, more, capsys):
     with pytest.raises(SystemExit) as ended:
         command.main(["--fits", "4GB", *more])

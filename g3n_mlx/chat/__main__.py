@@ -20,7 +20,7 @@ from g3n_mlx.chat.waiting import Waiting
 from g3n_mlx.commands import (
     INTERRUPTED,
     MODEL_FLAGS,
-    add_choice_flags,
+    add_fits_flag,
     add_model_flag,
     check_choice,
     command_parser,
@@ -33,6 +33,7 @@ from g3n_mlx.config.fields import parse_json
 from g3n_mlx.failures import BadValue, one_line
 
 NAME = "g3n-chat"
+LEFT_OUT = ("--activations", "--dtype", "--revision")  # of the model's flags; `g3n serve` has them
 
 
 def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
@@ -58,10 +59,10 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     parser = command_parser(prog, "Chat with Gemma 3n, or ask it once.")
     model = parser.add_argument_group("model")
     for flag in MODEL_FLAGS:
-        if flag != "--activations":
+        if flag not in LEFT_OUT:
             add_model_flag(model.add_argument, flag)
-    parser.set_defaults(activations="exact")
-    add_choice_flags(parser)
+    parser.set_defaults(activations="exact", dtype=None, revision=None)
+    add_fits_flag(parser.add_argument)
     answer = parser.add_argument_group("answer")
     parser.add_argument(
         "asked",
