@@ -1,13 +1,9 @@
 """`/slice`: another size of the model answers in the same conversation."""
 
-import io
-import sys
-
 import pytest
 
 from g3n_mlx import load
 from g3n_mlx.chat.session import Session
-from g3n_mlx.chat.terminal import reading
 
 GREEDY = {"temperature": 0.0, "max_tokens": 16}
 
@@ -81,21 +77,6 @@ def test_progress_is_told_part_by_part(model):
     results = model.generate_many([[5, 6], [7, 8, 9]], max_tokens=2, progress=lambda *at: told.append(at))
     assert len(results) == 2
     assert sorted(told[3:]) == [(2, 2), (3, 3)]
-
-
-def test_a_terminal_shows_how_far_a_prompt_is_read(model, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    session = Session(model, None, {**GREEDY, "prefill_step_size": 8})
-    talk(session, "What is 12 + 34? " * 3)
-    shown = sys.stderr.getvalue()
-    assert shown.count("reading: ") > 2
-    assert "\r" in shown
-    assert shown.endswith(" \r")
-    reading(3, 3)
 
 
 def test_a_slice_that_drafts_does_so_for_the_whole_model_alone(model, capsys):
