@@ -29,6 +29,7 @@ SCRIPTS = (
     "microphone.js",
     "store.js",
     "tree.js",
+    "tabs.js",
     "conversation.js",
     "scrolling.js",
     "list.js",

@@ -35,20 +35,24 @@ async function send() {
     running = null;
     return;
   }
+  const edits = editing !== null, drafts = edits ? [] : draftsOf(draftId());
   if (!conversation) {
     conversation = { id: newId(), title: titleOf(text, media), created: Date.now(), updated: Date.now(), leaf: null };
     history.replaceState(null, "", `#${conversation.id}`);
-    await keep("conversations", conversation);
-    await clearDraft("new");
   }
   const parent = editing ? editing.parent : conversation.leaf;
   finishEditing();
-  $("text").value = "";
-  chosen = [];
-  const asked = await addNode({ parent, role: "user", text, media: media.map(({ kind, file }) => ({ kind, file })) });
-  await clearDraft(conversation.id);
-  showChosen();
-  fit();
+  if (edits) {
+    await showDraft(); // which was put aside for the edited question
+  } else {
+    $("text").value = "";
+    chosen = [];
+    showChosen();
+    fit();
+  }
+  const fields = { parent, role: "user", text, media: media.map(({ kind, file }) => ({ kind, file })) };
+  const asked = await addNode(fields, conversation, nodes, drafts);
+  tellTabs();
   sticks = true;
   showBranch();
   await answer(asked);
@@ -206,7 +210,7 @@ async function answer(asked, node = null) {
       drawn ||= requestAnimationFrame(draw);
       if (Date.now() - savedAt > 1000) {
         savedAt = Date.now();
-        keep("messages", { ...node, reason: "interrupted" }); // what a crash leaves
+        if (remembered.conversations.has(within.id)) keep("messages", { ...node, reason: "interrupted" }); // what a crash leaves
       }
     }
     if (!reason) throw new Refused(0, "The connection to the server broke.");
@@ -221,7 +225,10 @@ async function answer(asked, node = null) {
   cancelAnimationFrame(drawn);
   if (running === abort) running = null;
   node.reason = reason;
-  if (remembered.conversations.has(within.id)) await keep("messages", node);
+  if (remembered.conversations.has(within.id)) {
+    await keep("messages", node);
+    tellTabs();
+  }
   if (known === nodes) showBranch();
   ready();
   showContext();
@@ -259,19 +266,14 @@ const draftId = () => conversation?.id || "new";
 async function saveDraft() {
   if (editing) return;
   if ($("text").value) await keep("drafts", { id: draftId(), text: $("text").value });
-  else await drop("drafts", draftId());
+  else await write([], [["drafts", draftId()]]);
 }
 
 async function saveDraftMedia() {
   if (editing) return;
   const media = chosen.map(({ kind, file }) => ({ kind, file }));
   if (media.length) await keep("drafts", { id: `${draftId()}:media`, media });
-  else await drop("drafts", `${draftId()}:media`);
-}
-
-async function clearDraft(id) {
-  await drop("drafts", id);
-  await drop("drafts", `${id}:media`);
+  else await write([], [["drafts", `${draftId()}:media`]]);
 }
 
 async function showDraft() {

@@ -37,6 +37,7 @@ async function deleted(id) {
     conversation = null;
   }
   await dropConversation(id);
+  tellTabs();
   if (isOpen) await openConversation(null);
   showList();
 }
@@ -56,6 +57,7 @@ function renaming(record, row) {
   field.addEventListener("blur", async () => {
     record.title = field.value.trim() || record.title;
     await keep("conversations", record);
+    tellTabs();
     showList();
   }, { once: true });
   row.replaceChildren(field);
@@ -155,8 +157,8 @@ async function importFile(file) {
     return;
   }
   if (!(await withinBounds(records.messages.flatMap(({ media }) => media)))) return;
-  for (const message of records.messages) await keep("messages", message);
-  for (const record of records.conversations) await keep("conversations", record);
+  await write(Object.entries(records).flatMap(([store, some]) => some.map((record) => [store, record])));
+  tellTabs();
   showList();
 }
 
@@ -174,6 +176,7 @@ $("clear").addEventListener("click", () => {
     $("text").value = "";
     chosen = [];
     await dropEverything();
+    tellTabs();
     await openConversation(null);
   });
 });

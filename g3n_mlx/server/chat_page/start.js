@@ -6,6 +6,7 @@ async function start() {
   await openStore();
   await openConversation(location.hash.slice(1));
   ready();
+  if (!database) notice("This browser keeps no data for the page: conversations last until it is closed.");
   await showModel();
   showContext();
 }

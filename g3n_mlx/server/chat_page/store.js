@@ -5,6 +5,8 @@
 const STORES = { conversations: "id", messages: "id", drafts: "id" };
 const MOST_BYTES = 1 << 30; // of pictures, sound and videos; what is beyond is not kept
 let database = null;
+
+// Every conversation's record; of messages and drafts what the database did not take.
 const remembered = Object.fromEntries(Object.keys(STORES).map((store) => [store, new Map()]));
 
 const newId = () => [...crypto.getRandomValues(new Uint8Array(12))].map((byte) => byte.toString(36).padStart(2, "0")).join("");
@@ -24,59 +26,76 @@ async function openStore() {
       request.transaction.objectStore("messages").createIndex("conversation", "conversation");
     };
     database = await settled(request);
-    for (const record of await settled(database.transaction("conversations").objectStore("conversations").getAll())) {
-      remembered.conversations.set(record.id, record);
-    }
+    for (const record of await readConversations()) remembered.conversations.set(record.id, record);
     navigator.storage?.persist?.().catch(() => false);
   } catch {
     database = null;
-    notice("This browser keeps no data for the page: conversations last until it is closed.");
   }
 }
 
-/** Writes a record; its media are blobs, which IndexedDB takes as they are. */
-async function keep(store, record) {
-  remembered[store].set(record.id, record);
+const readConversations = () => settled(database.transaction("conversations").objectStore("conversations").getAll());
+
+/**
+ * Writes records and removes others, each with the name of its store, in one transaction: a crash leaves all of it or nothing.
+ * Media are blobs, which IndexedDB takes as they are. What the browser does not take stays in memory.
+ */
+async function write(records, removed = []) {
+  for (const [store, record] of records) remembered[store].set(record.id, record);
+  for (const [store, id] of removed) remembered[store].delete(id);
   if (!database) return;
   try {
-    const transaction = database.transaction(store, "readwrite", { durability: "strict" });
+    const transaction = database.transaction(Object.keys(STORES), "readwrite", { durability: "strict" });
     const written = new Promise((done, failed) => {
       transaction.oncomplete = done;
       transaction.onabort = () => failed(transaction.error);
     });
-    transaction.objectStore(store).put(record);
+    for (const [store, record] of records) transaction.objectStore(store).put(record);
+    for (const [store, id] of removed) transaction.objectStore(store).delete(id);
     await written;
   } catch (error) {
-    notice(`The browser could not keep this (${error?.name || "error"}): export the conversation, or delete others.`);
+    notice(error?.name === "QuotaExceededError"
+      ? "The browser's storage is full. What you write from now on is lost when this tab is closed: delete some conversations, or export this one."
+      : `The browser could not keep this (${error?.name || "error"}). It is lost when this tab is closed: export the conversation.`);
+    return;
+  }
+  for (const [store, record] of records) {
+    if (store !== "conversations" && remembered[store].get(record.id) === record) remembered[store].delete(record.id);
   }
 }
 
-async function drop(store, id) {
-  remembered[store].delete(id);
-  if (database) await settled(database.transaction(store, "readwrite").objectStore(store).delete(id));
-}
+const keep = (store, record) => write([[store, record]]);
 
 async function readDraft(id) {
-  if (!database) return remembered.drafts.get(id);
-  return settled(database.transaction("drafts").objectStore("drafts").get(id));
+  const draft = remembered.drafts.get(id);
+  return draft || !database ? draft : settled(database.transaction("drafts").objectStore("drafts").get(id));
 }
 
-async function messagesOf(conversation) {
-  const found = database
-    ? await settled(database.transaction("messages").objectStore("messages").index("conversation").getAll(conversation))
-    : [...remembered.messages.values()].filter((message) => message.conversation === conversation);
-  return found.sort((a, b) => a.order - b.order);
+/** The database's messages, all or those of one conversation, with what it did not take. */
+async function everyMessage(conversation) {
+  const found = new Map();
+  if (database) {
+    const store = database.transaction("messages").objectStore("messages");
+    const stored = await settled(conversation ? store.index("conversation").getAll(conversation) : store.getAll());
+    for (const message of stored) found.set(message.id, message);
+  }
+  for (const message of remembered.messages.values()) {
+    if (!conversation || message.conversation === conversation) found.set(message.id, message);
+  }
+  return [...found.values()].sort((a, b) => a.order - b.order);
 }
 
-async function everyMessage() {
-  if (!database) return [...remembered.messages.values()];
-  return settled(database.transaction("messages").objectStore("messages").getAll());
-}
+const draftsOf = (id) => [["drafts", id], ["drafts", `${id}:media`]];
 
 async function dropConversation(id) {
-  for (const message of await messagesOf(id)) await drop("messages", message.id);
-  for (const draft of [id, `${id}:media`]) await drop("drafts", draft);
-  await drop("conversations", id);
+  const messages = (await everyMessage(id)).map((message) => ["messages", message.id]);
+  await write([], [...messages, ...draftsOf(id), ["conversations", id]]);
+  await writeRemembered();
+}
+
+/** Tries once more what the database did not take: there may be room now. */
+async function writeRemembered() {
+  const unwritten = ["messages", "drafts"].flatMap((store) => [...remembered[store].values()].map((record) => [store, record]));
+  if (unwritten.length) await write([...unwritten, ...[...remembered.conversations.values()].map((record) => ["conversations", record])]);
 }
 
 async function dropEverything() {

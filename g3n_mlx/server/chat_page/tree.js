@@ -28,14 +28,14 @@ function pathTo(node) {
   return path.filter((at, i) => at.reason !== "refused" && path[i + 1]?.reason !== "refused");
 }
 
-async function addNode(fields, within = conversation, tree = nodes) {
+/** Adds a message to a conversation's tree; removed: what goes in the same transaction, such as the draft that it was. */
+async function addNode(fields, within = conversation, tree = nodes, removed = []) {
   const last = Math.max(0, ...[...tree.values()].map(({ order }) => order));
   const node = { id: newId(), conversation: within.id, order: Math.max(Date.now(), last + 1), ...fields };
   tree.set(node.id, node);
   within.leaf = node.id;
   within.updated = Date.now();
-  await keep("messages", node);
-  await keep("conversations", within);
+  await write([["messages", node], ["conversations", within]], removed);
   showList();
   return node;
 }
@@ -56,7 +56,8 @@ async function openConversation(id) {
   stop();
   const record = remembered.conversations.get(id);
   conversation = record || null;
-  nodes = new Map(record ? (await messagesOf(id)).map((node) => [node.id, node]) : []);
+  nodes = new Map(record ? (await everyMessage(id)).map((node) => [node.id, node]) : []);
+  if (record && !nodes.has(record.leaf)) record.leaf = [...nodes.keys()].at(-1) || null;
   const wanted = record ? `#${id}` : "";
   if (location.hash !== wanted) history.pushState(null, "", wanted || location.pathname);
   notice("");

@@ -78,6 +78,13 @@ def test_edits_and_other_answers_are_branches(visit, server):
     page.get_by_role("button", name="Earlier question").click()
     sync_api.expect(page.locator(".question .said")).to_have_text(["Say a number", "Good"])
     assert page.evaluate("everyMessage().then((all) => all.length)") == 7
+    # What was being written when a question was edited is still there after it.
+    page.fill("#text", "Half a thou")
+    page.get_by_role("button", name="Edit").last.click()
+    page.fill("#text", "Very good")
+    page.press("#text", "Enter")
+    answered(page, 2)
+    sync_api.expect(page.locator("#text")).to_have_value("Half a thou")
 
 
 def test_the_list_of_conversations(visit, server):
