@@ -15,6 +15,7 @@ from g3n_mlx.commands import INTERRUPTED, command_parser
 
 COMMANDS = {
     "chat": ("g3n_mlx.chat", "talk to a model, or ask it once"),
+    "history": ("g3n_mlx.history", "list, show, search and remove the conversations of chats"),
     "transcribe": ("g3n_mlx.transcribe", "write down what is said in audio files"),
     "convert": ("g3n_mlx.convert", "slice and quantize a checkpoint"),
     "bench": ("g3n_mlx.bench", "measure load time, speed and memory"),

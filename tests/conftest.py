@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,11 @@ from g3n_mlx.kernels import library
 # Threads wait for each other longer than the tiny products take, many times longer on a busy machine. Set before torch
 # is imported, and for the commands that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What the chat keeps of its user, for the commands that tests start too: on Unix, and on Windows.
+_kept = tempfile.TemporaryDirectory(prefix="g3n-kept-", ignore_cleanup_errors=True)
+for _name in ("XDG_DATA_HOME", "XDG_STATE_HOME", "WIN_PD_OVERRIDE_LOCAL_APPDATA"):
+    os.environ[_name] = _kept.name
 
 # Sets what MLX reads from the environment, before a test imports MLX by itself.
 importlib.import_module("g3n_mlx.backends.mlx")

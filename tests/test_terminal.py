@@ -96,6 +96,7 @@ def test_names_in_a_checkpoint(evil: Path, tmp_path: Path, damage: Callable[[Pat
         ["chat", "--max-tokens", EVIL],
         ["chat", "-p", "hi", "--model", "demo", "--image", f"no{EVIL}.png"],
         ["completion", EVIL],
+        ["history", "show", EVIL],
         ["doctor", EVIL],
         [EVIL],
     ],
