@@ -22,6 +22,8 @@ SCRIPTS = (
     "dom.js",
     "code.js",
     "math.js",
+    "entities.js",
+    "footnotes.js",
     "markdown.js",
     "kept.js",
     "api.js",

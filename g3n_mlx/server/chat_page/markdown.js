@@ -124,7 +124,17 @@ function parseList(lines, at, depth, beginsBlock) {
 
 function cellsOf(line) {
   const inner = line.trim().replace(/^\|/, "").replace(/(^|[^\\])\|$/, "$1");
-  return inner.split(/(?<!\\)\|/).map((cell) => cell.trim().replace(/\\\|/g, "|"));
+  const cells = [];
+  let from = 0;
+  for (let at = 0; at < inner.length; at++) {
+    if (inner[at] === "\\") at = escapeEnd(inner, at) - 1; // the bars of a formula divide no cells
+    else if (inner[at] === "|") {
+      cells.push(inner.slice(from, at));
+      from = at + 1;
+    }
+  }
+  cells.push(inner.slice(from));
+  return cells.map((cell) => cell.trim().replace(/\\\|/g, "|"));
 }
 
 function render(block) {
@@ -143,7 +153,7 @@ function render(block) {
     case "formula":
       return formula(block.text, true);
     case "note": {
-      const note = make("p", "note", make("sup", "", block.label), " ");
+      const note = make("p", "note", noteLink(block.label, "backlink"), " ");
       renderInline(block.text, note);
       return note;
     }
@@ -233,7 +243,7 @@ function renderInline(text, into, depth = 0, inLink = false) {
       goOn(end + ticks.length);
     } else if (bang === "" && text[at + 1] === "^" && (label = FOOTMARK.exec(text.slice(at, at + 50)))) {
       upTo(at);
-      into.append(make("sup", "", label[1]));
+      into.append(inLink ? make("sup", "", label[1]) : noteLink(label[1], "noteref"));
       goOn(at + label[0].length);
     } else if (bang !== undefined) {
       const end = inLink || unclosed.has("[") || depth > DEEPEST ? -1 : bracketEnd(text, at + all.length);
@@ -247,7 +257,7 @@ function renderInline(text, into, depth = 0, inLink = false) {
       const after = TARGET.lastIndex; // which links inside the label change
       upTo(at);
       const label = text.slice(at + all.length, end);
-      const link = linkTo(target[1]);
+      const link = linkTo(target[1].replace(REFERENCE, character));
       renderInline(label || target[1], link, depth + 1, true); // a picture too: nothing is fetched
       into.append(link);
       goOn(after);
@@ -305,6 +315,13 @@ function linkTo(url) {
   return link;
 }
 
+/** Where an escaped character, or a formula that begins with a backslash, ends. */
+function escapeEnd(text, at) {
+  const closed = { "(": "\\)", "[": "\\]" }[text[at + 1]];
+  const end = closed ? text.slice(at + 2, at + 2000).indexOf(closed) : -1;
+  return end < 0 ? at + 2 : at + end + 4;
+}
+
 function codeEnd(text, from, ticks) {
   for (let at = from; (at = text.indexOf(ticks, at)) >= 0;) {
     let end = at;
@@ -327,7 +344,7 @@ function bracketEnd(text, from) {
 function styleEnd(text, from, mark) {
   for (let at = from; at < text.length; at++) {
     if (text[at] === "\\") {
-      at++;
+      at = escapeEnd(text, at) - 1;
     } else if (text[at] === "`") {
       let run = at;
       while (text[run] === "`") run++;
@@ -360,5 +377,6 @@ class Words {
     while (this.node.childNodes.length > same) this.node.lastChild.remove();
     this.node.append(...blocks.slice(same).map(render));
     this.keys = keys;
+    linkNotes(this.node);
   }
 }

@@ -26,23 +26,3 @@ function formulaEnd(text, from, opened) {
   }
   return end <= from ? null : { end, after: end + closed.length };
 }
-
-const ENTITIES = {
-  amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", copy: "©", reg: "®", trade: "™", hellip: "…",
-  mdash: "—", ndash: "–", lsquo: "‘", rsquo: "’", ldquo: "“", rdquo: "”", laquo: "«", raquo: "»", bull: "•",
-  middot: "·", sect: "§", para: "¶", deg: "°", plusmn: "±", times: "×", divide: "÷", minus: "−", ne: "≠", le: "≤",
-  ge: "≥", asymp: "≈", equiv: "≡", infin: "∞", radic: "√", sum: "∑", prod: "∏", int: "∫", part: "∂", nabla: "∇",
-  isin: "∈", cap: "∩", cup: "∪", sub: "⊂", sup: "⊃", forall: "∀", exist: "∃", empty: "∅", and: "∧", or: "∨", not: "¬",
-  larr: "←", uarr: "↑", rarr: "→", darr: "↓", harr: "↔", rArr: "⇒", hArr: "⇔", euro: "€", pound: "£", yen: "¥",
-  cent: "¢", micro: "µ", frac12: "½", frac14: "¼", frac34: "¾", sup2: "²", sup3: "³", alpha: "α", beta: "β",
-  gamma: "γ", delta: "δ", epsilon: "ε", theta: "θ", lambda: "λ", mu: "μ", pi: "π", sigma: "σ", tau: "τ", phi: "φ",
-  omega: "ω", Delta: "Δ", Sigma: "Σ", Omega: "Ω", check: "✓", hearts: "♥",
-};
-
-/** The character of a reference such as &amp; or &#8212;, or its text where it names none. */
-function character(reference) {
-  const [, hex, decimal, name] = /^&(?:#x([0-9a-f]+)|#(\d+)|(\w+));$/i.exec(reference);
-  if (name) return Object.hasOwn(ENTITIES, name) ? ENTITIES[name] : reference;
-  const code = hex ? parseInt(hex, 16) : parseInt(decimal, 10);
-  return code > 0 && code <= 0x10ffff && !(code >= 0xd800 && code < 0xe000) ? String.fromCodePoint(code) : "\ufffd";
-}

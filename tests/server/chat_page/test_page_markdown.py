@@ -3,6 +3,8 @@
 import random
 
 import pytest
+from asking import ask, instead
+from playwright.sync_api import expect
 
 RENDER = """(sources) => sources.map((source) => {
   const node = make("div");
@@ -56,7 +58,11 @@ MARKDOWN = [
         "&lt;i&gt; &#8364; &#x3c0; &none; &constructor; `&amp;`",
         "<p>&lt;i&gt; € π &amp;none; &amp;constructor; <code>&amp;amp;</code></p>",
     ),
-    ("a[^1]\n\n[^1]: *Why*.", '<p>a<sup>1</sup></p><p class="note"><sup>1</sup> <em>Why</em>.</p>'),
+    (
+        "&Eacute;&uuml; &Omega;&sigma;&sigmaf; &sup2;&rArr; [a](https://b.c/?d=1&amp;e)",
+        f'<p>Éü Ωσς ²⇒ <a href="https://b.c/?d=1&amp;e" {OUT}>a</a></p>',
+    ),
+    ("- [a[^1]](https://b.c/)", f'<ul><li><a href="https://b.c/" {OUT}>a<sup>1</sup></a></li></ul>'),
     ("$5 and $6, $ 7$", "<p>$5 and $6, $ 7$</p>"),
     ("", ""),
 ]
@@ -65,6 +71,25 @@ MARKDOWN = [
 def test_markdown(still):
     rendered = still.evaluate(RENDER, [source for source, _ in MARKDOWN])
     assert rendered == [expected for _, expected in MARKDOWN]
+
+
+def test_footnotes_lead_there_and_back_by_keyboard(visit, server):
+    page = visit(server.url)
+    instead(page, "One[^1], two[^b] and again[^1], none[^2].\n\n[^1]: Why *so*.\n[^b]: Because.")
+    answer = ask(page, "Well?")
+    address, focused = page.url, page.locator(":focus")
+    expect(answer.locator(".noteref")).to_have_text(["1", "b", "1", "2"])
+    assert answer.locator("sup a[href]").all_inner_texts() == ["1", "b", "1", "1", "b"]  # nothing has the number 2
+    answer.locator(".noteref").nth(2).focus()
+    page.keyboard.press("Enter")
+    expect(focused).to_have_attribute("aria-label", "Back to the text from footnote 1")
+    page.keyboard.press("Enter")
+    expect(answer.locator(".noteref").nth(2)).to_be_focused()
+    page.keyboard.press("Shift+Tab")
+    expect(answer.locator(".noteref").nth(1)).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(focused).to_have_attribute("aria-label", "Back to the text from footnote b")
+    assert page.url == address
 
 
 def test_code_blocks(still):
@@ -80,7 +105,7 @@ def test_code_blocks(still):
     assert texts == [["x = [1]\n\n  y", "py"], ["```", "text"], ["open\n  yet", "text"], ["b", "text"]]
 
 
-WRITTEN = r"* ** _ ~~ ` ``` # | |-|-| [ ]( ) ![ \ --- = a b é🙂 <br> &lt; <script> </script> javascript: https://a.b/"
+WRITTEN = r"* ** _ ~~ ` ``` # | |-|-| [ ]( ) ![ [^1] [^1]: \ --- = a b é🙂 <br> &lt; <script> </script> javascript: https://a.b/"
 SPACED = ["\n", "\n\n", "- ", "1. ", "  ", "> ", "\t", "\x00", "\u2028", "<img src=x onerror=x>", "data:text/html,<b>"]
 PIECES = WRITTEN.split() + SPACED
 ALLOWED = "P BR STRONG EM DEL CODE PRE A SPAN UL OL LI BLOCKQUOTE HR DIV H1 H2 H3 H4 H5 H6"
@@ -101,7 +126,7 @@ def test_any_text_renders_safely_and_the_same_however_it_comes(still):
             if (node.innerHTML !== growing.innerHTML) differ.push(source);
             for (const inner of node.querySelectorAll(":not(math, math *)")) {
               tags.add(inner.tagName);
-              if (inner.tagName === "A") links.add(inner.protocol);
+              if (inner.target) links.add(inner.protocol);
               if (!inner.closest("button")) for (const attribute of inner.attributes) attributes.add(attribute.name);
             }
           }
@@ -111,7 +136,7 @@ def test_any_text_renders_safely_and_the_same_however_it_comes(still):
     )
     assert found["differ"] == []
     assert set(found["tags"]) <= set(ALLOWED.split())
-    assert set(found["attributes"]) <= {"href", "target", "rel", "class", "tabindex", "start"}
+    assert set(found["attributes"]) <= {"href", "target", "rel", "class", "tabindex", "start", "role", "aria-label"}
     assert set(found["links"]) == {"https:"}
 
 
@@ -162,6 +187,40 @@ def test_latex_becomes_mathml(still):
     assert ["display" in row[1] for row in found] == [False, True, True, False, True]
     assert [row[2] for row in found] == [1, 1, 1, 0, 1]
     assert {row[4] for row in found} == {"http://www.w3.org/1998/Math/MathML"}
+
+
+def test_latex_in_lists_and_tables(still):
+    """Formulas, and what stands around them where each becomes x."""
+    sources = [
+        "- a \\(x\\)\n- \\[ x \\]\n- b\n  \\[\n  x\n  \\]\n  c",
+        "1. a:\n\n   \\[\n   x\n   - y\n   \\]\n2. $x$",
+        "| a | b |\n|---|---|\n| \\(|x|\\) | $y$ |\n| \\[ x \\] | c |",
+        "> \\[\n> x\n> \\]",
+        "**a \\(x**y\\) b** *c \\(x*y\\) d*",
+    ]
+    found = still.evaluate(
+        """(sources) => sources.map((source) => {
+          const node = make("div");
+          new Words(node).show(source);
+          const count = node.querySelectorAll("math").length;
+          for (const math of node.querySelectorAll("math")) math.replaceWith("x");
+          for (const inner of node.querySelectorAll(".formula")) inner.replaceWith(...inner.childNodes);
+          return [count, node.innerHTML];
+        })""",
+        sources,
+    )
+    cells = "<tr><td>x</td><td>x</td></tr><tr><td>x</td><td>c</td></tr>"
+    assert found == [
+        [3, "<ul><li>a x</li><li>x</li><li>bx<p>c</p></li></ul>"],
+        [2, "<ol><li>a:x</li><li>x</li></ol>"],
+        [
+            3,
+            '<div class="scroll" tabindex="0"><table><thead><tr><th>a</th><th>b</th></tr></thead>'
+            f"<tbody>{cells}</tbody></table></div>",
+        ],
+        [1, "<blockquote>x</blockquote>"],
+        [2, "<p><strong>a x b</strong> <em>c x d</em></p>"],
+    ]
 
 
 def test_latex_can_do_nothing_but_show(still):
