@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from g3n_mlx.chat import attachments
-from g3n_mlx.chat.commands import SETTINGS
 from g3n_mlx.chat.keyboard import typed_messages
+from g3n_mlx.chat.models import Models
 from g3n_mlx.chat.session import Session
+from g3n_mlx.chat.settings import SETTINGS
 from g3n_mlx.chat.terminal import message_lines, takes_styles
-from g3n_mlx.chat.waiting import Waiting
 from g3n_mlx.commands import (
     INTERRUPTED,
     MODEL_FLAGS,
@@ -24,7 +24,6 @@ from g3n_mlx.commands import (
     add_model_flag,
     check_choice,
     command_parser,
-    load_from,
     log_to_stderr,
     run_command,
     say,
@@ -99,8 +98,8 @@ def _run(arguments: argparse.Namespace) -> int:
     SamplingParams(**settings)
     schema = None if arguments.schema is None else _schema(arguments.schema)
     prompt = _one_shot_prompt(arguments.prompt)
-    with Waiting("loading the model"):
-        model = load_from(arguments, slices_later=True)
+    models = Models(arguments)
+    model = models.load()
     session = Session(
         model,
         arguments.system_prompt,
@@ -108,6 +107,7 @@ def _run(arguments: argparse.Namespace) -> int:
         verbose=arguments.verbose,
         styled=not arguments.plain and takes_styles(),
         slice_table=arguments.matformer_config,
+        models=models,
     )
     if prompt is None:
         model.warm_up()  # while the user reads and types

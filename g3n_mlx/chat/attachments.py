@@ -88,6 +88,19 @@ def content(text: str, attached: list[dict[str, Any]]) -> str | list[Any]:
     return text if all(isinstance(entry, str) for entry in parts) else parts
 
 
+def text_and_media(content: str | list[Any]) -> tuple[str, list[dict[str, Any]]]:
+    """The words of a message's content, and its other parts."""
+    if isinstance(content, str):
+        return content, []
+    texts = [part if isinstance(part, str) else part["text"] for part in content if is_text(part)]
+    return "\n".join(texts), [part for part in content if not is_text(part)]
+
+
+def is_text(part: Any) -> bool:
+    """Whether a part of a message is words."""
+    return isinstance(part, str) or "text" in part
+
+
 def notes(content: str | list[Any], attached: list[dict[str, Any]]) -> list[str]:
     """What a user should know of a message's content: the files taken out of its text, and those left in it."""
     parts = [content] if isinstance(content, str) else content

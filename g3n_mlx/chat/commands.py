@@ -8,25 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from g3n_mlx.chat import attachments
+from g3n_mlx.chat.editor import edited
 from g3n_mlx.chat.saved import saved_messages, write_messages
+from g3n_mlx.chat.settings import SETTINGS
+from g3n_mlx.chat.showing import facts
 from g3n_mlx.chat.waiting import Waiting
 from g3n_mlx.failures import BadValue, check_folder_of, size_in_words
 
 if TYPE_CHECKING:
     from g3n_mlx.chat.session import Session
-
-SETTINGS: dict[str, type[int] | type[float]] = {
-    "temperature": float,
-    "top_p": float,
-    "top_k": int,
-    "min_p": float,
-    "repetition_penalty": float,
-    "frequency_penalty": float,
-    "presence_penalty": float,
-    "max_tokens": int,
-    "seed": int,
-    "prefill_step_size": int,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +123,36 @@ def _slice(session: "Session", name: str) -> None:
     session.note(f"{session.sizes.name} answers from now on{again}")
 
 
+def _model(session: "Session", name: str) -> None:
+    if name:
+        session.change_model(name)
+    model = session.model
+    session.note(f"{model.name} on {model.backend} ({model.device}) answers{' from now on' if name else ''}")
+
+
+def _show(session: "Session", _: str) -> None:
+    for line in facts(session):
+        session.note(line)
+
+
+def _edit(session: "Session", which: str) -> None:
+    if which not in ("", "last"):
+        raise BadValue(f"/edit takes the word last, and got {which!r:.40}")
+    if not which:
+        text = edited("")
+    else:
+        answered = session.unanswered is None
+        before, media = attachments.text_and_media(session.unanswered or _last_question(session))
+        text = edited(before)
+        if text and answered:
+            session.messages = session.messages[:-2]
+        if text:
+            session.attached = [*media, *(part for part in session.attached if part not in media)]
+    if not text:
+        raise BadValue("the message is empty: nothing was asked")
+    session.ask(text)
+
+
 def _save(session: "Session", name: str) -> None:
     path = _path(name, "save")
     if path.exists() and saved_messages(path) is None:
@@ -217,6 +237,9 @@ COMMANDS = {
     "undo": Command("", "forget the last question and its answer", _undo),
     "retry": Command("", "ask the last question again", _retry),
     "slice": Command("[NAME]", "answer with a slice of the model from now on; alone, list them", _slice),
+    "model": Command("[NAME]", "go on with another model; alone, name the one that answers", _model),
+    "edit": Command("[last]", "write a message in your editor; last: change the last question", _edit),
+    "show": Command("", "show model, slice, bits, the context that is left and all settings", _show),
     "save": Command("FILE", "write the conversation as JSON", _save),
     "load": Command("FILE", "go on with a saved conversation", _load),
     "stats": Command("", "show the figures of the last answer", stats),

@@ -9,7 +9,8 @@ from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
 
 from g3n_mlx.chat import attachments
-from g3n_mlx.chat.commands import COMMANDS, SETTINGS
+from g3n_mlx.chat.commands import COMMANDS
+from g3n_mlx.chat.settings import SETTINGS
 from g3n_mlx.commands import is_control
 
 _LAST_WORD = re.compile(r"\S*\Z" if os.name == "nt" else r"(?:\\.|[^\s\\])*\Z")

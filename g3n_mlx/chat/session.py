@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from g3n_mlx.chat import attachments, commands
+from g3n_mlx.chat.models import Models
 from g3n_mlx.chat.slices import Sizes
 from g3n_mlx.chat.terminal import Interruption, quoted, say_dimly
 from g3n_mlx.chat.waiting import Waiting
 from g3n_mlx.commands import say, tell
-from g3n_mlx.failures import is_expected, one_line
+from g3n_mlx.failures import BadValue, is_expected, one_line
 
 if TYPE_CHECKING:
     from g3n_mlx.chat.markdown import MarkdownStream
@@ -47,8 +48,13 @@ class Session:
         verbose: bool = False,
         styled: bool = False,
         slice_table: Path | None = None,
+        models: Models | None = None,
     ) -> None:
-        """settings: sampling keywords that differ from the model's defaults. styled: draw Markdown, and dim notes."""
+        """settings: sampling keywords that differ from the model's defaults. styled: draw Markdown, and dim notes.
+
+        models: what loads another model; without it the one stays.
+        """
+        self._models = models
         self.sizes = Sizes(model, slice_table)
         self.system, self.settings, self.verbose = system, dict(settings), verbose
         self.draft, self._styled = "auto", styled
@@ -63,6 +69,15 @@ class Session:
     def model(self) -> "Gemma3n":
         """What answers: the model, or a slice of it."""
         return self.sizes.model
+
+    def change_model(self, name: str) -> None:
+        """Has another model go on with the conversation; what can't be loaded is an error and changes nothing."""
+        if self._models is None:
+            raise BadValue("this chat stays with its model")
+        self.sizes = self._models.other(name, self.sizes)
+        self.draft = "auto"
+        self.usage = None
+        self.model.warm_up()
 
     def run(self, messages: Iterator[str]) -> None:
         """Answers messages and obeys commands until there are no more; a failure is said and does not end it."""

@@ -62,6 +62,16 @@ class Sizes:
                 self._taken[chosen] = self._loaded.slice(entry.name, matformer_config=self._table)
         self.name = chosen
 
+    def close(self) -> None:
+        """Frees the model and its slices."""
+        for model in self._taken.values():
+            model.close()
+
+    def reopen(self, model: "Gemma3n") -> None:
+        """Goes on, after `close`, with the same model loaded anew, and with the slice that answered."""
+        name, self._loaded, self._taken = self.name, model, {LOADED: model}
+        self.choose(name)
+
     def note(self, usage: "Usage") -> None:
         """Adds the speed of an answer."""
         if usage.avg_compl_tok_per_sec:

@@ -17,9 +17,10 @@ import pytest
 from g3n_mlx import __main__ as umbrella
 from g3n_mlx import commands
 from g3n_mlx.chat import __main__ as command
+from g3n_mlx.chat import models
 from g3n_mlx.chat import session as sessions
 from g3n_mlx.chat import terminal as console
-from g3n_mlx.chat.commands import SETTINGS
+from g3n_mlx.chat.settings import SETTINGS
 from g3n_mlx.commands import PIPE_CLOSED
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
@@ -277,7 +278,7 @@ def test_ctrl_c_before_the_answer_gives_up_the_question(session, echo, capsys):
 
 
 def test_the_model_warms_up_before_a_chat_and_not_for_one_question(echo, monkeypatch, capsys):
-    monkeypatch.setattr(command, "load_from", lambda arguments, **_: echo)
+    monkeypatch.setattr(models, "load_from", lambda arguments, **_: echo)
     monkeypatch.setattr(command, "message_lines", lambda: iter(["hello"]))
     assert command.main(["--prompt", "hello"]) == 0
     assert echo.warmed_up == 0
@@ -380,7 +381,7 @@ def test_stdin_that_is_no_text(tmp_path, tiny_folder):
 
 def asked_once(echo, monkeypatch, *arguments: str, piped: bytes = b"") -> str:
     """What the model is asked by a command with something piped in."""
-    monkeypatch.setattr(command, "load_from", lambda arguments, **_: echo)
+    monkeypatch.setattr(models, "load_from", lambda arguments, **_: echo)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped)))
     assert command.main(arguments) == 0
     return echo.asked[-1][0][-1]["content"]
