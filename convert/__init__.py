@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from g3n_mlx.checkpoint import hub
+from g3n_mlx.checkpoint.files import is_uqff
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.checkpoint.hub import cache_folder
 from g3n_mlx.checkpoint.names import canonical_tensors
@@ -33,6 +34,7 @@ from g3n_mlx.convert.card import FILE as CARD
 from g3n_mlx.convert.gguf import cached_gguf, is_gguf, write_gguf
 from g3n_mlx.convert.methods import method_named
 from g3n_mlx.convert.quantize import FLOATS, Method, affine, plan_jobs, quantization_entry, readable
+from g3n_mlx.convert.uqff import cached_uqff
 from g3n_mlx.convert.write import (
     appearing_folder,
     check_free_name,
@@ -219,13 +221,15 @@ def cached_conversion(
 def resolve(
     path_or_id: str | Path, revision: str | None = None, *, weights: bool = True, tokenizer: Path | None = None
 ) -> Path:
-    """The local folder of a model, given as `hub.resolve` takes it or as a GGUF file, of which a folder is made once.
+    """The local folder of a model, given as `hub.resolve` takes it or as a GGUF file.
 
-    tokenizer: a folder with another tokenizer than the GGUF file's. Raises as `hub.resolve` and `write_gguf` do.
+    Of a GGUF file, or a model of mistral.rs, a folder is made once. tokenizer: a folder with another tokenizer than the
+    GGUF file's. Raises as `hub.resolve`, `write_gguf` and `convert_uqff` do.
     """
     if isinstance(path_or_id, str | Path) and is_gguf(path_or_id):
         return cached_gguf(_gguf_file(path_or_id, revision), tokenizer)
-    return hub.resolve(path_or_id, revision, weights=weights)
+    found = hub.resolve(path_or_id, revision, weights=weights)
+    return cached_uqff(found) if weights and is_uqff(found) else found
 
 
 def _gguf_file(path: str | Path, revision: str | None) -> Path:

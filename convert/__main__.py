@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from g3n_mlx.checkpoint import hub
 from g3n_mlx.checkpoint.check import embedder_manifests, quantizations_of, tower_shapes
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.checkpoint.hub import tensor_headers
@@ -110,7 +111,7 @@ def _check_uqff(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> N
     given = {name for name, value in vars(flags).items() if value != parser.get_default(name)}
     if flags.output is None:
         parser.error("--uqff needs -o, the folder to make")
-    if other := sorted(given - {"uqff", "output", "upload_repo"}):
+    if other := sorted(given - {"uqff", "output", "revision", "upload_repo"}):
         parser.error(
             f"--uqff converts what is there: leave out --{other[0].replace('_', '-')}, or convert again with it"
         )
@@ -119,7 +120,9 @@ def _check_uqff(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> N
 def _convert_uqff(flags: argparse.Namespace) -> int:
     from g3n_mlx.convert.uqff import convert_uqff
 
-    return _wrote(convert_uqff(flags.uqff.expanduser(), flags.output.expanduser()))
+    output = flags.output.expanduser()
+    check_free_name(output)
+    return _wrote(convert_uqff(hub.resolve(flags.uqff, flags.revision), output))
 
 
 def _wrote(output: Path) -> int:
@@ -308,7 +311,7 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     source = "the source: a folder, or a hub id such as google/gemma-3n-E4B-it"
     add_model_flag(add, "--model", "--hf-path", dest="hf_path", help=source)
     add_model_flag(add, "--revision")
-    add("--uqff", type=Path, metavar="FOLDER", help="instead of --model: a model that mistral.rs has quantized")
+    add("--uqff", metavar="MODEL", help="a model of mistral.rs: a folder, a hub id, or a .uqff file in one of them")
     add("--gguf", type=Path, metavar="FILE", help="the source: a GGUF file of llama.cpp's")
     add("--tokenizer", type=Path, metavar="FOLDER", help="take the tokenizer from here instead of the GGUF file's")
     add("-o", "--output", type=Path, metavar="FOLDER", help="the folder to make")

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from g3n_mlx.checkpoint.ahead import read_ahead
-from g3n_mlx.checkpoint.files import is_uqff
 from g3n_mlx.checkpoint.finite import not_finite
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.convert import cached_conversion, plan_for, resolve
-from g3n_mlx.convert.uqff import cached_uqff
 from g3n_mlx.engine.runner import Runner, model_thread
 from g3n_mlx.failures import BadValue, Error, FileProblem, MissingPackage
 from g3n_mlx.installation import install_command
@@ -49,7 +47,8 @@ def load(
 ) -> Gemma3n:
     """Loads a Gemma 3n checkpoint of any layout from a folder, a GGUF file or the Hugging Face hub.
 
-    A folder of mistral.rs (UQFF) or a GGUF file is converted into the user's cache folder once.
+    A GGUF file, or a model of mistral.rs (UQFF: its folder, hub id or file), is converted into the user's cache folder
+    once.
 
     backend: "mlx", "torch", or "auto": MLX on Apple Silicon, elsewhere PyTorch, else whichever is installed.
     matformer: a slice by name or short form ("e2.49b-block"), from the published table or `matformer_config`, a CSV.
@@ -78,9 +77,8 @@ def load(
     if matformer is None and matformer_config is not None:
         raise BadValue("matformer_config was given without matformer: name the slice to take from it")
     folder = resolve(path_or_id, revision)
-    name = folder.resolve().name if Path(path_or_id).expanduser().is_dir() else str(path_or_id).rstrip("/")
-    if is_uqff(folder):
-        folder = cached_uqff(folder)
+    named = Path(path_or_id).expanduser()
+    name = named.resolve().name if named.is_dir() else str(path_or_id).rstrip("/")
     plan = None if matformer is None else plan_for(folder, matformer, matformer_config)
     adapters = named_adapters(adapter)
     if q_bits is None:

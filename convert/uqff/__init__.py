@@ -18,7 +18,7 @@ from g3n_mlx.checkpoint.hub import cache_folder
 from g3n_mlx.checkpoint.quantization import Quantization
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.convert.quantize import TensorJob, quantization_entry
-from g3n_mlx.convert.uqff.files import RESIDUAL, Module, opened_tensors
+from g3n_mlx.convert.uqff.files import Module, model_files, opened_tensors
 from g3n_mlx.convert.uqff.weights import converted, copied, rounded_anew
 from g3n_mlx.convert.write import (
     appearing_folder,
@@ -37,13 +37,15 @@ _REPORT = "uqff_report.json"
 
 
 def convert_uqff(source: Path, output: Path, *, progress: bool = True) -> Path:
-    """Writes a UQFF folder as a checkpoint into a new folder; returns the folder.
+    """Writes a model of mistral.rs as a checkpoint into a new folder; returns the folder.
 
+    source: its folder, or one of its .uqff files where the folder has several models.
     Raises OSError, or ValueError for versions and formats that are not read and for what is damaged.
     """
     check_free_name(output)
+    folder = source if source.is_dir() else source.parent
     with ExitStack() as opened:
-        modules, plain = opened_tensors(source, opened)
+        modules, plain = opened_tensors(model_files(source), opened)
         jobs: list[TensorJob] = []
         chosen: dict[str, Quantization] = {}
         for name, stored in plain.items():
@@ -54,13 +56,13 @@ def convert_uqff(source: Path, output: Path, *, progress: bool = True) -> Path:
             if how is not None:
                 chosen[path] = how
         _tell_what_is_rounded(source, [modules[path] for path in chosen])
-        config = read_json(source / "config.json")
+        config = read_json(folder / "config.json")
         if chosen:
             config["quantization"] = config["quantization_config"] = quantization_entry(chosen)
         with appearing_folder(output, wait_for_others=False) as partial_folder:
             check_space(output, jobs)
             write_shards(partial_folder, jobs, progress)
-            copy_sidecars(source, partial_folder, whole=True)
+            copy_sidecars(folder, partial_folder, whole=True)
             (partial_folder / _REPORT).unlink(missing_ok=True)
             write_json(partial_folder / "config.json", config)
             Checkpoint.open(partial_folder).close()  # complete, and of the shapes that the config says
@@ -75,13 +77,14 @@ def _tell_what_is_rounded(source: Path, modules: list[Module]) -> None:
 
 
 def cached_uqff(source: Path) -> Path:
-    """The conversion of a UQFF folder in the user's cache, made on first use; raises as `convert_uqff` does."""
-    digest = hashlib.sha256(repr(_CACHE_VERSION).encode() + (source / "config.json").read_bytes())
-    for path in (*sorted(source.glob("*.uqff")), source / RESIDUAL):
-        if path.is_file():
-            status = path.stat()
-            digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode())
-    target = cache_folder() / "conversions" / f"{source.resolve().name}-uqff-{digest.hexdigest()[:16]}"
+    """The conversion of a model in the user's cache, made on first use; takes and raises what `convert_uqff` does."""
+    paths = model_files(source)
+    digest = hashlib.sha256(repr(_CACHE_VERSION).encode() + (paths[0].parent / "config.json").read_bytes())
+    for path in paths:
+        status = path.stat()
+        digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode())
+    named = source.resolve().name if source.is_dir() else source.stem
+    target = cache_folder() / "conversions" / f"{named}-uqff-{digest.hexdigest()[:16]}"
     if not target.is_dir():
         logger.info("converting %s once, into %s", source, target)
         try:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
+from g3n_mlx.checkpoint.files import RESIDUAL, UQFF, before_uqff_1, uqff_shards
 from g3n_mlx.checkpoint.names import canonical_name
 from g3n_mlx.checkpoint.shards import Shard, StoredTensor, read_header
 from g3n_mlx.checkpoint.source import Source
 from g3n_mlx.failures import BadValue, MissingFile
 
-RESIDUAL = "residual.safetensors"
 # The newest version that is read.
 _VERSION = (1, 2)
 # What mistral.rs writes beside the weights: buffers that follow from the config, and norms that have no weight.
@@ -51,25 +51,26 @@ class Module:
         return int(sizes[0]), int(sizes[1])
 
 
-def opened_tensors(source: Path, opened: ExitStack) -> tuple[dict[str, Module], dict[str, StoredTensor]]:
+def model_files(source: Path) -> list[Path]:
+    """The files that hold a model, which is given as a folder with no other or as a .uqff file.
+
+    Raises FileNotFoundError or ValueError where the folder holds none, several or no residual.safetensors.
+    """
+    folder, chosen = (source, None) if source.is_dir() else (source.parent, source.name)
+    names = uqff_shards((path.name for path in folder.glob(f"*{UQFF}")), str(folder), chosen)
+    if not (folder / RESIDUAL).is_file():
+        raise MissingFile(f"{folder} lacks {RESIDUAL}, with what is not quantized: is the download complete?")
+    return [folder / name for name in (*names, RESIDUAL)]
+
+
+def opened_tensors(paths: list[Path], opened: ExitStack) -> tuple[dict[str, Module], dict[str, StoredTensor]]:
     """Modules by canonical path, and unquantized tensors by canonical name."""
-    files = sorted(source.glob("*.uqff"))
-    if not files:
-        raise MissingFile(f"{source} holds no *.uqff files: expected a folder that mistral.rs wrote")
-    if not (source / RESIDUAL).is_file():
-        raise MissingFile(f"{source} lacks {RESIDUAL}, with what is not quantized: is the download complete?")
     found: dict[str, StoredTensor] = {}
-    stems = {path.stem.rpartition("-")[0] or path.stem for path in files}
-    if len(stems) > 1:
-        raise BadValue(
-            f"{source} holds {len(stems)} models ({', '.join(sorted(stems))}): keep the .uqff files of one of them, "
-            f"with {RESIDUAL} and the small files, in a folder of its own"
-        )
-    for path in (*files, source / RESIDUAL):
+    for path in paths:
         shard = Shard(path)
         opened.callback(shard.close)
         tensors = dict(read_header(shard))
-        if path.suffix == ".uqff":
+        if path.suffix == UQFF:
             _check_version(path, tensors)
         found |= {name: stored for name, stored in tensors.items() if not name.startswith("uqff.version.")}
     modules: dict[str, Module] = {}
@@ -91,10 +92,7 @@ def _parts_of(weight: str, found: dict[str, StoredTensor]) -> list[str]:
 def _check_version(path: Path, tensors: dict[str, StoredTensor]) -> None:
     names = [f"uqff.version.{part}" for part in ("major", "minor")]
     if not all(name in tensors for name in names):
-        raise BadValue(
-            f"{path} is a UQFF file of before version 1.0, which mistral.rs itself no longer reads: take the original "
-            "checkpoint (g3n convert -q quantizes it), or one that mistral.rs 0.9 or newer has quantized"
-        )
+        raise before_uqff_1(path)
     major, minor = (int(read(tensors[name]).reshape(-1)[0]) for name in names)
     if major != _VERSION[0] or minor > _VERSION[1]:
         raise BadValue(f"{path} is UQFF {major}.{minor}: up to {_VERSION[0]}.{_VERSION[1]} is read, of the same major")

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from g3n_mlx.config.adapter import adapter_files, adapter_message
@@ -12,6 +13,10 @@ logger = logging.getLogger(__name__)
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# Of a UQFF folder: the weights of every model in it, and what all of them share.
+UQFF = ".uqff"
+RESIDUAL = "residual.safetensors"
+_UQFF_SHARD = re.compile(r"(.+?)(?:-\d+)?\.uqff")
 _PART = re.compile(r"model-\d+-of-\d+\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -51,9 +56,39 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def is_uqff(folder: Path) -> bool:
-    """Whether a folder holds a model of mistral.rs instead of safetensors files of the usual layout."""
-    return any(folder.glob("*.uqff"))
+def is_uqff(path: Path) -> bool:
+    """Whether a folder, or a file, is a model of mistral.rs instead of safetensors files of the usual layout."""
+    return path.suffix == UQFF if path.is_file() else any(path.glob(f"*{UQFF}"))
+
+
+def uqff_shards(names: Iterable[str], where: str, chosen: str | None = None) -> list[str]:
+    """Of a folder's file names those of one UQFF model: the one that a file belongs to, or else the only one.
+
+    where: the folder or hub id, as a user names it. Raises FileNotFoundError or ValueError, which list what is there.
+    """
+    models: dict[str, list[str]] = {}
+    for name in sorted(names):
+        if found := _UQFF_SHARD.fullmatch(name):
+            models.setdefault(found[1], []).append(name)
+    if not models:
+        raise MissingFile(f"{where} holds no *{UQFF} files: expected what mistral.rs wrote")
+    if chosen is None and len(models) == 1:
+        return next(iter(models.values()))
+    listed = f"{', '.join(models)}: name one by its file, as in {where}/{next(iter(models.values()))[0]}"
+    if chosen is None:
+        raise BadValue(f"{where} holds {len(models)} models of mistral.rs, {listed}")
+    found = _UQFF_SHARD.fullmatch(chosen)
+    if found is None or found[1] not in models:
+        raise MissingFile(f"{where} has no {chosen}, but {listed}")
+    return models[found[1]]
+
+
+def before_uqff_1(where: str | Path) -> BadValue:
+    """What is said of a UQFF file that has no version in it."""
+    return BadValue(
+        f"{where} is a UQFF file of before version 1.0, which mistral.rs itself no longer reads: take the original "
+        "checkpoint (g3n convert -q quantizes it), or one that mistral.rs 0.9 or newer has quantized"
+    )
 
 
 def _indexed(folder: Path) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import platformdirs
 
-from g3n_mlx.checkpoint.files import weight_files
+from g3n_mlx.checkpoint.files import RESIDUAL, UQFF, before_uqff_1, uqff_shards, weight_files
 from g3n_mlx.checkpoint.shards import TensorInfo
 from g3n_mlx.config.adapter import SETTINGS, adapter_files, adapter_message
 from g3n_mlx.config.fields import read_json
@@ -35,6 +35,8 @@ def demo_folder() -> Path:
 def resolve(path_or_id: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
     """The local folder of a model, given as a folder or as a hub id like google/gemma-3n-E2B-it.
 
+    A model of mistral.rs may be given as a .uqff file, its own or a hub id's: owner/name/q4k-0.uqff. It is returned as
+    a file if it was, and always if it is of a hub id, where no other of its models is downloaded.
     "demo" is the embedded demo model, unless there is a folder of that name.
     A hub id is downloaded (resumable, with a progress bar on stderr) unless it is in the hub cache already;
     HF_HUB_OFFLINE, HF_HOME and the like are respected. revision: a branch, tag or commit; of a hub id only.
@@ -43,15 +45,19 @@ def resolve(path_or_id: str | Path, revision: str | None = None, *, weights: boo
     """
     if not isinstance(path_or_id, str | Path) or not str(path_or_id).strip():
         raise BadValue(f"the model is {path_or_id!r}, expected a folder or a hub id as in {SUGGESTED_MODEL}")
-    folder = Path(path_or_id).expanduser()
+    folder, file = Path(path_or_id).expanduser(), None
+    hub_id = path_or_id.as_posix() if isinstance(path_or_id, Path) else path_or_id.rstrip("/")
+    if folder.suffix == UQFF and not folder.is_dir():
+        folder, file, hub_id = folder.parent, folder.name, hub_id.rpartition("/")[0]
     if folder.is_dir():
         if revision is not None:
             raise BadValue(f"revision {revision!r} was given for the folder {folder}; only a hub id has revisions")
-        return folder
-    if folder.exists():
+        if file is None or not weights:
+            return folder
+        return folder / uqff_shards((path.name for path in folder.iterdir()), str(folder), file)[0]
+    if folder.exists() and file is None:
         raise NotAFolder(f"{folder} is a file; give the folder that holds it and its config.json")
-    hub_id = path_or_id.as_posix() if isinstance(path_or_id, Path) else path_or_id.rstrip("/")
-    if hub_id == DEMO and revision is None:
+    if hub_id == DEMO and (revision, file) == (None, None):
         return demo_folder()
     if not _HUB_ID.fullmatch(hub_id):
         raise MissingFile(
@@ -59,6 +65,10 @@ def resolve(path_or_id: str | Path, revision: str | None = None, *, weights: boo
             f"or owner/name as in {SUGGESTED_MODEL}"
         )
     found = _download(hub_id, revision, _WANTED_FILES if weights else _DESCRIPTION_FILES)
+    if weights and (file is not None or all(path.name == RESIDUAL for path in found.glob("*.safetensors"))):
+        names = _uqff_names(hub_id, revision, found)
+        if file is not None or names:
+            return _download_uqff(hub_id, revision, uqff_shards(names, hub_id, file), found)
     if weights:
         _require_weights(found, hub_id)
     return found
@@ -103,7 +113,9 @@ def tensor_headers(hub_id: str, revision: str | None = None) -> dict[str, Tensor
     with _hub_errors(hub_id, revision):
         try:
             found = huggingface_hub.get_safetensors_metadata(hub_id, revision=revision)
-        except (errors.NotASafetensorsRepoError, errors.SafetensorsParsingError) as error:
+        except errors.NotASafetensorsRepoError as error:
+            raise MissingFile(f"{hub_id} has no safetensors files: {_first_line(error)}") from error
+        except errors.SafetensorsParsingError as error:
             raise BadValue(f"{hub_id} has no readable safetensors files: {_first_line(error)}") from error
     return {
         name: TensorInfo(tuple(info.shape), info.dtype)
@@ -142,12 +154,41 @@ def _download(hub_id: str, revision: str | None, files: list[str]) -> Path:
     return folder
 
 
+def _uqff_names(hub_id: str, revision: str | None, folder: Path) -> list[str]:
+    """The .uqff files of a hub id, or those in the cache where the hub can't be asked."""
+    import huggingface_hub
+
+    try:
+        with _hub_errors(hub_id, revision):
+            names = huggingface_hub.list_repo_files(hub_id, revision=revision)
+    except NoConnection:
+        names = [path.name for path in folder.iterdir()]
+    return [name for name in names if name.endswith(UQFF) and "/" not in name]
+
+
+def _download_uqff(hub_id: str, revision: str | None, shards: list[str], folder: Path) -> Path:
+    """The first file of a model of mistral.rs, once all are here, with what its repository's models share."""
+    import huggingface_hub
+
+    if not (folder / shards[0]).is_file():
+        with _hub_errors(hub_id, revision):
+            header = huggingface_hub.parse_safetensors_file_metadata(hub_id, shards[0], revision=revision)
+        if "uqff.version.major" not in header.tensors:
+            raise before_uqff_1(f"{hub_id}/{shards[0]}")
+    _snapshot(hub_id, revision, [*shards, RESIDUAL])
+    return folder / shards[0]
+
+
 def _snapshot(hub_id: str, revision: str | None, files: list[str]) -> Path:
     # Imported here: the hub client takes a third of a second to import, and a local folder does not need it.
     import huggingface_hub
 
     with _hub_errors(hub_id, revision):
-        return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=files))
+        # What UQFF models share is no model of its own: it comes with one of them, or not at all.
+        left = None if RESIDUAL in files else [RESIDUAL]
+        return Path(
+            huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=files, ignore_patterns=left)
+        )
 
 
 @contextmanager

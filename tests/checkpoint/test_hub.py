@@ -25,8 +25,23 @@ FILES = {
     "matformer.csv": b"a table of slices",
     "README.md": b"words",
 }
-# Of owner/real; of all others FILES.
-REAL_FILES = {name: (TINY / name).read_bytes() for name in ("config.json", "tokenizer.json", "model.safetensors")}
+
+
+def uqff_shard(*names: str) -> bytes:
+    """A safetensors file of empty tensors."""
+    header = json.dumps({name: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for name in names}).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
+NEW = uqff_shard("uqff.version.major")
+SHARED = {"config.json": FILES["config.json"], "tokenizer.json": b"{}", "residual.safetensors": b"the rest"}
+# Of these; of all others FILES.
+OTHERS = {
+    "owner/real": {name: (TINY / name).read_bytes() for name in ("config.json", "tokenizer.json", "model.safetensors")},
+    "owner/several-uqff": SHARED | dict.fromkeys(["afq4-0.uqff", "q4k-0.uqff", "q4k-1.uqff", "q-8.uqff"], NEW),
+    "owner/single-uqff": SHARED | dict.fromkeys(["q4k-0.uqff", "q4k-1.uqff"], NEW),
+    "owner/old-uqff": SHARED | {"it-q4k-0.uqff": uqff_shard("0")},
+}
 # What the hub answers for repositories it does not give away: status and X-Error-Code.
 REFUSALS = {"owner/gated": (403, "GatedRepo"), "owner/absent": (401, "RepoNotFound"), "owner/down": (500, "")}
 
@@ -39,12 +54,12 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = self.path.partition("?")[0]
-        files = REAL_FILES if "owner/real" in path else FILES
         for repository, (status, code) in REFUSALS.items():
             if repository in path:
                 return self.answer(status, b"{}", {"X-Error-Code": code, "X-Error-Message": "refused"})
         if path.endswith("/revision/v9"):
             return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        files = next((files for hub_id, files in OTHERS.items() if f"{hub_id}/" in path), FILES)
         if "/revision/" in path:
             return self.answer(200, json.dumps({"id": "owner/model", "sha": COMMIT, "siblings": []}).encode())
         if "/tree/" in path:
@@ -174,6 +189,43 @@ def test_download_takes_the_needed_files_alone_and_once(endpoint, tmp_path):
     assert (folder / "model.safetensors").read_bytes() == FILES["model.safetensors"]
     assert resolve_in_child(tmp_path, "owner/model", HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="1") == str(folder)
     assert resolve_in_child(tmp_path, "owner/model", COMMIT, HF_ENDPOINT=endpoint) == str(folder)
+
+
+def test_of_a_uqff_repository_one_model_is_downloaded(endpoint, tmp_path):
+    several = resolve_in_child(tmp_path, "owner/several-uqff", HF_ENDPOINT=endpoint)
+    assert several == (
+        "ValueError: owner/several-uqff holds 3 models of mistral.rs, afq4, q, q4k: name one by its file, as in "
+        "owner/several-uqff/afq4-0.uqff"
+    )
+    assert in_child(tmp_path, "sizing.outline_of('owner/several-uqff', None)", HF_ENDPOINT=endpoint) == several
+    snapshot = tmp_path / "hub" / "models--owner--several-uqff" / "snapshots" / COMMIT
+    assert sorted(os.listdir(snapshot)) == ["config.json", "tokenizer.json"]
+    line = resolve_in_child(tmp_path, "owner/several-uqff/q5k-0.uqff", HF_ENDPOINT=endpoint)
+    assert line.startswith("FileNotFoundError: owner/several-uqff has no q5k-0.uqff, but afq4, q, q4k: name one")
+    file = resolve_in_child(tmp_path, "owner/several-uqff/q4k-0.uqff", HF_ENDPOINT=endpoint)
+    assert file == str(snapshot / "q4k-0.uqff")
+    held = ["config.json", "q4k-0.uqff", "q4k-1.uqff", "residual.safetensors", "tokenizer.json"]
+    assert sorted(os.listdir(snapshot)) == held
+    assert resolve_in_child(tmp_path, "owner/several-uqff/q4k-0.uqff", HF_HUB_OFFLINE="1") == file
+    config = resolve_in_child(tmp_path, "owner/several-uqff/afq4-0.uqff", weights=False, HF_ENDPOINT=endpoint)
+    assert config == str(snapshot)
+    assert sorted(os.listdir(snapshot)) == held
+
+
+def test_the_only_model_of_a_uqff_repository_needs_no_name(endpoint, tmp_path):
+    file = Path(resolve_in_child(tmp_path, "owner/single-uqff", HF_ENDPOINT=endpoint))
+    assert file.name == "q4k-0.uqff"
+    assert (file.parent / "residual.safetensors").read_bytes() == b"the rest"
+    assert resolve_in_child(tmp_path, "owner/single-uqff", HF_HUB_OFFLINE="1") == str(file)
+    line = resolve_in_child(tmp_path, "owner/model/q4k-0.uqff", HF_ENDPOINT=endpoint)
+    assert line.startswith("FileNotFoundError: owner/model holds no *.uqff files")
+
+
+def test_old_uqff_files_are_not_downloaded(endpoint, tmp_path):
+    line = resolve_in_child(tmp_path, "owner/old-uqff", HF_ENDPOINT=endpoint)
+    assert line.startswith("ValueError: owner/old-uqff/it-q4k-0.uqff is a UQFF file of before version 1.0")
+    snapshot = tmp_path / "hub" / "models--owner--old-uqff" / "snapshots" / COMMIT
+    assert sorted(os.listdir(snapshot)) == ["config.json", "tokenizer.json"]
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,24 @@ def test_it_is_loaded_like_any_model(published, tiny_folder, backend, tmp_path, 
         assert np.abs(model.logits(ids) - plain.logits(ids)).max() > 1e-3
 
 
+def test_one_of_several_models_in_a_folder(published, tiny_folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("g3n_mlx.convert.uqff.cache_folder", lambda: tmp_path / "cache")
+    source, meant = write_uqff(tmp_path / "u", published, {DOWN: afq})
+    files.copy_sidecars(tiny_folder, source)
+    (source / "model-0.uqff").rename(source / "gemma-3n-it-afq4.uqff")
+    write_uqff(tmp_path / "other", published, {DOWN: WIDE["Q8_0"]})[0].joinpath("model-0.uqff").rename(
+        source / "q8_0-0.uqff"
+    )
+    with pytest.raises(Error, match=r"u holds 2 models of mistral.rs, gemma-3n-it-afq4, q8_0: name one"):
+        convert(source, tmp_path / "made", dequantize=True)
+    chosen = source / "gemma-3n-it-afq4.uqff"
+    assert main(["--uqff", str(chosen), "-o", str(tmp_path / "made")]) == 0
+    np.testing.assert_array_equal(read(Checkpoint.open(tmp_path / "made"), DOWN), meant[DOWN])
+    convert(str(chosen), tmp_path / "dense", dequantize=True, dtype="float32", progress=False)
+    np.testing.assert_array_equal(read(Checkpoint.open(tmp_path / "dense"), DOWN), meant[DOWN])
+    assert len(list((tmp_path / "cache" / "conversions").glob("gemma-3n-it-afq4-uqff-*"))) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -102,6 +120,8 @@ def test_folders_that_are_none(published, tiny_folder, tmp_path, capsys) -> None
         Checkpoint.open(source)
     with pytest.raises(Error, match=r"holds no \*.uqff files"):
         convert_uqff(tiny_folder, tmp_path / "made")
+    with pytest.raises(Error, match=r"u has no q4k-0.uqff, but model: name one by its file, as in .*u/model-0.uqff"):
+        load(source / "q4k-0.uqff")
     (source / "residual.safetensors").unlink()
     with pytest.raises(Error, match=r"lacks residual.safetensors"):
         convert_uqff(source, tmp_path / "made")
