@@ -34,7 +34,11 @@ def uqff_shard(*names: str) -> bytes:
 
 
 NEW = uqff_shard("uqff.version.major")
-SHARED = {"config.json": FILES["config.json"], "tokenizer.json": b"{}", "residual.safetensors": b"the rest"}
+SHARED = {
+    "config.json": (TINY / "config.json").read_bytes(),
+    "tokenizer.json": b"{}",
+    "residual.safetensors": b"the rest",
+}
 # Of these; of all others FILES.
 OTHERS = {
     "owner/real": {name: (TINY / name).read_bytes() for name in ("config.json", "tokenizer.json", "model.safetensors")},
