@@ -1,5 +1,6 @@
 """A conversion's way to the Hugging Face hub: what can be known before it is made, and its upload once it is whole."""
 
+import shlex
 from pathlib import Path
 
 from g3n_mlx.failures import BadValue, NoConnection, NotPermitted, one_line
@@ -77,4 +78,4 @@ def upload(folder: str | Path, repo: str) -> str:
 
 def going_on(folder: str | Path, repo: str) -> str:
     """What to do after an upload that did not end."""
-    return f"{folder} is whole, and `hf upload {repo} {folder}` goes on"
+    return f"{folder} is whole, and `hf upload {repo} {shlex.quote(str(folder))} --delete '{_STALE}'` goes on"

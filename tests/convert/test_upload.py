@@ -145,7 +145,7 @@ def test_a_failed_upload_loses_nothing(refuses, hub, tiny_folder, tmp_path, caps
     out, line = tmp_path / "out", capsys.readouterr().err.splitlines()[-1]
     how = "broke off" if refuses == "storage" else "was refused"
     assert line.startswith(f"g3n-convert: the upload to me/model {how} (")
-    assert line.endswith(f"{out} is whole, and `hf upload me/model {out}` goes on")
+    assert line.endswith(f"{out} is whole, and `hf upload me/model {out} --delete 'model*.safetensors*'` goes on")
     Checkpoint.open(out).close()
     assert set(hub.files) == set(STALE)
 
