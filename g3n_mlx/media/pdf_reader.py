@@ -17,7 +17,7 @@ def main() -> int:
             resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
         resource.setrlimit(resource.RLIMIT_CPU, (max_seconds, max_seconds))
     from pypdf import PdfReader
-    from pypdf.errors import PyPdfError
+    from pypdf.errors import DependencyError, FileNotDecryptedError, PyPdfError
 
     logging.disable(logging.CRITICAL)  # pypdf's remarks about damage that it can mend
     try:
@@ -25,6 +25,10 @@ def main() -> int:
         if len(reader.pages) > max_pages:
             return _refused(f"it has {len(reader.pages)} pages, expected at most {max_pages}")
         pages = [page.extract_text() for page in reader.pages]
+    except FileNotDecryptedError:
+        return _refused("it is encrypted; save it without a password")
+    except DependencyError:  # of AES
+        return _refused("it is encrypted; save it without encryption, or install the package cryptography")
     except PyPdfError as error:
         return _refused(str(error))
     text = "\n\n".join(page.strip() for page in pages)

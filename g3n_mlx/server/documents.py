@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from g3n_mlx.failures import BadValue
 from g3n_mlx.media.document import MAX_CHARACTERS, document_text
 from g3n_mlx.media.fetch import fetch
 from g3n_mlx.media.policy import MediaPolicy
@@ -53,4 +54,9 @@ class _Reading:
 def _text(file: FileData, policy: MediaPolicy) -> str:
     assert file.file_data is not None
     uri = file.file_data if file.file_data.startswith("data:") else f"data:;base64,{file.file_data}"
-    return fenced(file.filename or "file", document_text(fetch(uri, policy)))
+    name = file.filename or "file"
+    data = fetch(uri, policy)
+    try:
+        return fenced(name, document_text(data))
+    except BadValue as error:
+        raise BadValue(f"{name}: {error}") from None

@@ -170,3 +170,24 @@ def video(seconds: int = 2) -> bytes:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
     return written.getvalue()
+
+
+def pdf(text: str, pages: int = 1) -> bytes:
+    """A PDF with the text on every page."""
+    content = f"BT /F1 12 Tf 20 100 Td ({text}) Tj ET".encode()
+    kids = " ".join(f"{4 + page} 0 R" for page in range(pages))
+    page = b"<< /Type /Page /Parent 2 0 R /Contents 3 0 R /MediaBox [0 0 300 200] /Resources << /Font << /F1 "
+    page += b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >> >> >> >>"
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        f"<< /Type /Pages /Kids [{kids}] /Count {pages} >>".encode(),
+        b"<< /Length %d >>\nstream\n%s\nendstream" % (len(content), content),
+        *[page] * pages,
+    ]
+    written, places = b"%PDF-1.4\n", []
+    for number, body in enumerate(objects, 1):
+        places.append(len(written))
+        written += b"%d 0 obj\n%s\nendobj\n" % (number, body)
+    table = b"".join(b"%010d 00000 n \n" % place for place in places)
+    end = b"xref\n0 %d\n0000000000 65535 f \n%strailer\n<< /Size %d /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n"
+    return written + end % (len(places) + 1, table, len(places) + 1, len(written))

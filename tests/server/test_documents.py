@@ -3,32 +3,12 @@
 import base64
 
 import pytest
+from running import pdf
 
 from g3n_mlx.media.document import document_text
 from g3n_mlx.server import documents
 
 pypdf = pytest.importorskip("pypdf")
-
-
-def pdf(text, pages=1):
-    """A PDF with the text on every page."""
-    content = f"BT /F1 12 Tf 20 100 Td ({text}) Tj ET".encode()
-    kids = " ".join(f"{4 + page} 0 R" for page in range(pages))
-    page = b"<< /Type /Page /Parent 2 0 R /Contents 3 0 R /MediaBox [0 0 300 200] /Resources << /Font << /F1 "
-    page += b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >> >> >> >>"
-    objects = [
-        b"<< /Type /Catalog /Pages 2 0 R >>",
-        f"<< /Type /Pages /Kids [{kids}] /Count {pages} >>".encode(),
-        b"<< /Length %d >>\nstream\n%s\nendstream" % (len(content), content),
-        *[page] * pages,
-    ]
-    written, places = b"%PDF-1.4\n", []
-    for number, body in enumerate(objects, 1):
-        places.append(len(written))
-        written += b"%d 0 obj\n%s\nendobj\n" % (number, body)
-    table = b"".join(b"%010d 00000 n \n" % place for place in places)
-    end = b"xref\n0 %d\n0000000000 65535 f \n%strailer\n<< /Size %d /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n"
-    return written + end % (len(places) + 1, table, len(places) + 1, len(written))
 
 
 def test_texts():
