@@ -62,6 +62,8 @@ def test_wheel_contents(wheel, repository):
         if "__pycache__" not in path.parts
     } | {f"convert/{path.name}" for path in (repository / "convert").glob("*.py")}
     assert {f"g3n_mlx/{name}" for name in expected} <= names
+    licences = {name.split("/licenses/")[1] for name in names if "/licenses/" in name}
+    assert licences == {"LICENSE", "g3n_mlx/server/chat_page/temml/LICENSE"}
     assert not any("tests" in name or "__pycache__" in name for name in names)
 
 

@@ -7,6 +7,7 @@ split at quiet places; each clip stands after the frames of its stretch. PyAV de
 import logging
 import math
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ _SEEK_GAP_S = 10.0
 # Slack for the rounding of time stamps, and for a video track that ends a little before its declared end, in seconds.
 _SLACK_S = 1e-3
 _END_SLACK_S = 1.0
+
+
+def reads_video() -> bool:
+    """Whether PyAV is installed, which reads videos."""
+    return find_spec("av") is not None
 
 
 class Video:

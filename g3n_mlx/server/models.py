@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from g3n_mlx.installation import version
+from g3n_mlx.media.video import reads_video
 from g3n_mlx.server.documents import opened_turns
 from g3n_mlx.server.engine import Engine, PlaceOf
 from g3n_mlx.server.errors import ApiError
@@ -113,12 +114,12 @@ async def props(request: Request) -> dict[str, Any]:
     engine: Engine = request.app.state.engine
     table: ModelTable = request.app.state.models
     model, limits = engine.model, engine.limits
-    context_tokens = model.config.text.max_position_embeddings
+    context_tokens, sees = model.config.text.max_position_embeddings, model.config.vision is not None
     return {
         "default_generation_settings": {"n_ctx": context_tokens, "params": dict(model.sampling_defaults)},
         "total_slots": limits.parallel,
         "model_alias": table.ids[0],
-        "modalities": {"vision": model.config.vision is not None, "audio": model.config.audio is not None},
+        "modalities": {"vision": sees, "audio": model.config.audio is not None, "video": sees and reads_video()},
         "build_info": f"g3n_mlx {version()}, {model.backend} on {model.device}",
         "model_ids": table.ids,
         "slice": table.loaded,

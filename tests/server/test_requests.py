@@ -1,6 +1,7 @@
 """Requests as clients of other servers send them: what would change an answer does its work or is refused by name."""
 
 import base64
+import importlib.util
 import io
 import json
 
@@ -213,6 +214,7 @@ def test_a_schema_goes_before_the_least_tokens(server):
 def test_props(server):
     with server.http() as http:
         found = http.get("/props").json()
-    assert found["modalities"] == {"vision": True, "audio": True}
+    video = importlib.util.find_spec("av") is not None
+    assert found["modalities"] == {"vision": True, "audio": True, "video": video}
     assert found["default_generation_settings"]["n_ctx"] > 0
     assert found["limits"]["max_queue"] == 64

@@ -43,13 +43,11 @@ let contextTokens = 0;
 async function showModel() {
   try {
     const models = (await (await call("/v1/models")).json()).data;
-    const name = models[0].id, sliced = models.find((model) => model.id.startsWith(`${name}:`));
+    const name = models[0].id;
     contextTokens = models[0].max_model_len;
     showModels(models.map(({ id }) => id));
     showSuggestions((await (await call("/props")).json()).modalities);
     $("name").textContent = name;
-    $("slice").hidden = !sliced;
-    $("slice").textContent = sliced ? sliced.id.slice(name.length + 1) : "";
     document.title = name;
     return true;
   } catch (error) {

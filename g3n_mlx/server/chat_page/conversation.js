@@ -217,7 +217,7 @@ async function answer(asked, node = null) {
   } catch (error) {
     if (error.name === "AbortError") reason = "stopped";
     else {
-      node.failure = error instanceof Refused ? error.message : "The connection to the server broke.";
+      node.failure = error instanceof Refused ? naming(error.message, pathTo(asked), system) : "The connection to the server broke.";
       if ([400, 413, 422].includes(error.status) && !begun) reason = "refused";
       if (error.status === 401) askForKey();
     }
@@ -232,6 +232,13 @@ async function answer(asked, node = null) {
   if (known === nodes) showBranch();
   ready();
   showContext();
+}
+
+/** An error with the name of the file that it is about, in place of the file's place in the request. */
+function naming(message, path, system) {
+  return message.replace(/messages\[(\d+)\]\.content\[(\d+)\]/, (place, i, part) => {
+    return path[i - (system ? 1 : 0)]?.media?.[part]?.file.name || place;
+  });
 }
 
 function figures(text, reason, usage) {

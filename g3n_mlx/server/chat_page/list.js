@@ -20,10 +20,12 @@ function showList() {
     });
     const rename = tool("", ICONS.edit, () => renaming(record, row));
     rename.setAttribute("aria-label", `Rename ${record.title}`);
+    const save = tool("", ICONS.down, () => exportFile([record], record.title));
+    save.setAttribute("aria-label", `Export ${record.title}`);
     const why = "It goes with everything in it, and can't be brought back.";
     const away = tool("", ICONS.cross, () => confirmed(`Delete “${record.title}”?`, why, () => deleted(record.id)));
     away.setAttribute("aria-label", `Delete ${record.title}`);
-    const row = make("li", "", open, rename, away);
+    const row = make("li", "", open, rename, save, away);
     return row;
   }));
   $("no-list").hidden = rows.length > 0;
@@ -93,22 +95,23 @@ $("confirm").addEventListener("close", () => {
 });
 for (const [id, value] of [["confirm-yes", "yes"], ["confirm-no", ""]]) $(id).addEventListener("click", () => $("confirm").close(value));
 
-// Export and import: one JSON file with every conversation, its media in base64.
+// Export and import: one JSON file with conversations, their media in base64.
 
-async function exported() {
+async function exported(conversations) {
   const written = async ({ kind, file }) => ({ kind, name: file.name, type: file.type, data: await base64Of(file) });
   const messages = [];
-  for (const message of await everyMessage()) {
-    messages.push({ ...message, media: await Promise.all((message.media || []).map(written)) });
+  for (const { id } of conversations) {
+    for (const message of await everyMessage(id)) {
+      messages.push({ ...message, media: await Promise.all((message.media || []).map(written)) });
+    }
   }
-  const conversations = [...remembered.conversations.values()];
   return JSON.stringify({ format: "g3n_mlx conversations", version: 1, conversations, messages }, null, 1);
 }
 
-async function exportAll() {
+async function exportFile(conversations, name) {
   const link = make("a");
-  link.href = URL.createObjectURL(new Blob([await exported()], { type: "application/json" }));
-  link.download = `conversations-${new Date().toISOString().slice(0, 10)}.json`;
+  link.href = URL.createObjectURL(new Blob([await exported(conversations)], { type: "application/json" }));
+  link.download = `${name.replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "") || "conversation"}.json`;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 }
@@ -162,7 +165,9 @@ async function importFile(file) {
   showList();
 }
 
-$("export").addEventListener("click", exportAll);
+$("export").addEventListener("click", () => {
+  exportFile([...remembered.conversations.values()], `conversations ${new Date().toISOString().slice(0, 10)}`);
+});
 $("import").addEventListener("click", () => $("import-file").click());
 $("import-file").addEventListener("change", async () => {
   const [file] = $("import-file").files;

@@ -40,7 +40,10 @@ for (const name of NUMBERS) {
 }
 $("json").checked = kept("json") === "yes";
 $("json").addEventListener("change", () => kept("json", $("json").checked ? "yes" : ""));
-$("model-id").addEventListener("change", () => kept("model-id", $("model-id").value));
+$("model-id").addEventListener("change", () => {
+  kept("model-id", $("model-id").value);
+  showSlice();
+});
 
 /** The settings as fields of a request; what is not set is left to the model. */
 function requestSettings() {
@@ -55,7 +58,10 @@ function requestSettings() {
   };
 }
 
+let modelIds = [];
+
 function showModels(ids) {
+  modelIds = ids;
   const options = ["", ...ids.slice(1)].map((id) => {
     const option = make("option", "", id || ids[0]);
     option.value = id;
@@ -64,6 +70,17 @@ function showModels(ids) {
   $("model-id").replaceChildren(...options);
   $("model-id").value = ids.includes(kept("model-id")) ? kept("model-id") : "";
   $("model-field").hidden = ids.length < 2;
+  showSlice();
+}
+
+/** Which part of the model answers, where there are several. */
+function showSlice() {
+  const [name] = modelIds, ofModel = (id) => id.startsWith(`${name}:`), id = $("model-id").value || modelIds.find(ofModel) || name;
+  const slice = ofModel(id) ? id.slice(name.length + 1) : id;
+  $("slice").hidden = id === name;
+  $("slice").textContent = slice === "whole" ? "full size" : slice;
+  $("slice").title = slice === "whole" ? "The full model answers, none of its MatFormer slices" : ofModel(id)
+    ? `The MatFormer slice ${slice} answers: a smaller model within ${name}` : `The model ${slice} answers`;
 }
 
 /** How much of the context the shown branch leaves, as the last answer's usage says. */
@@ -76,7 +93,12 @@ function showContext() {
 
 // What to try, of what the model can do; a click writes it, and asks for the picture or the sound that it is about.
 
-function showSuggestions({ vision, audio }) {
+function showSuggestions({ vision, audio, video }) {
+  const brings = [vision && "a picture", audio && "a sound", video && "a video", "a file"].filter(Boolean);
+  const media = `${brings.slice(0, -1).join(", ")}${brings.length > 1 ? " or " : ""}${brings.at(-1)}`;
+  $("brings").textContent = `Ask something, add ${media}${audio ? ", or say it" : ""}.`;
+  $("greeting").textContent = vision ? "What shall we look at?" : "What shall we talk about?";
+  $("record").hidden = !audio;
   const write = (text, then) => tool(text, ICONS.right, () => {
     $("text").value = text;
     fit();
@@ -86,6 +108,7 @@ function showSuggestions({ vision, audio }) {
   });
   const tries = [write("What is 12 + 34?", () => $("text").focus())];
   if (vision) tries.push(write("What is in this picture?", () => $("files").click()));
-  if (audio) tries.push(write("Transcribe this.", record));
+  if (audio) tries.push(write("Transcribe this.", navigator.mediaDevices ? record : () => $("files").click()));
+  if (video) tries.push(write("What happens in this video?", () => $("files").click()));
   $("suggestions").replaceChildren(...tries);
 }

@@ -2,7 +2,7 @@
 
 import base64
 
-from asking import answered, answering, ask, drop, saying
+from asking import answered, answering, ask, drop, instead, saying
 from playwright import sync_api
 from running import picture, wait_until
 
@@ -140,6 +140,28 @@ def test_export_clear_and_import(visit, server, tmp_path):
     page.locator("#list .name").click()
     sync_api.expect(page.locator(".answer .words")).to_have_text("A white square.")
     page.wait_for_function("document.querySelector('.question img')?.naturalWidth === 60")
+
+
+def test_one_conversation_is_exported_and_imported(visit, server, tmp_path):
+    page = visit(server.url)
+    instead(page, "Yes.")
+    drop(page, "square.png", "image/png", picture())
+    ask(page, "Is it: a square?")
+    page.click("#new")
+    ask(page, "Another")
+    page.click("#conversations-button")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export Is it").click()
+    assert download.value.suggested_filename == "Is-it-a-square.json"
+    file = tmp_path / "one.json"
+    download.value.save_as(file)
+    other = visit(server.url)
+    other.click("#conversations-button")
+    other.set_input_files("#import-file", file)
+    sync_api.expect(other.locator("#list .name")).to_have_text(["Is it: a square?"])
+    other.locator("#list .name").click()
+    sync_api.expect(other.locator(".answer .words")).to_have_text("Yes.")
+    other.wait_for_function("document.querySelector('.question img')?.naturalWidth === 60")
 
 
 def test_what_does_not_fit_is_not_sent_and_nothing_is_deleted_for_it(visit, server):
