@@ -71,7 +71,8 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     )
     answer.add_argument("-p", "--prompt", help="the same; - takes what is piped in alone")
     answer.add_argument("--schema", type=Path, metavar="FILE", help="JSON schema that the one answer follows")
-    for kind in attachments.SUFFIXES:
+    for kind in (*attachments.SUFFIXES, attachments.FILE):
+        what = "text or PDF file" if kind == attachments.FILE else f"{kind} file"
         answer.add_argument(
             f"--{kind}",
             metavar="FILE",
@@ -79,7 +80,7 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
             action="append",
             default=[],
             type=lambda source, kind=kind: attachments.part(kind, source),
-            help=f"{kind} file or URL that the first question is about; repeatable",
+            help=f"{what} or URL that the first question is about; repeatable",
         )
     answer.add_argument("--system-prompt", metavar="TEXT", help="what the model is told before the conversation")
     answer.add_argument("--max-tokens", type=int, metavar="N", help="of one answer; default: to the context limit")
@@ -145,7 +146,7 @@ def _piped_text() -> str:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadValue(
-            f"stdin is not UTF-8 text: {error}; files of other kinds go with --image, --audio or --video"
+            f"stdin is not UTF-8 text: {error}; files of other kinds go with --image, --audio, --video or --file"
         ) from error
 
 

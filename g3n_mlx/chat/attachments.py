@@ -29,6 +29,7 @@ SUFFIXES = {
     "audio": {".aac", ".aif", ".aiff", ".flac", ".m4a", ".mp3", ".oga", ".ogg", ".opus", ".wav"},
     "video": {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"},
 }
+FILE = "file"  # the kind of a text or PDF file, whose text goes into the prompt
 # A path as terminals write a dropped file: absolute or a file:// URI, in quotes or with its spaces escaped, or both.
 _QUOTED = r"""'([^'\n]*)'|"([^"\n]*)\""""
 _PLAIN = r"[^\s'\"]" if os.name == "nt" else r"\\.|[^\s'\"\\]"
@@ -143,14 +144,46 @@ class OpenedMedia:
 
     def __init__(self) -> None:
         self._objects: dict[tuple[str, str], Image | Audio | Video] = {}  # by kind and source
+        self._texts: dict[str, str] = {}  # of files, by source
 
     def in_messages(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The messages with objects in the place of file names and URLs."""
+        """The messages with objects in the place of names and URLs of media, and with the text of files.
+
+        Raises ValueError for a file without text, and as `fetch` does.
+        """
         return [
-            {**message, "content": [self._opened(part) for part in content]} if isinstance(content, list) else message
+            {**message, "content": self._opened_parts(content)} if isinstance(content, list) else message
             for message in messages
             for content in [message.get("content")]
         ]
+
+    def _opened_parts(self, content: list[Any]) -> list[Any]:
+        parts: list[Any] = []
+        after_file = False
+        for entry in content:
+            is_file = isinstance(entry, dict) and entry.get("type") == FILE and isinstance(entry.get(FILE), str)
+            piece = self._text_of(entry) if is_file else self._opened(entry)
+            if after_file and isinstance(piece, str):  # a model takes parts without a space between them
+                parts[-1] += f"\n\n{piece}"
+            else:
+                parts.append(piece)
+            after_file = is_file
+        return parts
+
+    def _text_of(self, part: dict[str, Any]) -> str:
+        from g3n_mlx.media.document import document_text
+        from g3n_mlx.media.fetch import fetch
+        from g3n_mlx.media.policy import MediaPolicy
+        from g3n_mlx.prompt.fences import fenced
+
+        source, name = part[FILE], name_of(part)
+        if source not in self._texts:
+            try:
+                text = document_text(fetch(source, MediaPolicy()))
+            except ValueError as error:
+                raise BadValue(str(error) if name in str(error) else f"{name}: {error}") from None
+            self._texts[source] = fenced(name, text)
+        return self._texts[source]
 
     def object_of(self, part: dict[str, Any]) -> "Image | Audio | Video":
         """The object of a part of ours, made when it is first asked for; raises ValueError when it can't be."""

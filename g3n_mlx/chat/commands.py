@@ -230,6 +230,7 @@ COMMANDS = {
     "image": Command("FILE [QUESTION]", "ask about an image, now or with the next line", partial(_file, "image")),
     "audio": Command("FILE [QUESTION]", "ask about an audio file", partial(_file, "audio")),
     "video": Command("FILE [QUESTION]", "ask about a video", partial(_file, "video")),
+    "file": Command("FILE [QUESTION]", "ask about the text of a text or PDF file", partial(_file, attachments.FILE)),
     "paste": Command("", "ask about the image in the clipboard", _paste),
     "mic": Command("", "ask about what you say now", _mic),
     "system": Command("[TEXT|-]", "show the system prompt, set it, or take it away with -", _system),

@@ -129,6 +129,9 @@ class Session:
         from g3n_mlx.media.image import Image
         from g3n_mlx.media.policy import MediaPolicy
 
+        if part["type"] == attachments.FILE:
+            self.note(f"{attachments.name_of(part)}: {len(prompt.token_ids):,} tokens, with the next question")
+            return
         kinds = [span.features.kind for span in prompt.media]
         found, size = self.opened.object_of(part), ""
         if isinstance(found, Image):

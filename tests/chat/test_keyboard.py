@@ -32,8 +32,8 @@ def completed(before: str) -> list[str]:
 
 
 def test_commands_and_settings_are_completed():
-    assert completed("/he") == ["/help"]
-    assert completed("/s") == ["/system ", "/slice ", "/save ", "/stats", "/set "]
+    assert completed("/fi") == ["/file "]
+    assert completed("/s") == ["/system ", "/slice ", "/show", "/save ", "/stats", "/set "]
     assert "/image " in completed("/")
     assert completed("/set top") == ["/set top_p ", "/set top_k "]
     assert completed("/set top_p 0") == completed("") == completed("he") == completed("/nonsense ") == []
@@ -73,7 +73,7 @@ def test_where_quotes_end():
 def test_tab_and_quotes_in_a_real_terminal(tmp_path):
     with Typist(tmp_path, "--model", "demo") as typist:
         typist.child.send("/sy\t")
-        typist.child.expect("stem ")
+        typist.child.expect("stem")
         typist.type("Be brief.\r", "system prompt: Be brief.")
         typist.type('"""What is\r12 + 34?\r"""\r', "12 [+] 34 = 46")
         typist.end("\x04")
