@@ -25,6 +25,7 @@ def run(arguments: list[str], home: Path, text: bytes = b"") -> tuple[int, bytes
     """Exit code and output of `g3n` in a terminal of its own."""
     controller, terminal = pty.openpty()
     environment = {**os.environ, "XDG_CACHE_HOME": str(home), "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1"}
+    environment["XDG_DATA_HOME"] = str(home)
     command = [sys.executable, "-m", "g3n_mlx", *arguments]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=terminal, stderr=terminal, env=environment)
     os.close(terminal)
@@ -128,10 +129,18 @@ def test_a_conversation(tmp_path: Path, evil: Path) -> None:
         f"/set temperature {EVIL}",
         f"/system {EVIL}",
         "/stats",
+        EVIL,
+        "/resume",
+        "/resume 1",
     ]
     _, output = run(["chat", "--model", str(evil), "--max-tokens", "2"], tmp_path, "\n".join(lines).encode())
     assert b"system prompt: " in output
     assert_harmless(output)
+    for arguments in (["list"], ["show", "1"], ["show", "1", "--json"], ["rm", "1"]):
+        code, output = run(["history", *arguments], tmp_path)
+        assert code == 0
+        assert b"pwned" in output
+        assert_harmless(output)
 
 
 def test_the_doctor_lists_models(evil: Path, tmp_path: Path) -> None:

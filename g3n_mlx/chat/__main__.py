@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from g3n_mlx.chat import attachments
+from g3n_mlx.chat import attachments, kept
 from g3n_mlx.chat.keyboard import typed_messages
 from g3n_mlx.chat.models import Models
 from g3n_mlx.chat.session import Session
@@ -30,6 +30,7 @@ from g3n_mlx.commands import (
 )
 from g3n_mlx.config.fields import parse_json
 from g3n_mlx.failures import BadValue, one_line
+from g3n_mlx.history.store import History
 
 NAME = "g3n-chat"
 LEFT_OUT = ("--activations", "--dtype", "--revision")  # of the model's flags; `g3n serve` has them
@@ -86,6 +87,15 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     answer.add_argument("--max-tokens", type=int, metavar="N", help="of one answer; default: to the context limit")
     answer.add_argument("--temperature", "--temp", type=float, metavar="X", help="0 always takes the most likely token")
     answer.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
+    parser.add_argument(
+        "-c", "--continue", dest="goes_on", action="store_true", help="go on with the last conversation"
+    )
+    parser.add_argument(
+        "--no-history",
+        action="store_true",
+        default=kept.is_off(),
+        help="do not keep this conversation; G3N_HISTORY=off in the environment keeps none",
+    )
     parser.add_argument("--plain", action="store_true", help="show answers as they are, not as Markdown")
     parser.add_argument("--verbose", action="store_true", help="log lines, and figures after every answer")
     return parser
@@ -99,6 +109,8 @@ def _run(arguments: argparse.Namespace) -> int:
     SamplingParams(**settings)
     schema = None if arguments.schema is None else _schema(arguments.schema)
     prompt = _one_shot_prompt(arguments.prompt)
+    record = None if arguments.no_history else kept.new_record()
+    conversation = History().last() if arguments.goes_on else None
     models = Models(arguments)
     model = models.load()
     session = Session(
@@ -109,16 +121,20 @@ def _run(arguments: argparse.Namespace) -> int:
         styled=not arguments.plain and takes_styles(),
         slice_table=arguments.matformer_config,
         models=models,
+        record=record,
     )
     if prompt is None:
         model.warm_up()  # while the user reads and types
         say(f"{model.name} on {model.backend} ({model.device}); /help lists the commands, Ctrl-D ends")
+    if conversation is not None:
+        kept.take_up(session, conversation, quiet=prompt is not None)
+        session.system = conversation.system if arguments.system_prompt is None else arguments.system_prompt
     for part in arguments.attached:
         session.attach(part, quiet=prompt is not None)
     if prompt is not None:
         return INTERRUPTED if session.ask(prompt, schema).stopped else 0
     if sys.stdin.isatty() and sys.stdout.isatty():
-        session.run(typed_messages())
+        session.run(typed_messages(keep=record is not None))
         return 0
     session.run(message_lines())
     return 1 if session.failures else 0

@@ -145,6 +145,7 @@ class OpenedMedia:
     def __init__(self) -> None:
         self._objects: dict[tuple[str, str], Image | Audio | Video] = {}  # by kind and source
         self._texts: dict[str, str] = {}  # of files, by source
+        self._left_out: list[dict[str, Any]] = []
 
     def in_messages(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages with objects in the place of names and URLs of media, and with the text of files.
@@ -159,16 +160,23 @@ class OpenedMedia:
 
     def _opened_parts(self, content: list[Any]) -> list[Any]:
         parts: list[Any] = []
-        after_file = False
+        after_text = False
         for entry in content:
-            is_file = isinstance(entry, dict) and entry.get("type") == FILE and isinstance(entry.get(FILE), str)
-            piece = self._text_of(entry) if is_file else self._opened(entry)
-            if after_file and isinstance(piece, str):  # a model takes parts without a space between them
+            text = self._text_for(entry)
+            piece = self._opened(entry) if text is None else text
+            if after_text and isinstance(piece, str):  # a model takes parts without a space between them
                 parts[-1] += f"\n\n{piece}"
             else:
                 parts.append(piece)
-            after_file = is_file
+            after_text = text is not None
         return parts
+
+    def _text_for(self, part: Any) -> str | None:
+        """The text in a part's place: a file's, or that it can't be opened any more; None for other parts."""
+        if part in self._left_out:
+            return f"[{name_of(part)} is no longer there]"
+        is_file = isinstance(part, dict) and part.get("type") == FILE and isinstance(part.get(FILE), str)
+        return self._text_of(part) if is_file else None
 
     def _text_of(self, part: dict[str, Any]) -> str:
         from g3n_mlx.media.document import document_text
@@ -196,11 +204,21 @@ class OpenedMedia:
             self._objects[kind, source] = {"image": Image, "audio": Audio, "video": Video}[kind](source)
         return self._objects[kind, source]
 
+    def leave_out(self, part: dict[str, Any]) -> None:
+        """Has a part that can't be opened any more stand in messages as a note."""
+        self._left_out.append(part)
+
     def _opened(self, part: Any) -> Any:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in SUFFIXES or not isinstance(part.get(kind), str):
             return part  # text, or what a saved file has written in another way
         return {**part, kind: self.object_of(part)}
+
+
+def media_of(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The parts of messages that are not words, in their order."""
+    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
+    return [part for content in contents for part in content if isinstance(part, dict) and part.get("type") != "text"]
 
 
 @contextmanager

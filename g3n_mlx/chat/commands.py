@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from g3n_mlx.chat import attachments
+from g3n_mlx.chat import attachments, kept
 from g3n_mlx.chat.editor import edited
 from g3n_mlx.chat.saved import saved_messages, write_messages
 from g3n_mlx.chat.settings import SETTINGS
@@ -79,7 +79,13 @@ def _clear(session: "Session", _: str) -> None:
     pending = ", ".join(map(attachments.name_of, session.attached))
     session.messages, session.unanswered, session.attached = [], None, []
     session.opened = attachments.OpenedMedia()
-    session.note(f"the conversation is empty{f'; not asked about and forgotten too: {pending}' if pending else ''}")
+    back = ""
+    if session.record is not None:
+        back = "" if session.record.id is None else f"; /resume {session.record.id} goes back to the one before"
+        session.record.begin()
+    session.note(
+        f"the conversation is empty{f'; not asked about and forgotten too: {pending}' if pending else ''}{back}"
+    )
 
 
 def _undo(session: "Session", _: str) -> None:
@@ -93,6 +99,7 @@ def _undo(session: "Session", _: str) -> None:
     else:
         session.detach(session.unanswered)
     session.unanswered = None
+    kept.keep(session)
     left = len(session.messages) // 2
     session.note(f"forgotten; {left} question{' is' if left == 1 else 's are'} left")
 
@@ -173,6 +180,8 @@ def _load(session: "Session", name: str) -> None:
     if len(turns) % 2:
         raise BadValue(f"{path} ends with a question; expected an answer last")
     session.system, session.messages, session.unanswered = system, turns, None
+    if session.record is not None:
+        session.record.begin()
     session.note(f"loaded {len(turns)} messages from {path}")
 
 
@@ -234,7 +243,8 @@ COMMANDS = {
     "paste": Command("", "ask about the image in the clipboard", _paste),
     "mic": Command("", "ask about what you say now", _mic),
     "system": Command("[TEXT|-]", "show the system prompt, set it, or take it away with -", _system),
-    "clear": Command("", "forget the conversation, keep the system prompt", _clear),
+    "clear": Command("", "begin a new conversation, keep the system prompt", _clear),
+    "resume": Command("[ID]", "go on with an earlier conversation, by id or name; alone, list them", kept.resume),
     "undo": Command("", "forget the last question and its answer", _undo),
     "retry": Command("", "ask the last question again", _retry),
     "slice": Command("[NAME]", "answer with a slice of the model from now on; alone, list them", _slice),

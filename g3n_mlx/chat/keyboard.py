@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from prompt_toolkit.key_binding import KeyPressEvent
 
 
-def typed_messages() -> Iterator[str]:
-    """Messages typed into the terminal, until Ctrl-D."""
-    session = _prompt_session()
+def typed_messages(keep: bool = True) -> Iterator[str]:
+    """Messages typed into the terminal, until Ctrl-D. keep: for the arrow keys of later sessions."""
+    session = _prompt_session(keep)
     while True:
         try:
             yield session.prompt("> ")
@@ -24,7 +24,7 @@ def typed_messages() -> Iterator[str]:
             say("Ctrl-D or /exit ends")
 
 
-def _prompt_session() -> "PromptSession[str]":
+def _prompt_session(keep: bool) -> "PromptSession[str]":
     """Line editing, history over sessions, and messages of several lines; pasted newlines are kept as they are."""
     import platformdirs
     from prompt_toolkit import PromptSession
@@ -51,13 +51,14 @@ def _prompt_session() -> "PromptSession[str]":
         event.current_buffer.insert_text("\n")
 
     path = platformdirs.user_state_path("g3n_mlx", appauthor=False) / "chat_history"
+    history = InMemoryHistory()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)  # what one asks a model is private
-        history = FileHistory(str(path))
+        if keep:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)  # what one asks a model is private
+            history = FileHistory(str(path))
     except OSError as error:
         say(f"no history is kept: {one_line(error)}")
-        history = InMemoryHistory()
     return PromptSession(
         history=history,
         key_bindings=keys,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from g3n_mlx.chat import attachments, commands
+from g3n_mlx.chat import attachments, commands, kept
 from g3n_mlx.chat.models import Models
 from g3n_mlx.chat.slices import Sizes
 from g3n_mlx.chat.terminal import Interruption, quoted, say_dimly
@@ -22,6 +22,7 @@ from g3n_mlx.failures import BadValue, is_expected, one_line
 if TYPE_CHECKING:
     from g3n_mlx.chat.markdown import MarkdownStream
     from g3n_mlx.engine.results import Usage
+    from g3n_mlx.history.record import Record
     from g3n_mlx.model import Gemma3n
     from g3n_mlx.prompt.prompt import Prompt
 
@@ -49,10 +50,12 @@ class Session:
         styled: bool = False,
         slice_table: Path | None = None,
         models: Models | None = None,
+        record: "Record | None" = None,
     ) -> None:
         """settings: sampling keywords that differ from the model's defaults. styled: draw Markdown, and dim notes.
 
-        models: what loads another model; without it the one stays.
+        models: what loads another model; without it the one stays. record: what keeps the conversation; without it
+        nothing is kept.
         """
         self._models = models
         self.sizes = Sizes(model, slice_table)
@@ -64,6 +67,8 @@ class Session:
         self.unanswered: str | list[Any] | None = None
         self.attached: list[dict[str, Any]] = []  # to the next question
         self.opened = attachments.OpenedMedia()
+        self.record = record
+        self.unkept = False  # whether the last try to keep the conversation failed
 
     @property
     def model(self) -> "Gemma3n":
@@ -153,6 +158,7 @@ class Session:
         if answer.text or not answer.stopped:
             self.messages = [*messages, {"role": "assistant", "content": answer.text}]
             self.unanswered = None
+            kept.keep(self)
         self.usage = answer.usage
         if answer.usage is not None:
             self.sizes.note(answer.usage)

@@ -17,14 +17,14 @@ class Record:
 
     def begin(self) -> None:
         """What is said from now on is a new conversation."""
-        self._id: int | None = None
+        self.id: int | None = None  # of the conversation, once it is kept
         self._turns: list[Turn] = []  # those that are kept
         self._removed = False
 
     def take_up(self, conversation: Conversation) -> None:
         """What is said from now on belongs to a kept conversation."""
         self.begin()
-        self._id, self._turns = conversation.id, list(conversation.turns)
+        self.id, self._turns = conversation.id, list(conversation.turns)
 
     def update(self, system: str | None, messages: Sequence[dict[str, Any]], model: str) -> str | None:
         """Keeps a conversation as it now is; returns what a user should know.
@@ -41,7 +41,7 @@ class Record:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         turns = [*self._turns[:same], *(Turn(question, answer, model, now) for question, answer in pairs[same:])]
         try:
-            key, ids = self.history.write(self._id, system, [turn.id for turn in self._turns], same, turns[same:])
+            key, ids = self.history.write(self.id, system, [turn.id for turn in self._turns], same, turns[same:])
         except Removed:
             # Somebody wanted it gone: it does not come back with the next answer.
             self._removed = True
@@ -50,10 +50,10 @@ class Record:
             if not turns:
                 self.begin()
                 return None
-            self._id, ids = self.history.write(None, system, [], 0, turns)
+            self.id, ids = self.history.write(None, system, [], 0, turns)
             self._turns = [replace(turn, id=key) for turn, key in zip(turns, ids, strict=True)]
-            return f"the conversation was changed by another chat; what is said here is kept as {self._id}"
-        self._id = key if turns else None
+            return f"the conversation was changed by another chat; what is said here is kept as {self.id}"
+        self.id = key if turns else None
         self._turns = turns[:same] + [replace(turn, id=key) for turn, key in zip(turns[same:], ids, strict=True)]
         return None
 
