@@ -154,7 +154,7 @@ def test_the_doctor_lists_models(evil: Path, tmp_path: Path) -> None:
 
 def assert_harmless(output: bytes) -> None:
     """A progress bar may move within its line, an answer be drawn anew and in colours; all else is text."""
-    text = re.sub(r"\x1b\[(\d*A|J|(?!31m)[\d;]*m)|\r", "", output.decode())
+    text = re.sub(r"\x1b\[(\d*A|[JK]|(?!31m)[\d;]*m)|\r", "", output.decode())
     obeyed = {letter for letter in text if letter not in "\n\t" and (letter < " " or "\x7f" <= letter <= "\x9f")}
     assert not obeyed, output
 

@@ -42,9 +42,7 @@ def _help(session: "Session", _: str) -> None:
     for name, command in COMMANDS.items():
         session.note(f"  {f'/{name} {command.takes}':<24} {command.text}")
     session.note("  An image, audio or video file may also be dropped at the beginning or end of a message.")
-    session.note(
-        '  A new line in a message: Alt-Enter, or Enter after a backslash; """ begins and ends a message of many.'
-    )
+    session.note('  A new line in a message: Alt-Enter, or Enter after a backslash; """ begins and ends several lines.')
     session.note("  Tab completes commands and files. Ctrl-C stops an answer, Ctrl-Z suspends the chat.")
 
 

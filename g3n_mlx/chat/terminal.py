@@ -1,6 +1,7 @@
 """The terminal's side of a chat: messages piped in, dim notes, and Ctrl-C while an answer comes."""
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -53,7 +54,10 @@ def takes_styles() -> bool:
 
 def say_dimly(line: str) -> None:
     """Writes a line to stderr in a weaker colour, broken between words at the terminal's width."""
-    lines = textwrap.wrap(printable(line), shutil.get_terminal_size().columns, break_on_hyphens=False)
+    columns, text = shutil.get_terminal_size().columns, printable(line)
+    first = re.match(r" *\S.*?  +(?=\S)", text)  # of a table's columns, which the second keeps where it can
+    indent = len(first[0]) if first and len(first[0]) <= columns / 2 else 4 if text.startswith(" ") else 0
+    lines = textwrap.wrap(text, columns, break_on_hyphens=False, subsequent_indent=" " * indent)
     with suppress(OSError):
         sys.stderr.write("\x1b[2m" + "\n".join(lines) + "\x1b[22m\n")
         sys.stderr.flush()

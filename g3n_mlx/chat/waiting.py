@@ -71,7 +71,7 @@ class Waiting:
             return  # somebody's bar or question stands there
         line = printable(f"{self._text}, {time.monotonic() - self._begun:.0f} s")
         with suppress(OSError):
-            self._stderr.write(f"\r\x1b[2m{line[: shutil.get_terminal_size().columns - 1]}\x1b[22m\x1b[J")
+            self._stderr.write(f"\r\x1b[2m{line[: shutil.get_terminal_size().columns - 1]}\x1b[22m\x1b[K")
             self._stderr.flush()
         self._drawn = True
 
@@ -79,7 +79,7 @@ class Waiting:
         """Makes room for another line."""
         with self._lock, suppress(OSError):
             if self._drawn:
-                self._stderr.write("\r\x1b[J")
+                self._stderr.write("\r\x1b[K")
                 self._stderr.flush()
             self._drawn = False
 
