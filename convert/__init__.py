@@ -93,11 +93,11 @@ def convert(
     matformer_config, a CSV file (None: the published table). recipe: a JSON file with bits by module, instead of q_bits
     (checkpoint/recipe.py). quant_predicate: a function that says of a module's path, before any slice, whether it is
     quantized: True (as q_bits, q_group_size and ple_bits say), False, or its own {"bits": 6, "group_size": 64}. dtype:
-    "bfloat16" by default, "float16" or "float32"; of an already quantized source it
-    stays what it is. adapter: LoRA adapters, as `load` takes them, which are merged before anything is quantized.
-    method: "affine" as MLX quantizes, "mse" with the least squared error of the weights, "gptq" with that of their
-    products, for which moments names the folder that `g3n_mlx.calibration.measure` filled. dequantize: reads a
-    quantized source as the numbers that it stands for, to store them dense, or anew with q_bits or a recipe.
+    "bfloat16" by default, "float16" or "float32"; of an already quantized source it stays what it is. adapter: LoRA
+    adapters, as `load` takes them, which are merged before anything is quantized. method: "affine" as MLX quantizes,
+    "mse" with the least squared error of the weights, "gptq" with that of their products, for which moments names the
+    folder that `g3n_mlx.calibration.measure` filled. dequantize: reads a quantized source as the numbers that it stands
+    for, to store them dense, or anew with q_bits or a recipe.
     Raises ValueError or OSError when the source, the slice, the recipe, the disk or the output folder does not fit.
     """
     if matformer_config is not None and matformer is None:
