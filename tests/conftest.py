@@ -14,6 +14,7 @@ from typing import Any
 import checkpoint_files
 import devices
 import numpy as np
+import platformdirs
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -25,9 +26,15 @@ from g3n_mlx.kernels import library
 # is imported, and for the commands that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# What the chat keeps of its user, for the commands that tests start too: on Unix, and on Windows.
+# Other programs' caches may be read: those of the hub and of Playwright, who would look for them where ours then is.
+_caches = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+os.environ.setdefault("HF_HOME", str(_caches / "huggingface"))
+if sys.platform == "linux":
+    os.environ.setdefault("PLAYWRIGHT_BROWSERS_PATH", str(_caches / "ms-playwright"))
+
+# What the chat keeps of its user, and the program's cache, for the commands that tests start too: on Unix, and on Windows.
 _kept = tempfile.TemporaryDirectory(prefix="g3n-kept-", ignore_cleanup_errors=True)
-for _name in ("XDG_DATA_HOME", "XDG_STATE_HOME", "WIN_PD_OVERRIDE_LOCAL_APPDATA"):
+for _name in ("XDG_DATA_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME", "WIN_PD_OVERRIDE_LOCAL_APPDATA"):
     os.environ[_name] = _kept.name
 
 # Sets what MLX reads from the environment, before a test imports MLX by itself.
@@ -67,6 +74,14 @@ def installed(package: str) -> bool:
 def nothing_piped_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """A command that reads stdin finds its end there; pytest's own stand-in raises an error."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+
+
+@pytest.fixture
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The program's cache folder, for this test alone."""
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda *_, **__: folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

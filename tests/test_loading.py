@@ -16,7 +16,6 @@ import pytest
 from devices import device_for
 
 from g3n_mlx import load
-from g3n_mlx.checkpoint import hub
 from g3n_mlx.convert import convert
 from g3n_mlx.failures import Error
 from g3n_mlx.installation import install_command
@@ -33,14 +32,6 @@ def open_model(backend):
         return load(folder, backend=backend, device=device_for(backend), **{"dtype": "float32", **options})
 
     return opened
-
-
-@pytest.fixture
-def cache_folder(tmp_path, monkeypatch):
-    """The user's cache folder, for this test alone."""
-    folder = tmp_path / "cache"
-    monkeypatch.setattr(hub.platformdirs, "user_cache_path", lambda *names, **options: folder)
-    return folder
 
 
 @pytest.fixture
