@@ -15,7 +15,6 @@ from typing import Any
 from g3n_mlx.checkpoint import hub
 from g3n_mlx.checkpoint.files import is_uqff
 from g3n_mlx.checkpoint.folder import Checkpoint
-from g3n_mlx.checkpoint.hub import cache_folder
 from g3n_mlx.checkpoint.names import canonical_tensors
 from g3n_mlx.checkpoint.quantization import Quantization
 from g3n_mlx.checkpoint.recipe import (
@@ -26,6 +25,7 @@ from g3n_mlx.checkpoint.recipe import (
     choose_uniformly,
     read_recipe,
 )
+from g3n_mlx.checkpoint.registry import cache_folder, register
 from g3n_mlx.checkpoint.shards import open_shards
 from g3n_mlx.config.manifest import TEXT
 from g3n_mlx.config.model import ModelConfig
@@ -283,7 +283,7 @@ def _write(
 ) -> None:
     """choose: how modules are to be stored, by the shapes of all tensors; None leaves them as they are.
 
-    origin: what a model card is written of; without it there is none.
+    origin: what a model card is written of; without it there is none. The folder is registered.
     """
     if dtype is not None and dtype not in FLOATS:
         raise BadValue(f"dtype is {dtype!r}, expected one of {', '.join(FLOATS)}")
@@ -318,6 +318,8 @@ def _write(
             (partial / CARD).write_text(card, encoding="utf-8")
         # Written last: a folder without config.json is never taken for a checkpoint.
         write_json(partial / "config.json", _config(checkpoint, chosen, stored))
+    made_of = origin or Origin(str(checkpoint.folder), checkpoint.folder)
+    register(output, made_of.name, None if plan is None else plan.slice_name, checkpoint.folder)
 
 
 def _config(checkpoint: Checkpoint, quantizations: Mapping[str, Quantization], stored: str | None) -> dict[str, Any]:

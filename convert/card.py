@@ -24,7 +24,7 @@ class Origin:
 
     source: str
     folder: Path
-    flags: Sequence[str]  # of `g3n convert`, without the source and the output
+    flags: Sequence[str] = ()  # of `g3n convert`, without the source and the output
     note: str = ""  # what no flag says
 
     @property

@@ -24,6 +24,7 @@ COMMANDS = {
     "batch": ("g3n_mlx.batch", "answer a file of requests, or one question about many files"),
     "serve": ("g3n_mlx.server", "serve a model over OpenAI's API"),
     "mcp": ("g3n_mlx.mcp", "offer a model's eyes and ears to agents and editors"),
+    "models": ("g3n_mlx.models", "list the models on this machine, remove conversions"),
     "doctor": ("g3n_mlx.doctor", "show what this machine can run and what is installed"),
     "completion": ("g3n_mlx.completion", "print the script for completion by Tab"),
 }

@@ -15,8 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from g3n_mlx.checkpoint.folder import Checkpoint
-from g3n_mlx.checkpoint.hub import cache_folder
 from g3n_mlx.checkpoint.recipe import is_quantized_module
+from g3n_mlx.checkpoint.registry import cache_folder
 from g3n_mlx.config.fields import parse_json
 from g3n_mlx.config.manifest import PLE_TABLE, TOKEN_TABLE, text_manifest
 from g3n_mlx.convert import fingerprint

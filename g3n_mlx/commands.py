@@ -36,7 +36,7 @@ HUNG_UP, INTERRUPTED, PIPE_CLOSED, TERMINATED = 129, 130, 141, 143
 MODEL_FLAGS: dict[str, dict[str, Any]] = {
     "--model": {
         "metavar": "MODEL",
-        "help": "folder or hub id; default: the newest Gemma 3n here, else the demo model",
+        "help": "folder, hub id or conversion's name; default: the newest Gemma 3n here, else the demo model",
     },
     "--revision": {"metavar": "NAME", "help": "branch, tag or commit of a hub id"},
     "--matformer": {"metavar": "SLICE", "help": "MatFormer slice to take at load, by name or short form"},

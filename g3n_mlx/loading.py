@@ -12,6 +12,7 @@ from typing import Any
 from g3n_mlx.checkpoint.ahead import read_ahead
 from g3n_mlx.checkpoint.finite import not_finite
 from g3n_mlx.checkpoint.folder import Checkpoint
+from g3n_mlx.checkpoint.registry import note_use
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.convert import cached_conversion, plan_for, resolve
 from g3n_mlx.engine.runner import Runner, model_thread
@@ -45,10 +46,10 @@ def load(
     activations: str = "exact",
     adapter: AdapterLike | None = None,
 ) -> Gemma3n:
-    """Loads a Gemma 3n checkpoint of any layout from a folder, a GGUF file or the Hugging Face hub.
+    """Loads a Gemma 3n checkpoint of any layout from a folder, a GGUF file, the Hugging Face hub or by its name.
 
-    A GGUF file, or a model of mistral.rs (UQFF: its folder, hub id or file), is converted into the user's cache folder
-    once.
+    The name is that of a conversion's folder, wherever that lies (`g3n models` lists them). A GGUF file, or a model of
+    mistral.rs (UQFF: its folder, hub id or file), is converted into the user's cache folder once.
 
     backend: "mlx", "torch", or "auto": MLX on Apple Silicon, elsewhere PyTorch, else whichever is installed.
     matformer: a slice by name or short form ("e2.49b-block"), from the published table or `matformer_config`, a CSV.
@@ -96,6 +97,7 @@ def load(
     own_template = _own_template(checkpoint) if chat_template == "own" else None
     if chat_template == "gemma" and (note := chat_template_note(folder, checkpoint.config.media_kinds)) is not None:
         logger.warning("%s", note)
+    note_use(folder)
     return Gemma3n(
         _runner(checkpoint, name, backend, place, activations_dtype, activations),
         checkpoint,

@@ -32,7 +32,7 @@ os.environ.setdefault("HF_HOME", str(_caches / "huggingface"))
 if sys.platform == "linux":
     os.environ.setdefault("PLAYWRIGHT_BROWSERS_PATH", str(_caches / "ms-playwright"))
 
-# What the chat keeps of its user, and the program's cache, for the commands that tests start too: on Unix, and on Windows.
+# What the chat keeps of its user, and our cache, for the commands that tests start too: on Unix, and on Windows.
 _kept = tempfile.TemporaryDirectory(prefix="g3n-kept-", ignore_cleanup_errors=True)
 for _name in ("XDG_DATA_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME", "WIN_PD_OVERRIDE_LOCAL_APPDATA"):
     os.environ[_name] = _kept.name

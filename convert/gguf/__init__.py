@@ -20,11 +20,12 @@ import numpy as np
 from g3n_mlx.checkpoint.finite import all_finite
 from g3n_mlx.checkpoint.folder import Checkpoint
 from g3n_mlx.checkpoint.gguf import GgufTensor, Header, read_header
-from g3n_mlx.checkpoint.hub import cache_folder
 from g3n_mlx.checkpoint.quantization import Quantization
+from g3n_mlx.checkpoint.registry import cache_folder, register
 from g3n_mlx.checkpoint.shards import DTYPES
 from g3n_mlx.config.manifest import TEXT, dead_manifest
 from g3n_mlx.config.model import ModelConfig
+from g3n_mlx.convert.card import Origin
 from g3n_mlx.convert.gguf.blocks import DENSE, numbers, packed_parts, stored_as, type_named
 from g3n_mlx.convert.gguf.config import check_architecture, generation_config, text_config
 from g3n_mlx.convert.gguf.names import PLE, STACKED, text_name
@@ -77,7 +78,7 @@ def write_gguf(
     tokenizer: Path | None = None,
     progress: bool = True,
 ) -> None:
-    """Writes a GGUF file's model as a checkpoint folder, into a place that becomes `output`.
+    """Writes a GGUF file's model as a checkpoint folder, into a place that becomes `output` and is registered.
 
     tokenizer: a folder with tokenizer.json and chat template to take instead of what the metadata hold.
     Raises FileNotFoundError or ValueError when a file can't be read or is no Gemma 3n.
@@ -117,6 +118,7 @@ def write_gguf(
         # Written last: a folder without config.json is never taken for a checkpoint.
         write_json(folder / "config.json", raw)
         Checkpoint.open(folder).close()  # tensors that are missing or misshapen are an error now
+    register(output, Origin(str(path), path).name)
     logger.warning("%s has no towers: the model reads text alone", path)
 
 

@@ -14,9 +14,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from g3n_mlx.checkpoint.folder import Checkpoint
-from g3n_mlx.checkpoint.hub import cache_folder
 from g3n_mlx.checkpoint.quantization import Quantization
+from g3n_mlx.checkpoint.registry import cache_folder, register
 from g3n_mlx.config.fields import read_json
+from g3n_mlx.convert.card import Origin
 from g3n_mlx.convert.quantize import TensorJob, quantization_entry
 from g3n_mlx.convert.uqff.files import Module, model_files, opened_tensors
 from g3n_mlx.convert.uqff.weights import converted, copied, rounded_anew
@@ -66,6 +67,7 @@ def convert_uqff(source: Path, output: Path, *, progress: bool = True) -> Path:
             (partial_folder / _REPORT).unlink(missing_ok=True)
             write_json(partial_folder / "config.json", config)
             Checkpoint.open(partial_folder).close()  # complete, and of the shapes that the config says
+    register(output, Origin(str(source), source).name)
     return output
 
 

@@ -6,8 +6,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-import platformdirs
-
+from g3n_mlx.checkpoint import registry
 from g3n_mlx.checkpoint.files import RESIDUAL, UQFF, before_uqff_1, uqff_shards, weight_files
 from g3n_mlx.checkpoint.shards import TensorInfo
 from g3n_mlx.config.adapter import SETTINGS, adapter_files, adapter_message
@@ -22,22 +21,18 @@ _WANTED_FILES = [*_DESCRIPTION_FILES, "*.json", "*.safetensors", "*.jinja", "tok
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
-def cache_folder() -> Path:
-    """The user's cache folder of this program; it may not exist yet."""
-    return platformdirs.user_cache_path("g3n_mlx", appauthor=False)
-
-
 def demo_folder() -> Path:
     """The folder of the embedded demo model."""
     return Path(__file__).parent.parent / "demo"
 
 
 def resolve(path_or_id: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
-    """The local folder of a model, given as a folder or as a hub id like google/gemma-3n-E2B-it.
+    """The local folder of a model, given as a folder, a hub id like google/gemma-3n-E2B-it, or a conversion's name.
 
     A model of mistral.rs may be given as a .uqff file, its own or a hub id's: owner/name/q4k-0.uqff. It is returned as
     a file if it was, and always if it is of a hub id, where no other of its models is downloaded.
-    "demo" is the embedded demo model, unless there is a folder of that name.
+    "demo" is the embedded demo model, unless there is a folder of that name. A conversion's name is that of its folder,
+    wherever that lies.
     A hub id is downloaded (resumable, with a progress bar on stderr) unless it is in the hub cache already;
     HF_HUB_OFFLINE, HF_HOME and the like are respected. revision: a branch, tag or commit; of a hub id only.
     weights: False downloads the config and the table of slices alone.
@@ -60,10 +55,7 @@ def resolve(path_or_id: str | Path, revision: str | None = None, *, weights: boo
     if hub_id == DEMO and (revision, file) == (None, None):
         return demo_folder()
     if not _HUB_ID.fullmatch(hub_id):
-        raise MissingFile(
-            f"no model folder at {str(path_or_id)!r}, and it is no hub id either; give an existing folder, "
-            f"or owner/name as in {SUGGESTED_MODEL}"
-        )
+        return _conversion_named(str(path_or_id), revision)
     found = _download(hub_id, revision, _WANTED_FILES if weights else _DESCRIPTION_FILES)
     if weights and (file is not None or all(path.name == RESIDUAL for path in found.glob("*.safetensors"))):
         names = _uqff_names(hub_id, revision, found)
@@ -86,6 +78,20 @@ def is_absent(path_or_id: str | Path, revision: str | None = None) -> bool:
     except (OSError, ValueError):
         return True
     return False
+
+
+def _conversion_named(name: str, revision: str | None) -> Path:
+    found = registry.named(name)
+    if not found:
+        raise MissingFile(
+            f"no model folder at {name!r}, and it is no hub id either, nor a conversion that `g3n models` lists; give "
+            f"an existing folder, or owner/name as in {SUGGESTED_MODEL}"
+        )
+    if len(found) > 1:
+        raise BadValue(f"{name!r} is the name of {len(found)} conversions, give a folder: {', '.join(map(str, found))}")
+    if revision is not None:
+        raise BadValue(f"revision {revision!r} was given for the conversion {found[0]}; only a hub id has revisions")
+    return found[0]
 
 
 def resolve_adapter(path_or_id: str | Path) -> Path:
@@ -126,7 +132,19 @@ def tensor_headers(hub_id: str, revision: str | None = None) -> dict[str, Tensor
 
 def models_here() -> list[tuple[Path, str]]:
     """Every complete Gemma 3n of this program's conversions and of the hub cache: its folder, its path or hub id."""
-    return [*_cached_conversions(), *_hub_snapshots()]
+    conversions = [(folder, str(folder)) for folder in registry.conversions() if _is_complete_gemma3n(folder)]
+    return [*conversions, *snapshots_here()]
+
+
+def snapshots_here() -> list[tuple[Path, str]]:
+    """Every complete Gemma 3n of the hub cache: its folder, its hub id."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return [
+        (path.parent, path.parts[-4].removeprefix("models--").replace("--", "/", 1))
+        for path in Path(HF_HUB_CACHE).glob("models--*/snapshots/*/config.json")
+        if _is_complete_gemma3n(path.parent)
+    ]
 
 
 def default_model() -> tuple[Path, str]:
@@ -265,22 +283,6 @@ def _hub_error(error: Exception, hub_id: str, revision: str | None) -> OSError:
 
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
-
-
-def _cached_conversions() -> list[tuple[Path, str]]:
-    folders = (path.parent for path in cache_folder().glob("**/config.json"))
-    # A conversion under way has a folder whose name begins with a dot.
-    return [(folder, str(folder)) for folder in folders if folder.name[0] != "." and _is_complete_gemma3n(folder)]
-
-
-def _hub_snapshots() -> list[tuple[Path, str]]:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return [
-        (path.parent, path.parts[-4].removeprefix("models--").replace("--", "/", 1))
-        for path in Path(HF_HUB_CACHE).glob("models--*/snapshots/*/config.json")
-        if _is_complete_gemma3n(path.parent)
-    ]
 
 
 def _is_complete_gemma3n(folder: Path) -> bool:

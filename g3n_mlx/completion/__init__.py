@@ -59,6 +59,7 @@ def _name_values(parser: argparse.ArgumentParser) -> None:
         "FILE.png": FilesCompleter(),
         "FOLDER": DirectoriesCompleter(),
         "MODEL": _models,
+        "CONVERSION": _conversions,
         "SLICE": _slices,
     }
     actions: list[Any] = parser._actions  # pyright: ignore[reportPrivateUsage] (argparse has no public list)
@@ -76,6 +77,12 @@ def _models(prefix: str, **_: object) -> list[str]:
     from g3n_mlx.checkpoint.hub import DEMO, models_here
 
     return [DEMO, *(name for _, name in models_here()), *DirectoriesCompleter()(prefix)]
+
+
+def _conversions(**_: object) -> list[str]:
+    from g3n_mlx.checkpoint.registry import conversions
+
+    return [folder.name for folder in conversions()]
 
 
 def _slices(**_: object) -> list[str]:

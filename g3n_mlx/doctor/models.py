@@ -5,8 +5,9 @@ from typing import Any
 
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from g3n_mlx.checkpoint.hub import cache_folder, models_here
+from g3n_mlx.checkpoint.hub import models_here
 from g3n_mlx.checkpoint.quantization import BITS
+from g3n_mlx.checkpoint.registry import cache_folder
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.convert import DEFAULT_GROUP_SIZE, DEFAULT_PLE_BITS
 from g3n_mlx.convert.quantize import FLOATS

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tokenizers
 
-from g3n_mlx.checkpoint.hub import cache_folder
+from g3n_mlx.checkpoint.registry import cache_folder
 from g3n_mlx.failures import BadValue, MissingFile
 from g3n_mlx.prompt.vocabulary import Vocabulary, keep
 

@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from g3n_mlx.calibration import read_prompts
 from g3n_mlx.checkpoint.folder import Checkpoint
-from g3n_mlx.checkpoint.hub import cache_folder, resolve
+from g3n_mlx.checkpoint.hub import resolve
 from g3n_mlx.checkpoint.quantization import BITS
 from g3n_mlx.checkpoint.recipe import Recipe, write_recipe
+from g3n_mlx.checkpoint.registry import cache_folder
 from g3n_mlx.commands import say
 from g3n_mlx.convert import fingerprint, written_bytes
 from g3n_mlx.convert.quantize import FLOATS

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import constants
 
 from g3n_mlx.bench.__main__ import main
-from g3n_mlx.checkpoint.hub import cache_folder
+from g3n_mlx.checkpoint.registry import cache_folder
 from g3n_mlx.config.fields import read_json
 from g3n_mlx.config.model import ModelConfig
 

@@ -315,7 +315,7 @@ def test_default_model(tiny_folder, tmp_path):
         "no --model given: using the newest Gemma 3n on this machine, owner/some--name",
     )
 
-    code = "from g3n_mlx.checkpoint import hub; print(hub.cache_folder())"
+    code = "from g3n_mlx.checkpoint import registry; print(registry.cache_folder())"
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     conversion = Path(done.stdout.strip()) / "conversions" / "tiny"
