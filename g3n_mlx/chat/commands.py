@@ -242,7 +242,7 @@ COMMANDS = {
     "mic": Command("", "ask about what you say now", _mic),
     "system": Command("[TEXT|-]", "show the system prompt, set it, or take it away with -", _system),
     "clear": Command("", "begin a new conversation, keep the system prompt", _clear),
-    "resume": Command("[ID]", "go on with an earlier conversation, by id or name; alone, list them", kept.resume),
+    "resume": Command("[ID]", "go on with an earlier conversation; alone, list them", kept.resume),
     "undo": Command("", "forget the last question and its answer", _undo),
     "retry": Command("", "ask the last question again", _retry),
     "slice": Command("[NAME]", "answer with a slice of the model from now on; alone, list them", _slice),

@@ -1,5 +1,6 @@
 """A chat's conversation is kept while it goes on, and an earlier one is taken up again."""
 
+import io
 import os
 import shutil
 import signal
@@ -15,7 +16,8 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from test_chat import Typist, echo, talk, terminal  # noqa: F401 - a fixture among them
 
-from g3n_mlx.chat import kept
+from g3n_mlx.chat import __main__ as command
+from g3n_mlx.chat import kept, models
 from g3n_mlx.chat.keyboard import typed_messages
 from g3n_mlx.chat.session import Session
 from g3n_mlx.history.record import Record
@@ -43,13 +45,6 @@ def session(echo, history) -> Session:  # noqa: F811
 
 def questions(history: History, name: str = "1") -> list[str]:
     return [turn.question for turn in history.find(name).turns]
-
-
-def chat(*arguments: str, text: str | None = None, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "g3n_mlx", "chat", *DEMO, *arguments]
-    return subprocess.run(
-        command, input=text, capture_output=True, encoding="utf-8", check=False, timeout=300, **options
-    )
 
 
 def test_a_turn_is_kept_when_its_answer_ends(session, history):
@@ -158,43 +153,70 @@ def test_what_can_not_be_kept_is_said_once(session, history, capsys):
     assert session.failures == 0
 
 
-def test_one_shots(history):
-    first = chat("-p", "hello", text="from a pipe")
-    assert first.returncode == 0, first.stderr
-    assert questions(history) == ["from a pipe\n\nhello"]
-    assert chat("--no-history", "-c", "more").returncode == 0
-    assert chat("-c", "more", env={**os.environ, "G3N_HISTORY": "off"}).returncode == 0
-    assert questions(history) == ["from a pipe\n\nhello"]
-    going_on = chat("--continue", text="one\ntwo\n")
-    assert going_on.returncode == 0, going_on.stderr
-    assert "going on with conversation 1, 1 question" in going_on.stderr
-    assert questions(history) == ["from a pipe\n\nhello", "one", "two"]
+@pytest.fixture
+def chat(echo, history, monkeypatch):  # noqa: F811
+    """The command with the small fake model; returns its exit code."""
+    monkeypatch.setattr(models, "load_from", lambda arguments, **_: echo)
+
+    def run(*arguments: str, piped: str = "") -> int:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped.encode())))
+        return command.main(list(arguments))
+
+    return run
 
 
-def test_what_is_wrong_is_said_before_the_model_loads(history):
-    """Which would fail here."""
-    wrong = ("--model", "/no/such/model", "-p", "hello")
-    nothing = chat(*wrong, "--continue")
-    assert (nothing.returncode, nothing.stdout) == (1, "")
-    assert "there is no conversation to go on with" in nothing.stderr
+def test_one_shots_and_piped_questions(chat, history, echo, monkeypatch, capsys):  # noqa: F811
+    assert chat("-p", "hello", piped="from a pipe") == 0
+    assert questions(history) == ["from a pipe\n\nhello"]
+    assert chat("--no-history", "-c", "more") == 0
+    assert [message["content"] for message in echo.asked[-1][0][::2]] == ["from a pipe\n\nhello", "more"]
+    monkeypatch.setenv("G3N_HISTORY", "off")
+    assert chat("-c", "more") == 0
+    monkeypatch.delenv("G3N_HISTORY")
+    assert questions(history) == ["from a pipe\n\nhello"]
+    assert chat("-c", "--system-prompt", "Be kind.", "more") == 0
+    assert "going on with" not in capsys.readouterr().err
+    assert chat("--continue", piped="one\ntwo\n") == 0
+    assert "going on with conversation 1, 2 questions" in capsys.readouterr().err
+    assert questions(history) == ["from a pipe\n\nhello", "more", "one", "two"]
+    assert echo.asked[-1][0][0] == {"role": "system", "content": "Be kind."}
+
+
+def test_what_is_wrong_is_said_before_the_model_loads(chat, history, monkeypatch, capsys):
+    monkeypatch.setattr(models, "load_from", lambda arguments, **_: pytest.fail("it was loaded"))
+    assert chat("-p", "hello", "--continue") == 1
+    assert "there is no conversation to go on with" in capsys.readouterr().err
     history.path.parent.mkdir(parents=True)
     history.path.write_text("no database\n" * 100)
-    damaged = chat(*wrong)
-    assert (damaged.returncode, damaged.stdout) == (1, "")
-    assert len(damaged.stderr.splitlines()) == 1
-    assert "chat with --no-history" in damaged.stderr
-    assert "/no/such/model" in chat(*wrong, "--no-history").stderr
+    assert chat("-p", "hello") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "history.db is damaged" in line
+    assert "chat with --no-history" in line
+
+
+def test_a_damaged_history_is_no_matter_to_a_chat_that_keeps_none(chat, history):
+    history.path.parent.mkdir(parents=True)
+    history.path.write_text("no database\n" * 100)
+    assert chat("-p", "hello", "--no-history") == 0
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits of Unix")
 def test_a_full_disk(history):
     """As one: no file may grow beyond two pages of the database."""
-    full = chat("-p", "hello", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)))
+    full = subprocess.run(
+        [sys.executable, "-m", "g3n_mlx", "chat", *DEMO, "-p", "hello"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)),
+    )
     assert full.returncode == 0, full.stderr
     assert full.stdout.strip()
     assert full.stderr.count("[what is said is not kept for now: ") == 1
-    assert chat("-p", "again").returncode == 0
-    assert questions(history) == ["again"]
+    assert history.entries() == []
+    Record(history).update(None, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "m")
+    assert questions(history) == ["a"]
 
 
 @pytest.mark.parametrize("keep", [True, False])
