@@ -1,5 +1,6 @@
 """What a chat says of files, commands and settings that are not as they should be."""
 
+import re
 import shutil
 import sys
 import types
@@ -8,7 +9,14 @@ from pathlib import Path
 import pytest
 from test_chat import echo, session, talk  # noqa: F401 - fixtures among them
 
+from g3n_mlx.chat.commands import COMMANDS
+
 MEDIA = Path(__file__).resolve().parents[2] / "examples" / "media"
+
+
+def test_the_manual_names_every_command(repository):
+    manual = (repository / "docs" / "chat.md").read_text("utf-8")
+    assert not [name for name in COMMANDS if not re.search(rf"`/{name}[ `]", manual)]
 
 
 @pytest.fixture
