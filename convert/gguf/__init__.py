@@ -7,45 +7,33 @@ Weights of types that are affine in groups of 32 keep their exact values, as do 
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from g3n_mlx.checkpoint.finite import all_finite
 from g3n_mlx.checkpoint.folder import Checkpoint
-from g3n_mlx.checkpoint.gguf import GgufTensor, Header, read_header
-from g3n_mlx.checkpoint.quantization import Quantization
+from g3n_mlx.checkpoint.gguf import GgufTensor
 from g3n_mlx.checkpoint.registry import cache_folder, register
-from g3n_mlx.checkpoint.shards import DTYPES
-from g3n_mlx.config.manifest import TEXT, dead_manifest
 from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.convert.card import Origin
-from g3n_mlx.convert.gguf.blocks import DENSE, numbers, packed_parts, stored_as, type_named
+from g3n_mlx.convert.gguf.blocks import stored_as, type_named
 from g3n_mlx.convert.gguf.config import check_architecture, generation_config, text_config
-from g3n_mlx.convert.gguf.names import PLE, STACKED, text_name
-from g3n_mlx.convert.gguf.names import TOKENS as TOKENS
+from g3n_mlx.convert.gguf.file import GgufFile
+from g3n_mlx.convert.gguf.names import PLE
 from g3n_mlx.convert.gguf.tokenizer import ends_of_answers, tokenizer_json
-from g3n_mlx.convert.quantize import Output, TensorJob, quantization_entry, quantized_outputs
+from g3n_mlx.convert.gguf.weights import text_weights, zeros_of_unused
+from g3n_mlx.convert.quantize import quantization_entry
 from g3n_mlx.convert.write import appearing_folder, check_space, copy_sidecars, write_json, write_shards
-from g3n_mlx.failures import BadValue, MissingFile
+from g3n_mlx.failures import MissingFile
 
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".gguf"
 # Raised when the folders that are made change, so that cached ones are made again.
 _CACHE_VERSION = 1
-# Rows of the PLE table that are looked at together for being zeros.
-_TAIL_ROWS = 64
 # Of a file, what tells it from another of the same name, size and time.
 _HEAD_BYTES = 1 << 20
-
-Rows = Callable[[int, int], np.ndarray]  # bytes of the rows [start, stop)
 
 
 def is_gguf(path_or_id: str | Path) -> bool:
@@ -83,7 +71,7 @@ def write_gguf(
     tokenizer: a folder with tokenizer.json and chat template to take instead of what the metadata hold.
     Raises FileNotFoundError or ValueError when a file can't be read or is no Gemma 3n.
     """
-    file = _File(path)
+    file = GgufFile(path, check_architecture)
     text = text_config(path, file.header, file.rows_before_zeros(PLE))
     metadata = file.header.metadata
     ends = ends_of_answers(metadata)
@@ -96,8 +84,8 @@ def write_gguf(
     }
     config = ModelConfig.from_dict(raw, str(path))
     words = tokenizer_json(path, metadata) if tokenizer is None else None
-    weights = list(_text_weights(file, config))
-    weights += _zeros_of_unused(weights, config)
+    weights = list(text_weights(file, config))
+    weights += zeros_of_unused(weights, config)
     quantizations = {weight.path: weight.quantization for weight in weights if weight.quantization is not None}
     if quantizations:
         raw["quantization"] = raw["quantization_config"] = quantization_entry(quantizations)
@@ -122,149 +110,7 @@ def write_gguf(
     logger.warning("%s has no towers: the model reads text alone", path)
 
 
-@dataclass(frozen=True, slots=True)
-class _Weight:
-    """One tensor of the new folder."""
-
-    name: str  # below `model.`
-    shape: tuple[int, ...]
-    kind: int  # ggml's type
-    quantization: Quantization | None
-    rows: Rows
-
-    @property
-    def path(self) -> str:
-        return self.name.removesuffix(".weight")
-
-    def job(self) -> TensorJob:
-        num_rows = self.shape[0] if self.shape else 1
-        source_bytes = prod(self.shape) * 4  # of the numbers, which decides how many rows are read at once
-        if self.quantization is None:
-            dtype = DENSE[self.kind][0] if self.kind in DENSE else "F32"
-            outputs = (Output(f"model.{self.name}", dtype, self.shape),)
-        else:
-            outputs = quantized_outputs(f"model.{self.path}", self.shape, self.quantization, "F32")
-        return TensorJob(outputs, num_rows, source_bytes, self._produce)
-
-    def _produce(self, start: int, stop: int) -> tuple[np.ndarray, ...]:
-        rows = self.rows(start, stop)
-        if self.quantization is not None:
-            packed, scales, biases = packed_parts(self.kind, rows)
-            self._require_finite(scales, biases)
-            return packed, scales, biases
-        if self.kind in DENSE:
-            found = np.ascontiguousarray(rows).view(DENSE[self.kind][1])
-        else:
-            found = numbers(self.kind, rows)
-        found = found.reshape(stop - start, *self.shape[1:])
-        self._require_finite(found)
-        return (found,)
-
-    def _require_finite(self, *arrays: np.ndarray) -> None:
-        if not all(all_finite(array) for array in arrays):
-            raise BadValue(f"{self.name} holds NaN or infinity: the file is damaged")
-
-
-class _File:
-    """A GGUF file whose tensors are read by rows."""
-
-    def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise MissingFile(f"{path} does not exist; give a GGUF file of a Gemma 3n")
-        self.path = path
-        self.header: Header = read_header(path, arrays=True)
-        check_architecture(path, self.header)
-        self._bytes = np.memmap(path, np.uint8, "r")
-        self.kinds: Counter[str] = Counter()
-        for name, tensor in self.header.tensors.items():
-            self.kinds[self._check(name, tensor)] += 1
-
-    def _check(self, name: str, tensor: GgufTensor) -> str:
-        """The name of a tensor's type; raises ValueError where its rows can't be read."""
-        known = type_named(tensor.kind)
-        if known is None:
-            raise BadValue(f"{self.path}: {name:.80} has a type that is not read (ggml's number {tensor.kind})")
-        kind, block_size, block_bytes = known
-        width = tensor.shape[-1] if tensor.shape else 1
-        size = prod(tensor.shape) // block_size * block_bytes
-        if not tensor.shape or width % block_size or not 0 < size <= tensor.room:
-            raise BadValue(
-                f"{self.path}: {name:.80} is {kind}{list(tensor.shape)}, for which the file has {tensor.room} bytes: "
-                "it is damaged or cut off; download it again"
-            )
-        return kind
-
-    def rows(self, name: str, first: int = 0) -> Rows:
-        """Reads rows, counted from `first`, as bytes; of a vector all of it as one."""
-        tensor = self.header.tensors[name]
-        known = type_named(tensor.kind)
-        assert known is not None
-        _, block_size, block_bytes = known
-        if len(tensor.shape) == 1:  # its elements are the rows
-            block_bytes, width = block_bytes // block_size, 1
-        else:
-            width = tensor.shape[-1] // block_size
-        return partial(self._read, tensor.offset, width * block_bytes, first)
-
-    def _read(self, offset: int, row_bytes: int, first: int, start: int, stop: int) -> np.ndarray:
-        begin = offset + (first + start) * row_bytes
-        return self._bytes[begin : begin + (stop - start) * row_bytes].reshape(stop - start, row_bytes)
-
-    def rows_before_zeros(self, name: str) -> int:
-        """Rows of a matrix but for those at its end that are zeros: the converter fills tables up with them."""
-        tensor = self.header.tensors.get(name)
-        if tensor is None or len(tensor.shape) != 2:
-            raise BadValue(f"{self.path} has no matrix {name}: is it a whole Gemma 3n?")
-        read, stop = self.rows(name), tensor.shape[0]
-        while stop:
-            start = max(0, stop - _TAIL_ROWS)
-            filled = np.flatnonzero(numbers(tensor.kind, read(start, stop)).any(axis=1))
-            if len(filled):
-                return start + int(filled[-1]) + 1
-            stop = start
-        raise BadValue(f"{self.path}: {name} holds zeros alone")
-
-
-def _text_weights(file: _File, config: ModelConfig) -> Iterator[_Weight]:
-    """The language model's tensors, by their published names."""
-    for name, tensor in file.header.tensors.items():
-        shape = tensor.shape
-        if name in STACKED and len(shape) == 3:
-            for stream in range(shape[0]):
-                read = file.rows(name, first=stream * shape[1])
-                yield _weight(f"{STACKED[name]}.{stream}.weight", shape[1:], tensor.kind, read)
-            continue
-        published = text_name(name)
-        if published is None:
-            raise BadValue(f"{file.path} has a tensor {name!r:.80}, which Gemma 3n has not: was it made by llama.cpp?")
-        if name == PLE:
-            shape = (config.text.vocab_size_per_layer_input, *shape[1:])
-        yield _weight(published, shape, tensor.kind, file.rows(name))
-
-
-def _weight(name: str, shape: tuple[int, ...], kind: int, rows: Rows) -> _Weight:
-    quantized = len(shape) == 2 and name.endswith(".weight")
-    if len(shape) == 1 and kind not in DENSE:
-        raise BadValue(f"{name} is a vector of a quantized type, which llama.cpp does not write: the file is damaged")
-    return _Weight(f"{TEXT}{name}", shape, kind, stored_as(kind, shape[-1]) if quantized else None, rows)
-
-
-def _zeros_of_unused(weights: list[_Weight], config: ModelConfig) -> list[_Weight]:
-    """The unused keys and values of KV-sharing layers that the file lacks: mlx-lm requires them."""
-    present = {weight.name for weight in weights}
-    bf16 = next(kind for kind, (name, _) in DENSE.items() if name == "BF16")
-
-    def zeros(row_bytes: int, start: int, stop: int) -> np.ndarray:
-        return np.zeros((stop - start, row_bytes), np.uint8)
-
-    return [
-        _Weight(name, shape, bf16, None, partial(zeros, prod(shape[1:]) * DTYPES["BF16"].itemsize))
-        for name, shape in dead_manifest(config.text).items()
-        if name not in present
-    ]
-
-
-def _tell_what_is_rounded(path: Path, file: _File) -> None:
+def _tell_what_is_rounded(path: Path, file: GgufFile) -> None:
     anew: Mapping[str, int] = Counter(
         known[0]
         for tensor in file.header.tensors.values()

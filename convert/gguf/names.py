@@ -40,7 +40,7 @@ _MODEL = {
 }
 # One tensor for every stream but the active one.
 STACKED = {"altup_proj.weight": "altup_projections", "altup_unembd_proj.weight": "altup_unembed_projections"}
-TOKENS, PLE = "token_embd.weight", "per_layer_token_embd.weight"
+PLE = "per_layer_token_embd.weight"
 _IN_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 
 
