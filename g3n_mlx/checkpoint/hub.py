@@ -18,6 +18,7 @@ DEMO = "demo"
 _DESCRIPTION_FILES = ["config.json", "matformer.csv"]
 # Never pickles. The last four are for conversions, which hand them on.
 _WANTED_FILES = [*_DESCRIPTION_FILES, "*.json", "*.safetensors", "*.jinja", "tokenizer.model", "LICENSE*", "NOTICE*"]
+_HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/(.+)", re.ASCII)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -62,7 +63,7 @@ def resolve(path_or_id: str | Path, revision: str | None = None, *, weights: boo
         if file is not None or names:
             return _download_uqff(hub_id, revision, uqff_shards(names, hub_id, file), found)
     if weights:
-        _require_weights(found, hub_id)
+        _require_weights(found, hub_id, revision)
     return found
 
 
@@ -92,6 +93,30 @@ def _conversion_named(name: str, revision: str | None) -> Path:
     if revision is not None:
         raise BadValue(f"revision {revision!r} was given for the conversion {found[0]}; only a hub id has revisions")
     return found[0]
+
+
+def resolve_file(path_or_id: str | Path, revision: str | None = None) -> Path:
+    """The local path of a file, given as such or as one of the hub's, owner/name/FILE, which alone is downloaded.
+
+    revision: a branch, tag or commit; of a hub's file only. Raises as `resolve` does.
+    """
+    path = Path(path_or_id).expanduser()
+    named = None if path.exists() else _HUB_FILE.fullmatch(Path(path_or_id).as_posix())
+    if named is None:
+        if revision is not None:
+            raise BadValue(f"revision {revision!r} was given for the file {path}; only the hub has revisions")
+        return path
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    hub_id, name = named.groups()
+    with _hub_errors(hub_id, revision):
+        try:
+            return Path(huggingface_hub.hf_hub_download(hub_id, name, revision=revision))
+        except errors.RemoteEntryNotFoundError:
+            pass
+    there = ", ".join(_gguf_files(hub_id, revision)) or "none"
+    raise MissingFile(f"{hub_id} has no file {name}; its GGUF files: {there}")
 
 
 def resolve_adapter(path_or_id: str | Path) -> Path:
@@ -168,6 +193,7 @@ def _download(hub_id: str, revision: str | None, files: list[str]) -> Path:
     if not (folder / "config.json").is_file():
         if (folder / SETTINGS).is_file():
             raise MissingFile(f"{hub_id}{version}: {adapter_message(folder)}")
+        _require_no_gguf_files(hub_id, revision)
         raise MissingFile(f"{hub_id}{version} has no config.json; is it a model in safetensors format?")
     return folder
 
@@ -241,7 +267,28 @@ def _hub_errors(hub_id: str, revision: str | None) -> Generator[None]:
         ) from error
 
 
-def _require_weights(folder: Path, hub_id: str) -> None:
+def _require_no_gguf_files(hub_id: str, revision: str | None) -> None:
+    """Raises ValueError that lists the GGUF files of a repository from which no model in safetensors came."""
+    try:
+        found = _gguf_files(hub_id, revision)
+    except NoConnection:  # of which the caller's error speaks
+        return
+    if found:
+        raise BadValue(
+            f"{hub_id} holds GGUF files: name one of them, as in {hub_id}/{found[0]}; there are {', '.join(found)}"
+        )
+
+
+def _gguf_files(hub_id: str, revision: str | None) -> list[str]:
+    import huggingface_hub
+
+    with _hub_errors(hub_id, revision):
+        found = huggingface_hub.list_repo_files(hub_id, revision=revision)
+    models = (name for name in found if name.lower().endswith(".gguf"))
+    return sorted(models, key=lambda name: ("mmproj" in name.lower(), name))  # files of towers last
+
+
+def _require_weights(folder: Path, hub_id: str, revision: str | None) -> None:
     """Raises ConnectionError when a snapshot in the cache lacks weights that could not be fetched.
 
     The hub's client returns what it has of a snapshot when it can't ask for more, be it the config alone.
@@ -253,6 +300,7 @@ def _require_weights(folder: Path, hub_id: str) -> None:
     except MissingFile as error:
         if adapter_files(folder):
             raise
+        _require_no_gguf_files(hub_id, revision)
         offline = ", and HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
         raise NoConnection(
             f"the cache {constants.HF_HUB_CACHE} holds {hub_id} without its weights{offline}; go online once, or give "

@@ -44,6 +44,12 @@ OTHERS = {
     "owner/real": {name: (TINY / name).read_bytes() for name in ("config.json", "tokenizer.json", "model.safetensors")},
     "owner/several-uqff": SHARED | dict.fromkeys(["afq4-0.uqff", "q4k-0.uqff", "q4k-1.uqff", "q-8.uqff"], NEW),
     "owner/single-uqff": SHARED | dict.fromkeys(["q4k-0.uqff", "q4k-1.uqff"], NEW),
+    "owner/gguf": {
+        "config.json": b'{"model_type": "gemma3n"}',
+        "tiny-Q4_0.gguf": b"few bits",
+        "tiny-Q8_0.gguf": b"more",
+    }
+    | {"mmproj-F16.gguf": b"towers"},
     "owner/old-uqff": SHARED | {"it-q4k-0.uqff": uqff_shard("0")},
 }
 # What the hub answers for repositories it does not give away: status and X-Error-Code.
@@ -269,6 +275,39 @@ def test_a_hub_that_does_not_answer_is_told_as_for_a_download(endpoint, tmp_path
     for hub_id in ("owner/gated", "owner/absent", "owner/down"):
         told = in_child(tmp_path, f"sizing.outline_of({hub_id!r}, None)", HF_ENDPOINT=endpoint)
         assert told == resolve_in_child(tmp_path, hub_id, HF_ENDPOINT=endpoint)
+
+
+def test_of_gguf_files_the_named_one_alone_is_downloaded(endpoint, tmp_path):
+    def resolve_file(name, revision=None, **environment):
+        environment = {"HF_ENDPOINT": endpoint, **environment}
+        return in_child(tmp_path, f"hub.resolve_file({name!r}, {revision!r})", **environment)
+
+    path = Path(resolve_file("owner/gguf/tiny-Q4_0.gguf"))
+    assert path.read_bytes() == b"few bits"
+    assert [other.name for other in path.parent.iterdir()] == ["tiny-Q4_0.gguf"]
+    assert resolve_file("owner/gguf/tiny-Q4_0.gguf", HF_HUB_OFFLINE="1") == str(path)
+    assert resolve_file("owner/gguf/tiny-Q4_0.gguf", COMMIT) == str(path)
+    line = resolve_file("owner/gguf/tiny-Q5_0.gguf")
+    assert line.startswith("FileNotFoundError: owner/gguf has no file tiny-Q5_0.gguf; its GGUF files: tiny-Q4_0.gguf, ")
+    assert "no model 'owner/absent'" in resolve_file("owner/absent/tiny.gguf")
+    assert "is not in the cache" in resolve_file("owner/gguf/tiny-Q8_0.gguf", HF_HUB_OFFLINE="1")
+
+
+def test_a_repository_of_gguf_files_lists_them(endpoint, tmp_path):
+    line = resolve_in_child(tmp_path, "owner/gguf", HF_ENDPOINT=endpoint)
+    assert line == (
+        "ValueError: owner/gguf holds GGUF files: name one of them, as in owner/gguf/tiny-Q4_0.gguf; "
+        "there are tiny-Q4_0.gguf, tiny-Q8_0.gguf, mmproj-F16.gguf"
+    )
+    assert "holds owner/gguf without its weights" in resolve_in_child(tmp_path, "owner/gguf", HF_HUB_OFFLINE="1")
+
+
+def test_a_file_here_is_itself(tmp_path):
+    (tmp_path / "tiny.gguf").touch()
+    assert hub.resolve_file(tmp_path / "tiny.gguf") == tmp_path / "tiny.gguf"
+    assert hub.resolve_file("tiny.gguf") == Path("tiny.gguf")  # which is absent, and no file of the hub's
+    with pytest.raises(ValueError, match="only the hub has revisions"):
+        hub.resolve_file(tmp_path / "tiny.gguf", "v1")
 
 
 def test_a_download_that_breaks_off_can_go_on(endpoint, tmp_path):
