@@ -32,6 +32,7 @@ from g3n_mlx.config.model import ModelConfig
 from g3n_mlx.convert.card import CARD_BYTES, Origin, model_card
 from g3n_mlx.convert.card import FILE as CARD
 from g3n_mlx.convert.gguf import cached_gguf, is_gguf, write_gguf
+from g3n_mlx.convert.gguf.towers import towers_beside
 from g3n_mlx.convert.methods import method_named
 from g3n_mlx.convert.quantize import FLOATS, Method, affine, plan_jobs, quantization_entry, readable
 from g3n_mlx.convert.uqff import cached_uqff
@@ -83,21 +84,23 @@ def convert(
     moments: str | Path | None = None,
     dequantize: bool = False,
     tokenizer: str | Path | None = None,
+    mmproj: str | Path | None = None,
     progress: bool = True,
 ) -> Path:
     """Writes a checkpoint, sliced and quantized as asked, into a new folder; returns the folder.
 
     source: a folder of any layout, a hub id, or a GGUF file, which goes through a folder in the user's cache unless it
-    is written as it is. tokenizer: a folder with the tokenizer to take instead of a GGUF file's. q_bits: 2, 3, 4, 5, 6
-    or 8; None does not quantize. ple_bits: of the PLE table, 8 by default. matformer: name of a slice in
-    matformer_config, a CSV file (None: the published table). recipe: a JSON file with bits by module, instead of q_bits
-    (checkpoint/recipe.py). quant_predicate: a function that says of a module's path, before any slice, whether it is
-    quantized: True (as q_bits, q_group_size and ple_bits say), False, or its own {"bits": 6, "group_size": 64}. dtype:
-    "bfloat16" by default, "float16" or "float32"; of an already quantized source it stays what it is. adapter: LoRA
-    adapters, as `load` takes them, which are merged before anything is quantized. method: "affine" as MLX quantizes,
-    "mse" with the least squared error of the weights, "gptq" with that of their products, for which moments names the
-    folder that `g3n_mlx.calibration.measure` filled. dequantize: reads a quantized source as the numbers that it stands
-    for, to store them dense, or anew with q_bits or a recipe.
+    is written as it is. tokenizer: a folder with the tokenizer to take instead of a GGUF file's. mmproj: the GGUF file
+    of the towers; None takes the only one that lies beside a GGUF file. q_bits: 2, 3, 4, 5, 6 or 8; None does not
+    quantize. ple_bits: of the PLE table, 8 by default. matformer: name of a slice in matformer_config, a CSV file
+    (None: the published table). recipe: a JSON file with bits by module, instead of q_bits (checkpoint/recipe.py).
+    quant_predicate: a function that says of a module's path, before any slice, whether it is quantized: True (as
+    q_bits, q_group_size and ple_bits say), False, or its own {"bits": 6, "group_size": 64}. dtype: "bfloat16" by
+    default, "float16" or "float32"; of an already quantized source it stays what it is. adapter: LoRA adapters, as
+    `load` takes them, which are merged before anything is quantized. method: "affine" as MLX quantizes, "mse" with the
+    least squared error of the weights, "gptq" with that of their products, for which moments names the folder that
+    `g3n_mlx.calibration.measure` filled. dequantize: reads a quantized source as the numbers that it stands for, to
+    store them dense, or anew with q_bits or a recipe.
     Raises ValueError or OSError when the source, the slice, the recipe, the disk or the output folder does not fit.
     """
     if matformer_config is not None and matformer is None:
@@ -112,16 +115,20 @@ def convert(
     rules = None if recipe is None else read_recipe(Path(recipe).expanduser())
     output = Path(output).expanduser()
     words = None if tokenizer is None else Path(tokenizer).expanduser()
+    towers = None if mmproj is None else hub.resolve_file(mmproj)
     if is_gguf(source):
         changed = (q_bits, matformer, recipe, quant_predicate, dtype, adapter)
         if not dequantize and not any(changed):
             check_free_name(output)
-            path = _gguf_file(source, revision)
-            write_gguf(path, output, appearing_folder(output, wait_for_others=False), words, progress)
+            path = hub.resolve_file(source, revision)
+            towers = towers or towers_beside(path)
+            write_gguf(path, output, appearing_folder(output, wait_for_others=False), words, towers, progress)
             return output
     elif tokenizer is not None:
         raise BadValue("tokenizer was given without a GGUF file: a folder's own tokenizer is taken")
-    folder = resolve(source, revision, tokenizer=words)
+    elif mmproj is not None:
+        raise BadValue("mmproj was given without a GGUF file: a folder's own towers are taken")
+    folder = resolve(source, revision, tokenizer=words, mmproj=towers)
     plan = None if matformer is None else plan_for(folder, matformer, matformer_config)
     checkpoint = open_adapted(folder, plan, named_adapters(adapter))
     if checkpoint.low_ranks and not dequantize:
@@ -219,23 +226,24 @@ def cached_conversion(
 
 
 def resolve(
-    path_or_id: str | Path, revision: str | None = None, *, weights: bool = True, tokenizer: Path | None = None
+    path_or_id: str | Path,
+    revision: str | None = None,
+    *,
+    weights: bool = True,
+    tokenizer: Path | None = None,
+    mmproj: Path | None = None,
 ) -> Path:
     """The local folder of a model, given as `hub.resolve` takes it or as a GGUF file.
 
     Of a GGUF file, or a model of mistral.rs, a folder is made once. tokenizer: a folder with another tokenizer than the
-    GGUF file's. Raises as `hub.resolve`, `write_gguf` and `convert_uqff` do.
+    GGUF file's. mmproj: the GGUF file of the towers; None takes the only one beside. Raises as `hub.resolve`,
+    `write_gguf` and `convert_uqff` do.
     """
     if isinstance(path_or_id, str | Path) and is_gguf(path_or_id):
-        return cached_gguf(_gguf_file(path_or_id, revision), tokenizer)
+        path = hub.resolve_file(path_or_id, revision)
+        return cached_gguf(path, tokenizer, mmproj or towers_beside(path))
     found = hub.resolve(path_or_id, revision, weights=weights)
     return cached_uqff(found) if weights and is_uqff(found) else found
-
-
-def _gguf_file(path: str | Path, revision: str | None) -> Path:
-    if revision is not None:
-        raise BadValue(f"revision {revision!r} was given for the file {path}; only a hub id has revisions")
-    return Path(path).expanduser()
 
 
 def written_bytes(checkpoint: Checkpoint, recipe: Recipe, dtype: str | None = None) -> int:

@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
         flags.hf_path = str(flags.gguf)
     if flags.tokenizer is not None and not (flags.hf_path and is_gguf(flags.hf_path) and flags.output):
         parser.error("--tokenizer is for a conversion of a GGUF file")
+    if flags.mmproj is not None and not (flags.hf_path and is_gguf(flags.hf_path) and flags.output):
+        parser.error("--mmproj is for a conversion of a GGUF file")
     if flags.uqff is not None:
         _check_uqff(parser, flags)
     elif not flags.list_slices and not (flags.hf_path and flags.output):
@@ -184,6 +186,7 @@ def _convert(flags: argparse.Namespace) -> int:
         moments=_moments(flags, matformer) if flags.method == "gptq" else None,
         dequantize=flags.dequantize,
         tokenizer=flags.tokenizer,
+        mmproj=flags.mmproj,
     )
     return _wrote(output)
 
@@ -199,10 +202,9 @@ def _moments(flags: argparse.Namespace, matformer: str | None) -> Path:
         plan = None if matformer is None else plan_for(resolve(flags.hf_path, flags.revision), matformer, table)
         only = partial(_is_chosen, read_recipe(flags.recipe.expanduser()), str if plan is None else plan.base_name)
     with load(
-        flags.hf_path,
+        resolve(flags.hf_path, flags.revision, tokenizer=flags.tokenizer, mmproj=flags.mmproj),
         matformer=matformer,
         matformer_config=table,
-        revision=flags.revision,
         adapter=parsed_adapters(flags.adapter),
     ) as model:
         return measure(model, flags.calibration, only=only)
@@ -312,7 +314,8 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     add_model_flag(add, "--model", "--hf-path", dest="hf_path", help=source)
     add_model_flag(add, "--revision")
     add("--uqff", metavar="MODEL", help="a model of mistral.rs: a folder, a hub id, or a .uqff file in one of them")
-    add("--gguf", type=Path, metavar="FILE", help="the source: a GGUF file of llama.cpp's")
+    add("--gguf", type=Path, metavar="FILE", help="the source: a GGUF file, or owner/name/FILE of the hub")
+    add("--mmproj", type=Path, metavar="FILE", help="GGUF file of the towers, if it isn't the only one beside --gguf")
     add("--tokenizer", type=Path, metavar="FOLDER", help="take the tokenizer from here instead of the GGUF file's")
     add("-o", "--output", type=Path, metavar="FOLDER", help="the folder to make")
     add("--upload-repo", metavar="OWNER/NAME", help="then upload it to this repository of the Hugging Face hub")

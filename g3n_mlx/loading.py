@@ -48,8 +48,9 @@ def load(
 ) -> Gemma3n:
     """Loads a Gemma 3n checkpoint of any layout from a folder, a GGUF file, the Hugging Face hub or by its name.
 
-    The name is that of a conversion's folder, wherever that lies (`g3n models` lists them). A GGUF file, or a model of
-    mistral.rs (UQFF: its folder, hub id or file), is converted into the user's cache folder once.
+    The name is that of a conversion's folder, wherever that lies (`g3n models` lists them). A GGUF file, with the
+    towers of the only mmproj file beside it, or a model of mistral.rs (UQFF: its folder, hub id or file), is converted
+    into the user's cache folder once. A GGUF file of the hub is named as owner/name/FILE.gguf.
 
     backend: "mlx", "torch", or "auto": MLX on Apple Silicon, elsewhere PyTorch, else whichever is installed.
     matformer: a slice by name or short form ("e2.49b-block"), from the published table or `matformer_config`, a CSV.

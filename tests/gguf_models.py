@@ -74,11 +74,75 @@ def write_model(
         raw = quantized(array, kind)
         writer.add_tensor(name, raw, raw_dtype=kind)
         meaning[name] = gguf.quants.dequantize(raw, kind)
+    finish(writer)
+    return meaning
+
+
+def towers_tensors(source: Path, kind: Kind) -> dict[str, tuple[str, np.ndarray, Kind]]:
+    """Tensors of towers and embedders by their published names: GGUF's name, the array and its type.
+
+    As the converter has it, `Gemma3nVisionAudioModel`: blocks of the vision tower are named by itself.
+    """
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, 128)
+    found: dict[str, tuple[str, np.ndarray, Kind]] = {}
+    for name, array in read_folder(source).items():
+        if "language_model" in name:
+            continue
+        array, stored = array.astype(np.float32), kind
+        if (blocks := "model.vision_tower.timm_model.blocks.") in name:
+            theirs = name.replace(blocks, "v.blk.")
+        else:
+            key = name.replace("model.audio_tower.conformer.", "conformer.layers.")
+            theirs = names.get_name(key, (".weight", ".bias")) or ""
+        if ".subsample_conv_projection." in name and name.endswith(".norm.weight"):  # not in all versions of the map
+            theirs = f"a.conv1d.{name.split('.conv_')[1][0]}.norm.weight"
+        if theirs == "v.conv_stem.conv.bias":
+            array = array.reshape(1, -1, 1, 1)
+        if "input_proj" in name:
+            stored = Kind.F16
+        elif array.ndim == 1 or "stem" in name or ("audio_tower" in name and (".conv" in name or "_conv" in name)):
+            stored = Kind.F32
+        if array.shape[-1] % gguf.GGML_QUANT_SIZES[stored][0]:
+            stored = Kind.F16
+        found[name] = theirs, array, stored
+    return found
+
+
+def write_towers(
+    path: Path,
+    source: Path,
+    kind: Kind = Kind.BF16,
+    without: str | tuple[str, ...] = (),
+    architecture: str = "clip",
+    more: Mapping[str, np.ndarray] | None = None,
+    **changes: Any,
+) -> dict[str, np.ndarray]:
+    """The towers of a published folder as a file of their own; returns what every tensor stands for.
+
+    without: how the published names of tensors to leave out begin. more: further tensors. changes: metadata.
+    """
+    writer = gguf.GGUFWriter(path, architecture)
+    usual = {"clip__vision__projector_type": "gemma3nv", "clip__audio__projector_type": "gemma3na"}
+    for key, value in (usual | changes).items():
+        add(writer, key.replace("__", "."), value)
+    meaning: dict[str, np.ndarray] = {}
+    for name, (theirs, array, stored) in towers_tensors(source, kind).items():
+        if name.startswith(without):
+            continue
+        raw = gguf.quants.quantize(array, stored)
+        writer.add_tensor(theirs, raw, raw_dtype=stored)
+        meaning[name] = gguf.quants.dequantize(raw, stored).reshape(-1)
+    for name, array in (more or {}).items():
+        writer.add_tensor(name, array)
+    finish(writer)
+    return meaning
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return meaning
 
 
 def quantized(array: np.ndarray, kind: Kind) -> np.ndarray:

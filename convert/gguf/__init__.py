@@ -1,5 +1,7 @@
 """GGUF files, llama.cpp's format, as checkpoint folders: weights, config and tokenizer, streamed block by block.
 
+The language model is one file, the towers are another, if there are any.
+
 Weights of types that are affine in groups of 32 keep their exact values, as do dense ones; others are rounded anew to
 8 bits.
 """
@@ -22,6 +24,7 @@ from g3n_mlx.convert.gguf.config import check_architecture, generation_config, t
 from g3n_mlx.convert.gguf.file import GgufFile
 from g3n_mlx.convert.gguf.names import PLE
 from g3n_mlx.convert.gguf.tokenizer import ends_of_answers, tokenizer_json
+from g3n_mlx.convert.gguf.towers import check_towers, published_towers, tower_config, tower_weights
 from g3n_mlx.convert.gguf.weights import text_weights, zeros_of_unused
 from g3n_mlx.convert.quantize import quantization_entry
 from g3n_mlx.convert.write import appearing_folder, check_space, copy_sidecars, write_json, write_shards
@@ -31,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 SUFFIX = ".gguf"
 # Raised when the folders that are made change, so that cached ones are made again.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 # Of a file, what tells it from another of the same name, size and time.
 _HEAD_BYTES = 1 << 20
 
@@ -41,18 +44,20 @@ def is_gguf(path_or_id: str | Path) -> bool:
     return str(path_or_id).lower().endswith(SUFFIX) and not Path(path_or_id).expanduser().is_dir()
 
 
-def cached_gguf(path: Path, tokenizer: Path | None = None) -> Path:
+def cached_gguf(path: Path, tokenizer: Path | None = None, mmproj: Path | None = None) -> Path:
     """The folder made of a GGUF file, from the user's cache folder; made on first use.
 
-    tokenizer: a folder whose tokenizer and template are taken instead of the file's. Raises as `write_gguf` does;
-    processes that want the same folder wait for each other.
+    tokenizer, mmproj: as of `write_gguf`, which says what is raised; processes that want the same folder wait for each
+    other.
     """
-    key = hashlib.sha256(repr((_CACHE_VERSION, _fingerprint(path), tokenizer and str(tokenizer.resolve()))).encode())
-    target = cache_folder() / "conversions" / f"{path.stem}-{key.hexdigest()[:16]}"
+    towers = mmproj and _fingerprint(mmproj)
+    wanted = (_CACHE_VERSION, _fingerprint(path), tokenizer and str(tokenizer.resolve()), towers)
+    key = hashlib.sha256(repr(wanted).encode()).hexdigest()
+    target = cache_folder() / "conversions" / f"{path.stem}-{key[:16]}"
     if not target.is_dir():
         logger.info("reading %s once, into %s", path, target)
         try:
-            write_gguf(path, target, appearing_folder(target, wait_for_others=True), tokenizer)
+            write_gguf(path, target, appearing_folder(target, wait_for_others=True), tokenizer, mmproj)
         except FileExistsError:
             if not target.is_dir():
                 raise
@@ -64,14 +69,17 @@ def write_gguf(
     output: Path,
     place: AbstractContextManager[Path],
     tokenizer: Path | None = None,
+    mmproj: Path | None = None,
     progress: bool = True,
 ) -> None:
     """Writes a GGUF file's model as a checkpoint folder, into a place that becomes `output` and is registered.
 
-    tokenizer: a folder with tokenizer.json and chat template to take instead of what the metadata hold.
+    tokenizer: a folder with tokenizer.json and chat template to take instead of what the metadata hold. mmproj: the
+    file of the towers; None: text alone.
     Raises FileNotFoundError or ValueError when a file can't be read or is no Gemma 3n.
     """
     file = GgufFile(path, check_architecture)
+    towers = None if mmproj is None else GgufFile(mmproj, check_towers)
     text = text_config(path, file.header, file.rows_before_zeros(PLE))
     metadata = file.header.metadata
     ends = ends_of_answers(metadata)
@@ -82,10 +90,14 @@ def write_gguf(
         "torch_dtype": "bfloat16",
         "eos_token_id": ends,
     }
+    if towers is not None:
+        raw |= tower_config(towers)
     config = ModelConfig.from_dict(raw, str(path))
     words = tokenizer_json(path, metadata) if tokenizer is None else None
     weights = list(text_weights(file, config))
     weights += zeros_of_unused(weights, config)
+    if towers is not None:
+        weights += tower_weights(towers, config)
     quantizations = {weight.path: weight.quantization for weight in weights if weight.quantization is not None}
     if quantizations:
         raw["quantization"] = raw["quantization_config"] = quantization_entry(quantizations)
@@ -103,11 +115,24 @@ def write_gguf(
             if isinstance(template, str):
                 (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
             write_json(folder / "generation_config.json", generation_config(metadata, ends))
+        if towers is not None:
+            write_json(folder / "preprocessor_config.json", published_towers()["preprocessor_config"])
         # Written last: a folder without config.json is never taken for a checkpoint.
         write_json(folder / "config.json", raw)
         Checkpoint.open(folder).close()  # tensors that are missing or misshapen are an error now
     register(output, Origin(str(path), path).name)
-    logger.warning("%s has no towers: the model reads text alone", path)
+    _tell_what_it_reads(path, config)
+
+
+def _tell_what_it_reads(path: Path, config: ModelConfig) -> None:
+    match config.media_kinds:
+        case ():
+            advice = "for more, put the file of its towers, mmproj, beside it"
+            logger.warning("%s has no towers: the model reads text alone; %s", path, advice)
+        case ("image",):
+            logger.warning("%s has no audio tower: the model reads text and images", path)
+        case _:
+            pass
 
 
 def _tell_what_is_rounded(path: Path, file: GgufFile) -> None:

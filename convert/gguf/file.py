@@ -48,17 +48,13 @@ class GgufFile:
             )
         return kind
 
-    def rows(self, name: str, first: int = 0) -> Rows:
-        """Reads rows, counted from `first`, as bytes; of a vector all of it as one."""
+    def rows(self, name: str, shape: tuple[int, ...], first: int = 0) -> Rows:
+        """Reads a tensor, or what follows `first` rows of it, as rows of a shape, in bytes; a vector's are elements."""
         tensor = self.header.tensors[name]
         known = type_named(tensor.kind)
         assert known is not None
         _, block_size, block_bytes = known
-        if len(tensor.shape) == 1:  # its elements are the rows
-            block_bytes, width = block_bytes // block_size, 1
-        else:
-            width = tensor.shape[-1] // block_size
-        return partial(self._read, tensor.offset, width * block_bytes, first)
+        return partial(self._read, tensor.offset, prod(shape[1:]) * block_bytes // block_size, first)
 
     def _read(self, offset: int, row_bytes: int, first: int, start: int, stop: int) -> np.ndarray:
         begin = offset + (first + start) * row_bytes
@@ -69,7 +65,7 @@ class GgufFile:
         tensor = self.header.tensors.get(name)
         if tensor is None or len(tensor.shape) != 2:
             raise BadValue(f"{self.path} has no matrix {name}: is it a whole Gemma 3n?")
-        read, stop = self.rows(name), tensor.shape[0]
+        read, stop = self.rows(name, tensor.shape), tensor.shape[0]
         while stop:
             start = max(0, stop - _TAIL_ROWS)
             filled = np.flatnonzero(numbers(tensor.kind, read(start, stop)).any(axis=1))

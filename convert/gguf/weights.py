@@ -68,7 +68,7 @@ def text_weights(file: GgufFile, config: ModelConfig) -> Iterator[Weight]:
         shape = tensor.shape
         if name in STACKED and len(shape) == 3:
             for stream in range(shape[0]):
-                read = file.rows(name, first=stream * shape[1])
+                read = file.rows(name, shape[1:], first=stream * shape[1])
                 yield _weight(f"{STACKED[name]}.{stream}.weight", shape[1:], tensor.kind, read)
             continue
         published = text_name(name)
@@ -76,7 +76,7 @@ def text_weights(file: GgufFile, config: ModelConfig) -> Iterator[Weight]:
             raise BadValue(f"{file.path} has a tensor {name!r:.80}, which Gemma 3n has not: was it made by llama.cpp?")
         if name == PLE:
             shape = (config.text.vocab_size_per_layer_input, *shape[1:])
-        yield _weight(published, shape, tensor.kind, file.rows(name))
+        yield _weight(published, shape, tensor.kind, file.rows(name, shape))
 
 
 def _weight(name: str, shape: tuple[int, ...], kind: int, rows: Rows) -> Weight:

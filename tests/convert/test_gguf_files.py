@@ -14,8 +14,10 @@ from g3n_mlx.convert.__main__ import main as convert_command
 from g3n_mlx.convert.gguf.blocks import AFFINE, packed_parts, stored_as
 from g3n_mlx.convert.gguf.names import text_name
 from g3n_mlx.failures import BadValue, MissingFile
+from g3n_mlx.loading import load
 
 EXACT = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, Kind.Q4_K, Kind.Q5_K)
+IDS = [2, 300, 41, 512, 77, 900, 301, 333]
 TEXTS = ("The cat  sat.\n\nOn a   mat, naïve ☃ 𝄞", "<start_of_turn>user\nhe the then", "a\n\n\nb\t<unused3> <0x41>")
 
 
@@ -114,6 +116,41 @@ def test_a_slice_and_other_bits_of_a_file(tiny_folder, tmp_path, caplog):
         convert(path, tmp_path / "smaller", q_bits=4, progress=False)
     assert convert_command(["--gguf", str(path), "-o", str(tmp_path / "again"), "-q", "--dequantize"]) == 0
     assert "the model reads text alone" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def small(tiny_folder, tmp_path_factory):
+    """A file of 8 bits and its folder; quantized in groups of 32, so that slices may have widths like 96."""
+    folder = tmp_path_factory.mktemp("small")
+    write_model(folder / "tiny.gguf", tiny_folder, Kind.Q8_0)
+    return folder / "tiny.gguf", convert(folder / "tiny.gguf", folder / "out", progress=False)
+
+
+def test_both_backends_answer_with_the_same_tokens(small, backends):
+    answers = []
+    for backend in backends:
+        with load(small[1], backend=backend, dtype="float32") as model:
+            answers.append(model.generate(IDS, temperature=0, ignore_eos=True, max_tokens=12).token_ids)
+    assert len(answers) == 2
+    assert answers[0] == answers[1]
+
+
+def test_a_slice_at_load_is_that_of_a_conversion(small, tmp_path):
+    path, whole = small
+    table = tmp_path / "slices.csv"
+    table.write_text(
+        "name,# Layers,# Effective Params (B),MMLU PT accuracy,FFN Hidden Dims,Layers Skipped\n"
+        'Mixed,8,,,"[256, 192, 128, 256, 96, 128, 64, 192]","[1, 6]"\n'
+    )
+    how = {"matformer": "mixed", "matformer_config": table}
+    sliced = convert(path, tmp_path / "sliced", progress=False, **how)
+    assert read_config(sliced)["text_config"]["intermediate_size"] == [256, 192, 128, 256, 96, 128, 64, 192]
+    logits = []
+    for source, options in ((sliced, {}), (path, how), (whole, how)):
+        with load(source, backend="torch", dtype="float32", **options) as model:
+            logits.append(model.logits(IDS))
+    np.testing.assert_array_equal(logits[1], logits[0])
+    np.testing.assert_array_equal(logits[2], logits[0])
 
 
 def test_another_folders_tokenizer(tiny_folder, tmp_path):

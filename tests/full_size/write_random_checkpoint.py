@@ -41,51 +41,6 @@ OVERHEAD = {
     "vocab_size": 2048,
     "vocab_size_per_layer_input": 2048,
 }
-# Of the published config.json, as the keys below.
-VISION: dict[str, Any] = {
-    "architecture": "mobilenetv5_300m_enc",
-    "do_pooling": False,
-    "hidden_size": 2048,
-    "model_args": None,
-    "model_type": "gemma3n_vision",
-    "rms_norm_eps": 1e-6,
-    "vocab_offset": 262_144,
-    "vocab_size": 128,
-}
-AUDIO: dict[str, Any] = {
-    "conf_attention_chunk_size": 12,
-    "conf_attention_context_left": 13,
-    "conf_attention_context_right": 0,
-    "conf_attention_logit_cap": 50.0,
-    "conf_conv_kernel_size": 5,
-    "conf_num_attention_heads": 8,
-    "conf_num_hidden_layers": 12,
-    "conf_reduction_factor": 4,
-    "conf_residual_weight": 0.5,
-    "gradient_clipping": 1e10,
-    "hidden_size": 1536,
-    "input_feat_size": 128,
-    "model_type": "gemma3n_audio",
-    "rms_norm_eps": 1e-6,
-    "sscp_conv_channel_size": [128, 32],
-    "sscp_conv_group_norm_eps": 1e-3,
-    "sscp_conv_kernel_size": [[3, 3], [3, 3]],
-    "sscp_conv_stride_size": [[2, 2], [2, 2]],
-    "vocab_offset": 262_272,
-    "vocab_size": 128,
-}
-TOWERS = {
-    "audio_config": AUDIO | {"torch_dtype": "bfloat16"},
-    "audio_soft_tokens_per_image": 188,
-    "audio_token_id": 262_273,
-    "boa_token_id": 256_000,
-    "boi_token_id": 255_999,
-    "eoa_token_id": 262_272,
-    "eoi_token_id": 262_144,
-    "image_token_id": 262_145,
-    "vision_config": VISION | {"torch_dtype": "bfloat16"},
-    "vision_soft_tokens_per_image": 256,
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -96,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args(argv)
-    raw = published_config(text_config(flags.size)) | (TOWERS if flags.towers else {})
+    raw = published_config(text_config(flags.size)) | (published_towers() if flags.towers else {})
     shapes = all_shapes(ModelConfig.from_dict(raw))
     block = np.random.default_rng(flags.seed).standard_normal(BLOCK_ELEMENTS, np.float32)
     blocks: dict[tuple[float, float], np.ndarray] = {}
@@ -118,6 +73,13 @@ def text_config(size: str) -> dict[str, Any]:
     if size == "overhead":
         raw |= OVERHEAD
     return raw | {"intermediate_size": [raw["intermediate_size"]] * raw["num_hidden_layers"]}
+
+
+def published_towers() -> dict[str, Any]:
+    """What config.json says of the published towers."""
+    raw = read_json(PUBLISHED.with_name("gemma3n-towers.json"))
+    towers = raw["audio"] | raw["vision"]
+    return towers | {name: towers[name] | {"torch_dtype": "bfloat16"} for name in ("audio_config", "vision_config")}
 
 
 def all_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
