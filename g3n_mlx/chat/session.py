@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from g3n_mlx.chat import attachments, commands, kept
 from g3n_mlx.chat.models import Models
 from g3n_mlx.chat.slices import Sizes
-from g3n_mlx.chat.terminal import Interruption, quoted, say_dimly
+from g3n_mlx.chat.terminal import Interruption, quoted, say_wrapped
 from g3n_mlx.chat.waiting import Waiting
 from g3n_mlx.commands import say, tell
 from g3n_mlx.failures import BadValue, is_expected, one_line
@@ -109,7 +109,7 @@ class Session:
                 if not is_expected(error):
                     raise
                 self.failures += 1
-                say(f"error: {one_line(error)}")
+                self._say(f"error: {one_line(error)}", dim=False)
 
     def ask(self, text: str, schema: dict[str, Any] | None = None) -> Reply:
         """Asks about what was attached and what the text names, which is said; see `ask_content`.
@@ -225,8 +225,11 @@ class Session:
 
     def note(self, line: str) -> None:
         """Says what is neither an answer nor an error."""
+        self._say(line, dim=True)
+
+    def _say(self, line: str, *, dim: bool) -> None:
         if self._styled:
-            say_dimly(line)
+            say_wrapped(line, dim=dim)
         else:
             say(line)
 

@@ -52,14 +52,15 @@ def takes_styles() -> bool:
     return sys.stdout.isatty() and sys.stderr.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
 
 
-def say_dimly(line: str) -> None:
-    """Writes a line to stderr in a weaker colour, broken between words at the terminal's width."""
+def say_wrapped(line: str, *, dim: bool) -> None:
+    """Writes a line to stderr, broken between words at the terminal's width. dim: in a weaker colour."""
     columns, text = shutil.get_terminal_size().columns, printable(line)
     first = re.match(r" *\S.*?  +(?=\S)", text)  # of a table's columns, which the second keeps where it can
     indent = len(first[0]) if first and len(first[0]) <= columns / 2 else 4 if text.startswith(" ") else 0
     lines = textwrap.wrap(text, columns, break_on_hyphens=False, subsequent_indent=" " * indent)
     with suppress(OSError):
-        sys.stderr.write("\x1b[2m" + "\n".join(lines) + "\x1b[22m\n")
+        shown = "\n".join(lines)
+        sys.stderr.write(f"\x1b[2m{shown}\x1b[22m\n" if dim else f"{shown}\n")
         sys.stderr.flush()
 
 

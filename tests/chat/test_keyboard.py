@@ -11,7 +11,7 @@ from prompt_toolkit.document import Document
 from test_chat import Typist, echo, session, talk, terminal  # noqa: F401 - fixtures among them
 
 from g3n_mlx.chat.completer import ChatCompleter
-from g3n_mlx.chat.terminal import is_unfinished, message_lines, quoted, say_dimly
+from g3n_mlx.chat.terminal import is_unfinished, message_lines, quoted, say_wrapped
 
 if os.name == "posix":
     import pexpect
@@ -116,5 +116,5 @@ def test_ctrl_z_suspends_at_the_prompt_and_in_an_answer(tmp_path, tiny_folder):
 )
 def test_a_tables_second_column_stays_one_where_it_has_room(monkeypatch, capsys, columns, expected):
     monkeypatch.setenv("COLUMNS", columns)
-    say_dimly("  /undo               forget the last question")
-    assert capsys.readouterr().err.removeprefix("\x1b[2m").removesuffix("\x1b[22m\n").splitlines() == expected
+    say_wrapped("  /undo               forget the last question", dim=False)
+    assert capsys.readouterr().err.splitlines() == expected
