@@ -124,6 +124,7 @@ WIDE = {
 }
 DOWN = "model.language_model.layers.0.mlp.down_proj"  # 256 inputs
 TABLE = "model.language_model.embed_tokens"
+PROJECTION = "model.embed_vision.embedding_projection"
 AUDIO = "model.audio_tower.conformer.0.attention.attn.q_proj"
 BUFFERS = {
     "model.language_model.layers.0.self_attn.v_norm.weight": np.ones(32, np.float32),

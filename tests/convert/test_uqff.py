@@ -5,7 +5,9 @@ from typing import Any
 import checkpoint_files as files
 import numpy as np
 import pytest
-from uqff_files import AUDIO, DOWN, WIDE, afq, read, unquantized, write_uqff
+from image_files import drawn
+from media_files import tones
+from uqff_files import AUDIO, DOWN, PROJECTION, WIDE, afq, read, unquantized, write_uqff
 
 from g3n_mlx import load
 from g3n_mlx.checkpoint.folder import Checkpoint
@@ -68,6 +70,28 @@ def test_it_is_loaded_like_any_model(published, tiny_folder, backend, tmp_path, 
     with load(source, **options) as model, load(tiny_folder, **options) as plain:
         assert np.isfinite(model.logits(ids)).all()
         assert np.abs(model.logits(ids) - plain.logits(ids)).max() > 1e-3
+
+
+def test_pictures_and_sounds_are_those_of_the_source(published, tiny_folder, backend, tmp_path, monkeypatch) -> None:
+    """What mistral.rs leaves of the towers as it is gives the same soft tokens, and they are read beside the text."""
+    monkeypatch.setattr("g3n_mlx.convert.uqff.cache_folder", lambda: tmp_path / "cache")
+    encoders = {DOWN: unquantized, PROJECTION: unquantized, AUDIO: unquantized}
+    source, _ = write_uqff(tmp_path / "u", published, encoders)
+    files.copy_sidecars(tiny_folder, source)
+    options, picture, sound = {"backend": backend, "dtype": "float32", "device": "cpu"}, drawn(), tones(16000)
+    messages = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]}]
+    with load(source, **options) as ours, load(tiny_folder, **options) as theirs:
+        np.testing.assert_array_equal(ours.encode_image(picture), theirs.encode_image(picture))
+        np.testing.assert_array_equal(ours.encode_audio(sound, 16000), theirs.encode_audio(sound, 16000))
+        np.testing.assert_array_equal(ours.logits(ours.prepare(messages)), theirs.logits(theirs.prepare(messages)))
+    # Quantized by mistral.rs, the projection behind the tower is at its new numbers, as in a dense checkpoint of them.
+    source, meant = write_uqff(tmp_path / "quantized", published, {PROJECTION: afq})
+    files.copy_sidecars(tiny_folder, source)
+    config, tensors = published
+    dense = files.write_folder(tmp_path / "dense", config, dict(tensors) | {f"{PROJECTION}.weight": meant[PROJECTION]})
+    files.copy_sidecars(tiny_folder, dense)
+    with load(source, **options) as ours, load(dense, **options) as theirs:
+        np.testing.assert_allclose(ours.encode_image(picture), theirs.encode_image(picture), atol=1e-4)
 
 
 def test_one_of_several_models_in_a_folder(published, tiny_folder, tmp_path, monkeypatch) -> None:
