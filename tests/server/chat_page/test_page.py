@@ -3,6 +3,7 @@
 import base64
 import importlib.util
 import io
+import itertools
 import re
 from typing import Any
 
@@ -258,6 +259,62 @@ def test_nothing_is_wider_than_the_window(visit, server, width):
     for button in page.get_by_role("button").all():
         box = button.bounding_box()
         assert box is None or (box["x"] >= 0 and box["x"] + box["width"] <= width and box["height"] >= 24)
+
+
+def test_text_of_twice_the_size_fits_a_small_phone(visit, serve):
+    page = visit(serve(slices=["all"]).url, width=360, has_touch=True, is_mobile=True)
+    instead(page, LONG)
+    page.evaluate("document.documentElement.style.fontSize = '200%'")
+    page.evaluate("fit()")
+    too_wide = """() => [document.documentElement, $("scroller"), ...document.querySelectorAll(":popover-open")]
+      .filter((node) => node.scrollWidth > node.clientWidth).map((node) => node.id || node.tagName)"""
+    assert page.evaluate(too_wide) == []
+    header = [page.locator(name).bounding_box() for name in ("#conversations-button", "#model", "#settings-button")]
+    assert all(box["x"] + box["width"] <= after["x"] + 1 for box, after in itertools.pairwise(header))
+    assert page.locator("#text").bounding_box()["width"] > 150
+    page.fill("#text", "Well?")
+    page.tap("#send")
+    answered(page)
+    assert page.evaluate(too_wide) == []
+    for name in ("settings", "conversations"):
+        page.click(f"#{name}-button")
+        assert page.evaluate(too_wide) == []
+        page.keyboard.press("Escape")
+
+
+def test_targets_are_large_enough_for_a_finger(visit, server):
+    page = visit(server.url, width=390, has_touch=True, is_mobile=True)
+    instead(page, "Yes.")
+    page.fill("#text", "Well?")
+    page.tap("#send")
+    answered(page)
+    page.tap("#conversations-button")
+    for button in page.get_by_role("button").all():
+        box = button.bounding_box()
+        assert box is None or (box["width"] >= 40 and box["height"] >= 40), button.evaluate("(it) => it.outerHTML")
+
+
+def test_the_page_stays_at_the_end_of_what_comes(visit, server):
+    page = visit(server.url)
+    instead(page, LONG)
+    for count in (1, 2):
+        ask(page, "Well?", count)
+    page.evaluate(
+        """() => {
+          const grow = (height) => { $("log").append(make("div")); $("log").lastChild.style.height = `${height}px`; };
+          grow(50);
+          toBottom();
+          grow(500); // before the page is told that it has scrolled
+        }"""
+    )
+    rest = "(node) => node.scrollHeight - node.scrollTop - node.clientHeight"
+    wait_until(lambda: page.locator("#scroller").evaluate(rest) < 5)
+    # A reader who scrolls up stays there.
+    page.mouse.move(500, 300)
+    page.mouse.wheel(0, -300)
+    sync_api.expect(page.locator("#latest")).to_be_visible()
+    page.click("#latest")
+    sync_api.expect(page.locator("#latest")).to_be_hidden()
 
 
 def test_by_keyboard_alone(visit, server):
