@@ -6,7 +6,7 @@ rows of a KV cache. Calls return at once; `int(step)` waits for the token. So a 
 before the last token is known. All calls come from one thread (engine/runner.py).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -66,12 +66,12 @@ class Model(Protocol):
         ...
 
     def second_moments(
-        self, widths: Mapping[str, int], block_width: int, run: Callable[[], None]
-    ) -> dict[str, list[np.ndarray]]:
-        """Means of x x^T, float32, over the rows that linear layers multiply in calls of the model, by module path.
+        self, batch: Batch, paths: Sequence[str], block_width: int, found: Callable[[str, list[np.ndarray]], None]
+    ) -> None:
+        """Runs the layers over a batch whose rows are all kept, without logits.
 
-        widths: columns K of these modules' weights. run: makes the calls, of more than one row each. Each module has
-        matrices for blocks of columns, none where it multiplied nothing.
+        paths: linear layers. found: takes the path of each of them and, for blocks of its weight's columns K, the sums
+        of x x^T over the rows that it multiplied, float32 [k, k], as soon as it multiplied them.
         """
         ...
 

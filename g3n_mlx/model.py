@@ -413,8 +413,7 @@ class Gemma3n:
         Raises as `generate`, at the first chunk.
         """
         prepared = self._prompt(prompt)
-        check_length(prepared, 0, self.config.text.max_position_embeddings)
-        reader = PromptReader(self.runner, self.config.text, prepared, self._embedded)
+        reader = self.reader(prepared)
         for a, b in prefill_spans(0, start, (), SamplingParams().prefill_step_size):
             reader.skip(a, b)
         for a, b in prefill_spans(start, len(prepared.token_ids), (start,), rows):
@@ -422,8 +421,12 @@ class Gemma3n:
 
     def score(self, prompt: Prompt, top_logprobs: int = 0) -> Iterator[list[TokenScore]]:
         """Log probabilities of a prompt's own tokens, part by part. Raises PromptTooLong before anything runs."""
+        yield from self.reader(prompt).scores(top_logprobs)
+
+    def reader(self, prompt: Prompt) -> PromptReader:
+        """What reads a prompt part by part. Raises PromptTooLong."""
         check_length(prompt, 0, self.config.text.max_position_embeddings)
-        yield from PromptReader(self.runner, self.config.text, prompt, self._embedded).scores(top_logprobs)
+        return PromptReader(self.runner, self.config.text, prompt, self._embedded)
 
     def conversation(self) -> Conversation:
         """An empty cache, for `answer`."""

@@ -80,11 +80,11 @@ def test_moments_are_those_of_the_inputs(tiny_folder, text, backend) -> None:
     np.testing.assert_allclose(found, x.T @ x / len(x), atol=1e-4)
 
 
-def test_wide_inputs_are_measured_in_blocks_and_passes(tiny_folder, text, backend, tmp_path, monkeypatch) -> None:
+def test_wide_inputs_are_measured_in_blocks_and_calls(tiny_folder, text, backend, tmp_path, monkeypatch) -> None:
     model = load(tiny_folder, backend=backend, dtype="float32", device="cpu")
     whole = calibration.measure(model, text, progress=False)
     monkeypatch.setattr(calibration, "BLOCK_WIDTH", 64)
-    monkeypatch.setattr(calibration, "_PASS_BYTES", 100_000)
+    monkeypatch.setattr(calibration, "_CALL_TOKENS", 40)
     parts = calibration.measure(model, text, progress=False)
     assert parts != whole
     name = "language_model.layers.1.mlp.down_proj"
@@ -104,8 +104,33 @@ def test_a_calibration_goes_on_where_it_stopped(tiny_folder, text, backend, monk
     removed.unlink()
     assert calibration.measure(model, text, progress=False) == folder
     assert (removed.read_bytes(), kept.stat().st_mtime_ns) == (before, written)
-    monkeypatch.setattr(calibration, "_measured", None)  # nothing is left to do
+    monkeypatch.setattr(calibration, "_measure", None)  # nothing is left to do
     assert calibration.measure(model, text, progress=False) == folder
+
+
+def test_a_calibration_stopped_within_a_call_counts_nothing_twice(tiny_folder, text, backend, monkeypatch) -> None:
+    monkeypatch.setattr(calibration, "_CALL_TOKENS", 40)
+    model = load(tiny_folder, backend=backend, dtype="float32", device="cpu")
+    folder = calibration.measure(model, text, progress=False)
+    whole = read(folder)
+    shutil.rmtree(folder)
+    add, added = calibration._Sums.add, []
+
+    def stopping(sums: calibration._Sums, *arguments) -> None:
+        if len(added) == len(whole) * 3 // 2:  # in the middle of the second call, which goes on with a prompt
+            raise KeyboardInterrupt
+        added.append(add(sums, *arguments))
+
+    monkeypatch.setattr(calibration._Sums, "add", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        calibration.measure(model, text, progress=False)
+    assert {path.suffix for path in folder.iterdir()} == {".sums"}
+    monkeypatch.setattr(calibration._Sums, "add", add)
+    assert calibration.measure(model, text, progress=False) == folder
+    resumed = read(folder)
+    assert resumed.keys() == whole.keys()
+    for name, values in whole.items():
+        np.testing.assert_allclose(resumed[name], values, rtol=1e-5, atol=1e-6 * np.abs(values).max(), err_msg=name)
 
 
 def test_an_adapter_counts_by_what_it_holds(tiny_folder, published, text, backend, tmp_path) -> None:

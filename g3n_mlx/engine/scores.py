@@ -47,11 +47,11 @@ class PromptReader:
 
     def skip(self, start: int, stop: int) -> None:
         """Reads the tokens [start, stop) and wants no logits."""
-        self._runner.call(lambda: run(self._runner.model, [self._rows(start, stop)]))
+        self._runner.call(lambda: run(self._runner.model, [self.rows(start, stop)]))
 
     def logits(self, start: int, stop: int) -> np.ndarray:
         """Reads the tokens [start, stop); float32 [stop - start, V]. Raises ValueError when they are not finite."""
-        return self._runner.checked(self._runner.call(lambda: all_logits(self._runner.model, self._rows(start, stop))))
+        return self._runner.checked(self._runner.call(lambda: all_logits(self._runner.model, self.rows(start, stop))))
 
     def scores(self, top: int) -> Iterator[list[TokenScore]]:
         """The scores of all tokens, part by part."""
@@ -63,6 +63,7 @@ class PromptReader:
             scores = token_scores(self._ids[b - len(before) : b], before, top)
             yield scores if a else [TokenScore(int(self._ids[0]), None, None), *scores]
 
-    def _rows(self, start: int, stop: int) -> Rows:
+    def rows(self, start: int, stop: int) -> Rows:
+        """What a call takes to read the tokens [start, stop); to be made in the runner's thread."""
         soft = soft_tokens(self._prompt.media, start, stop, self._embed)
         return Rows(self._cache, self._ids[start:stop], soft)

@@ -223,35 +223,20 @@ class SlabLinear(nn.Module):
         return self if columns is None else SlabLinear(self._slabs, columns)
 
 
-class Block:
-    """Some columns of a module's inputs, and the sum of their products."""
-
-    def __init__(self, start: int, stop: int) -> None:
-        self.start, self.stop = start, stop
-        self.sum: mx.array | None = None  # float32 [k, k]
-
-
 class Recorder(nn.Module):
-    """A linear layer that keeps the second moments of what it multiplies (g3n_mlx/calibration.py)."""
+    """A linear layer that hands over the second moments of what it multiplies (g3n_mlx/calibration.py)."""
 
-    def __init__(self, layer: Any, width: int, block_width: int) -> None:
-        """width: K. block_width: columns of one matrix of moments."""
+    def __init__(self, layer: Any, block_width: int, found: Callable[[list[np.ndarray]], None]) -> None:
+        """block_width: columns of one matrix of moments. found: takes the sums of x x^T, float32, block by block."""
         super().__init__()
-        self.layer, self.count = layer, 0
-        self.blocks = [Block(start, min(start + block_width, width)) for start in range(0, width, block_width)]
+        self.layer, self.block_width, self.found = layer, block_width, found
 
     def __call__(self, x: mx.array) -> mx.array:
         """[T, K] -> [T, N]."""
-        rows = x.astype(mx.float32)
-        for block in self.blocks:
-            part = rows[:, block.start : block.stop]
-            block.sum = evaluated(part.T @ part if block.sum is None else block.sum + part.T @ part)
-        self.count += x.shape[0]
+        starts = range(0, x.shape[1], self.block_width)
+        parts = (x[:, start : start + self.block_width].astype(mx.float32) for start in starts)
+        self.found([np.array(part.T @ part) for part in parts])
         return self.layer(x)
-
-    def moments(self) -> list[np.ndarray]:
-        """Means of x x^T, float32, block by block; none where nothing was multiplied."""
-        return [np.array(block.sum) / self.count for block in self.blocks if block.sum is not None]
 
 
 def joined(x: mx.array, rows: Ranges) -> mx.array:

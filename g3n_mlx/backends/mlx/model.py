@@ -7,7 +7,8 @@ Source: transformers, modeling_gemma3n.py, `Gemma3nModel`.
 """
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -174,22 +175,19 @@ class Gemma3nModel(nn.Module):
         return kv_arrays
 
     def second_moments(
-        self, widths: Mapping[str, int], block_width: int, run: Callable[[], None]
-    ) -> dict[str, list[np.ndarray]]:
-        """Means of x x^T over the rows that linear layers multiply in calls of the model, by module path.
-
-        widths: columns of these modules' weights. run: makes the calls, of more than one row each.
-        """
+        self, batch: Batch, paths: Sequence[str], block_width: int, found: Callable[[str, list[np.ndarray]], None]
+    ) -> None:
+        """Runs the layers over a batch whose rows are all kept; hands over sums of x x^T of modules' inputs."""
         mx.set_default_device(self.device)
-        recorders = {path: Recorder(module_at(self, path), width, block_width) for path, width in widths.items()}
+        recorders = {path: Recorder(module_at(self, path), block_width, partial(found, path)) for path in paths}
         try:
             for path, recorder in recorders.items():
                 put_module(self, path, recorder)
-            run()
+            start = self.language_model.start(self.embed(batch.token_ids(), batch.soft()), batch.positions)
+            mx.eval(self.language_model(start, batch))
         finally:
             for path, recorder in recorders.items():
                 put_module(self, path, recorder.layer)
-        return {path: recorder.moments() for path, recorder in recorders.items()}
 
     def make_sampler(self, params: SamplingParams, prompt_ids: Sequence[int]) -> Sampler:
         """A sampler for one answer."""

@@ -5,6 +5,7 @@ loaded model multiplies by.
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -159,35 +160,19 @@ class AdaptedLinear(nn.Module):
         return AdaptedLinear(self.layer.picked(rows), self.down.weight, joined(self.up.weight, rows), factor)
 
 
-class Block:
-    """Some columns of a module's inputs, and the sum of their products."""
-
-    def __init__(self, start: int, stop: int) -> None:
-        self.start, self.stop = start, stop
-        self.sum: Tensor | None = None  # float32 [k, k]
-
-
 class Recorder(nn.Module):
-    """A linear layer that keeps the second moments of what it multiplies (g3n_mlx/calibration.py)."""
+    """A linear layer that hands over the second moments of what it multiplies (g3n_mlx/calibration.py)."""
 
-    def __init__(self, layer: Any, width: int, block_width: int) -> None:
-        """width: K. block_width: columns of one matrix of moments."""
+    def __init__(self, layer: Any, block_width: int, found: Callable[[list[np.ndarray]], None]) -> None:
+        """block_width: columns of one matrix of moments. found: takes the sums of x x^T, float32, block by block."""
         super().__init__()
-        self.layer, self.count = layer, 0
-        self.blocks = [Block(start, min(start + block_width, width)) for start in range(0, width, block_width)]
+        self.layer, self.block_width, self.found = layer, block_width, found
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, K] -> [T, N]."""
-        rows = x.float()
-        for block in self.blocks:
-            part = rows[:, block.start : block.stop]
-            block.sum = part.T @ part if block.sum is None else block.sum + part.T @ part
-        self.count += x.shape[0]
+        parts = (part.float() for part in x.split(self.block_width, dim=1))
+        self.found([(part.T @ part).cpu().numpy() for part in parts])
         return self.layer(x)
-
-    def moments(self) -> list[np.ndarray]:
-        """Means of x x^T, float32, block by block; none where nothing was multiplied."""
-        return [block.sum.cpu().numpy() / self.count for block in self.blocks if block.sum is not None]
 
 
 def joined(x: Tensor, rows: Ranges) -> Tensor:
