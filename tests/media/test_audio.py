@@ -155,6 +155,21 @@ def test_cuts_fall_into_pauses():
         assert len(clip) > 6 * RATE or start + len(clip) == len(sound)
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.001])
+def test_a_clip_has_its_share_of_the_pause(noise):
+    """Cuts keep away from the words on both sides, in silence and over a hum, and choose the longer pause."""
+    rng = np.random.default_rng(0)
+    for pause_s, before_s, after_s in ((0.3, 0.15, 0.15), (0.6, 0.35, 0.25), (1.5, 1.25, 0.25)):
+        sound = tones(RATE, 10)[:, 0]
+        for second in range(8):
+            sound[second * RATE : second * RATE + RATE // 10] = 0
+        sound[int(7.5 * RATE) : int((7.5 + pause_s) * RATE)] = 0
+        sound += rng.standard_normal(len(sound)).astype(np.float32) * noise
+        (_, clip), *_ = split_clips(sound, RATE, int(9.5 * RATE))
+        assert len(clip) / RATE == pytest.approx(7.5 + before_s, abs=0.03)
+        assert len(clip) / RATE == pytest.approx(7.5 + pause_s - after_s, abs=0.03)
+
+
 def test_noise_without_pauses_is_cut_where_it_must_be():
     sound = np.ones(31 * RATE, np.float32)
     clips = split_clips(sound, RATE, 30 * RATE)
