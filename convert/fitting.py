@@ -77,7 +77,7 @@ def _best(groups: np.ndarray, counts: np.ndarray, plain: Quantized, top: int) ->
 def _rounded(groups: np.ndarray, scale: np.ndarray, bias: np.ndarray, top: int) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         codes = np.rint((groups - bias[:, None]) / scale[:, None])
-    return np.nan_to_num(np.clip(codes, 0, top)).astype(np.uint8)
+    return np.fmin(np.fmax(codes, 0), top).astype(np.uint8)  # 0 for 0 / 0 too
 
 
 def _regression(
@@ -104,34 +104,39 @@ def _errors(
 
 def compensated(weight: np.ndarray, bits: int, group_size: int, factors: Sequence[np.ndarray]) -> Quantized:
     """As `quantize`, with the least error of products that was found. factors: `inverse_factors` of its inputs."""
-    rows, top = len(weight), (1 << bits) - 1
-    left = to_float32(weight).copy()
+    top = (1 << bits) - 1
+    left = to_float32(weight).T.copy()  # [K, N]: the columns, one after the other, lie in one piece each
     packed, scales, biases = [], [], []
     start = 0
     for factor in factors:
-        width = len(factor)
-        block = left[:, start : start + width]
+        block = left[start : start + len(factor)]
         importance = 1 / np.square(np.diag(factor))
-        for first in range(0, width, group_size):
+        for first in range(0, len(factor), group_size):
             group = slice(first, first + group_size)
-            _, scale, bias = fitted(block[:, group].astype(weight.dtype), bits, group_size, importance[group])
-            codes = np.empty((rows, group_size), np.uint8)
-            errors = np.empty((rows, group_size), np.float32)
-            s, b = to_float32(scale)[:, 0], to_float32(bias)[:, 0]
-            for column in range(group_size):
-                at = first + column
-                values = block[:, at]
-                codes[:, column] = _rounded(values[:, None], s, b, top)[:, 0]
-                errors[:, column] = (values - (codes[:, column] * s + b)) / factor[at, at]
-                block[:, at + 1 : first + group_size] -= np.outer(
-                    errors[:, column], factor[at, at + 1 : first + group_size]
-                )
-            block[:, first + group_size :] -= errors @ factor[group, first + group_size :]
-            packed.append(pack(codes, bits))
+            _, scale, bias = fitted(block[group].T.astype(weight.dtype), bits, group_size, importance[group])
+            codes, errors = _compensated_group(block[group], factor[group, group], (scale[:, 0], bias[:, 0]), top)
+            block[first + group_size :] -= factor[group, first + group_size :].T @ errors
+            packed.append(pack(np.ascontiguousarray(codes.T), bits))
             scales.append(scale)
             biases.append(bias)
-        start += width
+        start += len(factor)
     return np.concatenate(packed, axis=1), np.concatenate(scales, axis=1), np.concatenate(biases, axis=1)
+
+
+def _compensated_group(
+    columns: np.ndarray, factor: np.ndarray, grid: tuple[np.ndarray, np.ndarray], top: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes [G, N] of columns [G, N], each rounded with the errors of those before it, and their errors [G, N].
+
+    factor: [G, G], of these columns. grid: scale and bias [N] of the rows. The columns are changed.
+    """
+    scale, bias = map(to_float32, grid)
+    codes, errors = np.empty(columns.shape, np.uint8), np.empty_like(columns)
+    for at, values in enumerate(columns):
+        codes[at] = _rounded(values[:, None], scale, bias, top)[:, 0]
+        errors[at] = (values - (codes[at] * scale + bias)) / factor[at, at]
+        columns[at + 1 :] -= factor[at, at + 1 :, None] * errors[at]
+    return codes, errors
 
 
 def inverse_factors(moments: Moments) -> list[np.ndarray]:

@@ -58,6 +58,7 @@ class TensorJob:
     num_rows: int
     source_bytes: int
     produce: Callable[[int, int], tuple[np.ndarray, ...]]  # rows [start, stop) of every output
+    least_rows: int = 1  # that are worth a call
 
 
 def quantized_outputs(path: str, shape: tuple[int, ...], quantization: Quantization, dtype: str) -> tuple[Output, ...]:
@@ -119,7 +120,9 @@ def _job(
     else:
         outputs = quantized_outputs(published.removesuffix(".weight"), shape, quantization, target)
         produce = partial(_quantize, path, tensor.read, DTYPES[target], quantization, method)
-    return TensorJob(outputs, shape[0] if shape else 1, prod(shape) * DTYPES[tensor.dtype].itemsize, produce)
+    num_bytes = prod(shape) * DTYPES[tensor.dtype].itemsize
+    least_rows = 1 if quantization is None else getattr(method, "least_rows", 1)
+    return TensorJob(outputs, shape[0] if shape else 1, num_bytes, produce, least_rows)
 
 
 def quantization_entry(quantizations: Mapping[str, Quantization]) -> dict[str, Any]:

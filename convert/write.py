@@ -233,7 +233,7 @@ def _split(jobs: Sequence[TensorJob], max_bytes: int) -> Iterator[list[TensorJob
 
 
 def _blocks(job: TensorJob, shard: _ShardFile) -> Iterator[_Block]:
-    step = max(1, _BLOCK_BYTES * job.num_rows // max(1, job.source_bytes))
+    step = max(job.least_rows, _BLOCK_BYTES * job.num_rows // max(1, job.source_bytes))
     for start in range(0, job.num_rows, step):
         yield _Block(job, shard, start, min(start + step, job.num_rows))
 
