@@ -19,6 +19,8 @@ _SHRUNK = (1.0, 0.92, 0.84, 0.76, 0.68)
 _ROUNDS = 3
 # Of the mean of the diagonal, added to it, so that directions that calibration never saw do not count as free.
 _DAMPING = 0.01
+# Up to this size a triangle is inverted like any matrix.
+_TRIANGLE = 64
 # Elements worked on at once.
 _BLOCK_ELEMENTS = 1 << 18
 
@@ -151,6 +153,20 @@ def inverse_factors(moments: Moments) -> list[np.ndarray]:
         damped = block.astype(np.float64)
         mean = float(np.mean(np.diag(damped)))
         damped[np.diag_indices(len(damped))] += _DAMPING * mean if mean > 0 else 1.0
-        inverse = np.linalg.inv(damped)
-        found.append(np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32).copy())
+        # With the order of the columns turned round, the factor of a matrix becomes that of its inverse when it is
+        # inverted, which for a triangle takes a third of the time of inverting the matrix first.
+        lower = np.linalg.cholesky(damped[::-1, ::-1])
+        found.append(np.ascontiguousarray(_inverse_of_lower(lower)[::-1, ::-1], np.float32))
     return found
+
+
+def _inverse_of_lower(triangle: np.ndarray) -> np.ndarray:
+    """Of a lower triangular matrix [k, k], half by half."""
+    if len(triangle) <= _TRIANGLE:
+        return np.linalg.inv(triangle)
+    half = len(triangle) // 2
+    top, rest = _inverse_of_lower(triangle[:half, :half]), _inverse_of_lower(triangle[half:, half:])
+    inverse = np.zeros_like(triangle)
+    inverse[:half, :half], inverse[half:, half:] = top, rest
+    inverse[half:, :half] = -rest @ (triangle[half:, :half] @ top)
+    return inverse

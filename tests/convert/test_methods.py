@@ -84,6 +84,16 @@ def test_compensated_products_are_closer(weight, moments, bits, group_size) -> N
     assert error < 0.85 * product_error(made(fitted(weight, bits, group_size), bits, group_size), weight, moments)
 
 
+@pytest.mark.parametrize("width", [1, 32, 96, 130])
+def test_factors_are_those_of_the_inverse(width) -> None:
+    inputs = np.random.default_rng(width).normal(size=(4 * width, width))
+    moments = (inputs.T @ inputs / len(inputs)).astype(np.float32)
+    (factor,) = inverse_factors(Moments([moments]))
+    damped = moments + 0.01 * np.mean(np.diag(moments)) * np.eye(width)
+    assert np.array_equal(factor, np.triu(factor))
+    np.testing.assert_allclose(factor.T @ factor @ damped, np.eye(width), atol=1e-4)
+
+
 def test_blocks_of_columns_are_taken_apart(weight, moments) -> None:
     """Inputs in two blocks are those of two matrices beside each other; rows do not depend on each other."""
     half = WIDTH // 2
