@@ -31,13 +31,20 @@ class _Reading:
         self._characters = 0
 
     async def opened(self, message: Message) -> Message:
-        """The message with texts in place of files."""
+        """The message with texts in place of files, an empty line between them and the text around them."""
         if not isinstance(message.content, list):
             return message
-        content = [
-            await self._text_part(part.file) if isinstance(part, Part) and part.type == "file" else part
-            for part in message.content
-        ]
+        content: list[Part] = []
+        after_file = False
+        for entry in message.content:
+            part = Part(type="text", text=entry) if isinstance(entry, str) else entry
+            is_file = part.type == "file"
+            piece = await self._text_part(part.file) if is_file else part
+            if content and content[-1].type == piece.type == "text" and (is_file or after_file):
+                # A template takes parts without a space between them.
+                piece = Part(type="text", text=f"{content.pop().text}\n\n{piece.text}")
+            content.append(piece)
+            after_file = is_file
         return message.model_copy(update={"content": content})
 
     async def _text_part(self, file: FileData | None) -> Part:

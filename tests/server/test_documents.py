@@ -34,11 +34,13 @@ def test_what_has_no_text(data, words):
 
 def test_a_file_in_a_chat(server, client):
     file = {"file_data": base64.b64encode(pdf("What is 12 + 34?")).decode(), "filename": "question.pdf"}
-    content = [{"type": "text", "text": "Look:"}, {"type": "file", "file": file}]
+    content = [{"type": "text", "text": text} for text in ("Look:", "And?", "Now.")]
+    content.insert(1, {"type": "file", "file": file})
     found = client.chat.completions.create(
         model="default", messages=[{"role": "user", "content": content}], max_tokens=1
     )
-    same = [content[0], {"type": "text", "text": "question.pdf:\n```\nWhat is 12 + 34?\n```"}]
+    text = "Look:\n\nquestion.pdf:\n```\nWhat is 12 + 34?\n```\n\nAnd?"  # parts of text stay as they are
+    same = [{"type": "text", "text": text}, content[-1]]
     with server.http() as http:
         body = {"messages": [{"role": "user", "content": same}]}
         assert found.usage.prompt_tokens == http.post("/v1/tokenize", json=body).json()["count"]

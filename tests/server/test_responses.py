@@ -101,8 +101,7 @@ def test_media_and_files(server):
     same = [
         {"type": "image_url", "image_url": image},
         {"type": "input_audio", "input_audio": voice},
-        {"type": "text", "text": "a.txt:\n```\nété\n```"},
-        {"type": "text", "text": "What is this?"},
+        {"type": "text", "text": "a.txt:\n```\nété\n```\n\nWhat is this?"},
     ]
     found = checked(server, {**ASKED, "max_output_tokens": 1, "input": [{"role": "user", "content": parts}]})
     assert found["usage"]["input_tokens"] == tokens(server, [{"role": "user", "content": same}])
