@@ -12,6 +12,7 @@ function showList() {
   $("list").replaceChildren(...rows.map((record) => {
     const open = make("button", "name", record.title);
     open.type = "button";
+    open.dataset.id = record.id;
     if (record.id === conversation?.id) open.setAttribute("aria-current", "true");
     open.addEventListener("click", async () => {
       $("conversations").hidePopover();
@@ -45,6 +46,7 @@ async function deleted(id) {
 }
 
 function renaming(record, row) {
+  let byKey = false; // then the focus goes back to the row
   const field = make("input");
   field.value = record.title;
   field.setAttribute("aria-label", "Title");
@@ -53,6 +55,7 @@ function renaming(record, row) {
     if (event.key === "Escape") event.preventDefault();
     if (event.key === "Enter" || event.key === "Escape") {
       if (event.key === "Escape") field.value = record.title;
+      byKey = true;
       field.blur();
     }
   });
@@ -61,6 +64,7 @@ function renaming(record, row) {
     await keep("conversations", record);
     tellTabs();
     showList();
+    if (byKey) $("list").querySelector(`[data-id="${record.id}"]`)?.focus();
   }, { once: true });
   row.replaceChildren(field);
   field.select();
@@ -80,16 +84,19 @@ async function search() {
 }
 
 let onConfirmed = null;
+let confirmedFrom = null; // the button that asked
 
 function confirmed(title, why, action) {
   $("confirm-title").textContent = title;
   $("confirm-why").textContent = why;
   onConfirmed = action;
+  confirmedFrom = document.activeElement;
   $("confirm").showModal();
 }
 
 $("confirm").addEventListener("close", () => {
   $("conversations").showPopover(); // which the dialog has closed
+  confirmedFrom.focus();
   if ($("confirm").returnValue === "yes") onConfirmed();
   $("confirm").returnValue = "";
 });
