@@ -77,7 +77,7 @@ def constraint_of(options: AnswerOptions, grammars: Callable[[], Grammars]) -> C
         return _checked(options.get("constraint"))
     value: Any = options.get(given[0])
     if given == ["schema"]:
-        return grammars().json_schema(closed(value.model_json_schema()) if is_pydantic(value) else value)
+        return grammars().json_schema(closed(value.model_json_schema() if is_pydantic(value) else value))
     if not isinstance(value, str):
         raise BadValue(f"{given[0]} is {value!r:.80}, expected a string")
     return grammars().regex(value) if given == ["regex"] else grammars().lark(value)

@@ -118,6 +118,15 @@ def test_pyright_knows_the_options(tmp_path, repository):
 # What an answer must look like.
 
 
+def test_objects_have_what_their_schema_lists(model):
+    pytest.importorskip("llguidance")
+    listed = {"type": "object", "properties": {"ok": {"type": "boolean"}}}
+    for seed in range(5):
+        answer = model.generate("hi", schema=listed, temperature=1.5, seed=seed, max_tokens=200)
+        assert answer.finish_reason == "stop", seed
+        assert set(json.loads(answer.text)) <= {"ok"}
+
+
 def test_a_schema_a_regex_and_a_grammar(model):
     pytest.importorskip("llguidance")
     answer = model.generate("hi", schema=CLOSED, temperature=0, max_tokens=60)
