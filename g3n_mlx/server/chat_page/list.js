@@ -162,8 +162,9 @@ async function importFile(file) {
   let records;
   try {
     records = readExport(await file.text());
-  } catch (error) {
-    notice(`${file.name} can't be imported: expected a file that this page exported (${error.message}).`);
+  } catch {
+    $("conversations").hidePopover(); // it would cover the notice
+    notice(`${file.name} can't be imported: expected a file that this page exported.`);
     return;
   }
   if (!(await withinBounds(records.messages.flatMap(({ media }) => media)))) return;

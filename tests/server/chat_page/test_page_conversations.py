@@ -137,6 +137,7 @@ def test_export_clear_and_import(visit, server, tmp_path):
     sync_api.expect(page.locator("#list .name")).to_have_text(["What is this?"])
     page.set_input_files("#import-file", {"name": "x.json", "mimeType": "application/json", "buffer": b"{}"})
     sync_api.expect(page.locator("#notice")).to_contain_text("x.json can't be imported")
+    sync_api.expect(page.locator("#conversations")).to_be_hidden()
     page.reload()
     page.click("#conversations-button")
     page.locator("#list .name").click()
