@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
     if flags.uqff is not None:
         _check_uqff(parser, flags)
     elif not flags.list_slices and not (flags.hf_path and flags.output):
-        parser.error("give --hf-path or --gguf and -o, or --list-slices")
+        parser.error("give --model (or --hf-path, which is the same) and -o, or --list-slices")
     if flags.fits is not None and flags.matformer:
         parser.error("give either --matformer or --fits")
     if flags.matformer_config and not (flags.matformer or flags.fits is not None or flags.list_slices):

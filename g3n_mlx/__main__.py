@@ -36,6 +36,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "g3n") -> int:
     if completion.is_asked():
         completion.complete(completion.whole_command_line(COMMANDS, ALIASES))
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments:
+        command_line(prog).print_help()
+        return 0
     command: str = command_line(prog).parse_args(arguments[:1]).command
     return _run(ALIASES.get(command, command), arguments[1:], f"{prog} {command}")
 

@@ -41,10 +41,10 @@ def main(argv: Sequence[str] | None = None, prog: str = NAME) -> int:
     parser = command_line(prog)
     arguments = parser.parse_args(argv)
     check_choice(parser, arguments)
-    if arguments.prompt is not None and arguments.asked is not None:
+    if arguments.prompt is not None and arguments.asked:
         parser.error("give the prompt once: with -p or as an argument")
-    if arguments.asked is not None:
-        arguments.prompt = arguments.asked
+    if arguments.asked:
+        arguments.prompt = " ".join(arguments.asked)  # quotes are easily forgotten
     if arguments.schema is not None and arguments.prompt is None:
         parser.error("--schema is for one answer: give a prompt, or - to read it from stdin")
     log_to_stderr(logging.INFO if arguments.verbose else logging.WARNING)
@@ -66,7 +66,7 @@ def command_line(prog: str = NAME) -> argparse.ArgumentParser:
     answer = parser.add_argument_group("answer")
     parser.add_argument(
         "asked",
-        nargs="?",
+        nargs="*",
         metavar="PROMPT",
         help="ask once, print the answer and exit; what is piped in stands before it",
     )

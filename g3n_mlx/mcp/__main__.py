@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,6 +18,7 @@ from g3n_mlx.commands import (
     load_from,
     log_to_stderr,
     run_command,
+    say,
 )
 from g3n_mlx.failures import MissingPackage
 from g3n_mlx.installation import install_command
@@ -77,6 +79,10 @@ def _serve(arguments: argparse.Namespace) -> int:
         server = tool_server(model, policy)
         with suppress(KeyboardInterrupt, Terminated):
             if bound is None:
+                if sys.stdin.isatty():
+                    say("waiting for an MCP client on stdin, as an editor or an agent is; --http listens instead")
+                # Nothing else interrupts the thread that waits for a line, and there is nothing to lose.
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
                 server.run("stdio")
             else:
                 _serve_http(server, bound, arguments)

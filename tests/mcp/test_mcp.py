@@ -2,6 +2,7 @@
 
 import base64
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -132,3 +133,14 @@ def test_wrong_flags(capsys):
         with pytest.raises(SystemExit):
             main(flags)
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_ctrl_c_ends_it_in_a_terminal():
+    pexpect = pytest.importorskip("pexpect")
+    child = pexpect.spawn(sys.executable, arguments(), cwd=ROOT, timeout=300, encoding="utf-8")
+    child.expect("waiting for an MCP client on stdin")
+    while child.isalive():
+        child.sendintr()
+        time.sleep(0.2)
+    assert child.signalstatus == signal.SIGINT or child.exitstatus == 0
