@@ -29,12 +29,13 @@ class Request:
     url: str = ""
     body: dict[str, Any] = field(default_factory=dict[str, Any])
     problem: str | None = None
+    is_object: bool = True  # of JSON
 
     @staticmethod
     def of(fields: Any, fallback_id: str) -> "Request":
         """The request that a line's JSON describes; fallback_id: its id when it names none."""
         if not isinstance(fields, dict):
-            return Request(fallback_id, problem="the line is not a JSON object")
+            return Request(fallback_id, problem="the line is not a JSON object", is_object=False)
         custom_id = fields.get("custom_id")
         if not isinstance(custom_id, str) or not custom_id:
             return Request(fallback_id, problem=f"custom_id is {custom_id!r:.80}, expected a string that is not empty")
@@ -57,7 +58,7 @@ class Request:
         try:
             return Request.of(json.loads(line), fallback_id)
         except (ValueError, RecursionError) as error:
-            return Request(fallback_id, problem=f"the line is not JSON: {error}")
+            return Request(fallback_id, problem=f"the line is not JSON: {error}", is_object=False)
 
     def fields(self) -> dict[str, Any]:
         """As a line has it."""
@@ -128,6 +129,7 @@ class RequestFile:
     def entries(self) -> list[Entry]:
         found: list[Entry] = []
         lines: dict[str, int] = {}
+        has_objects = False
         offset = 0
         self._file.seek(0)
         for number, line in enumerate(self._file, 1):
@@ -139,10 +141,11 @@ class RequestFile:
                         f"{request.custom_id!r}: each request needs its own"
                     )
                 lines[request.custom_id] = number
+                has_objects |= request.is_object
                 self._numbers[offset] = number
                 found.append(Entry(request.custom_id, request.beginning, offset))
             offset += len(line)
-        if not found:
+        if not has_objects:
             raise BadValue(f"{self._path} has no requests, expected a JSON object per line")
         return found
 

@@ -149,12 +149,15 @@ def _edit(session: "Session", which: str) -> None:
         answered = session.unanswered is None
         before, media = attachments.text_and_media(session.unanswered or _last_question(session))
         text = edited(before)
+        if text == before.strip() and answered:
+            raise BadValue("the question is as it was: nothing was asked; /retry asks it again")
         if text and answered:
             session.messages = session.messages[:-2]
         if text:
             session.attached = [*media, *(part for part in session.attached if part not in media)]
     if not text:
         raise BadValue("the message is empty: nothing was asked")
+    session.note(text)  # the editor has taken it from the screen
     session.ask(text)
 
 

@@ -65,7 +65,12 @@ def find_slice(name: str, slices: Sequence[Slice], config: TextConfig | None = N
     names = {known.casefold(): entry for entry in slices for known in (entry.name, entry.short_name)}
     if wanted in names:
         return names[wanted]
-    offered = [entry for entry in slices if config is not None and fits(config, entry)] or list(slices)
+    offered = [entry for entry in slices if config is None or fits(config, entry)]
+    if slices and not offered:
+        raise BadValue(
+            f"no slice is called {name!r}, and none of the table can be taken from this model: it is a slice "
+            "itself, or needs a table of its own"
+        )
     names = {known.casefold(): entry for entry in offered for known in (entry.name, entry.short_name)}
     near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.6)
     meant = f"; did you mean {names[near[0]].short_name!r}?" if near else "."

@@ -48,8 +48,12 @@ def test_a_line_that_is_no_request_says_why(tmp_path, line, problem):
 def test_two_requests_need_two_ids(tmp_path):
     with pytest.raises(ValueError, match=r"lines 1 and 3 have the custom_id 'a'"):
         file_of(tmp_path, GOOD, b"{broken", GOOD).entries()
+
+
+@pytest.mark.parametrize("lines", [(b"", b"  "), (b"# A title", b"", b"And [text]."), (b"[1]", b"{broken")])
+def test_a_file_of_something_else(tmp_path, lines):
     with pytest.raises(ValueError, match="has no requests"):
-        file_of(tmp_path, b"", b"  ").entries()
+        file_of(tmp_path, *lines).entries()
 
 
 def chat(custom_id, *texts):

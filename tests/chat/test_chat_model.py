@@ -102,6 +102,7 @@ def test_messages_come_from_an_editor(session, echo, editor, capsys):  # noqa: F
     editor("path.write_text('one\\n/two\\n', 'utf-8')")
     talk(session, "/edit")
     assert session.messages[0]["content"] == "one\n/two"
+    assert "one\n/two" in capsys.readouterr().err
     picture = Path(__file__).resolve().parents[2] / "examples" / "media" / "shapes.png"
     talk(session, f"/image {picture} what?")
     editor("path.write_text(path.read_text('utf-8') + ' And why?', 'utf-8')")
@@ -117,17 +118,20 @@ def test_an_editor_that_gives_nothing_asks_nothing(session, editor, monkeypatch,
     talk(session, "/edit last", "one", "/edit two")
     editor("path.write_text(' ')")
     talk(session, "/edit", "/edit last")
+    editor("pass")
+    talk(session, "/edit last")
     editor("sys.exit(3)")
     talk(session, "/edit last")
     monkeypatch.setenv("VISUAL", "/no/such/editor -w")
     talk(session, "/edit last")
     assert [message["content"] for message in session.messages] == ["one", "ONE"]
     lines = [line.removeprefix("error: ") for line in capsys.readouterr().err.splitlines()]
-    assert lines[:4] == [
+    assert lines[:5] == [
         "there is no question yet",
         "/edit takes the word last, and got 'two'",
         "the message is empty: nothing was asked",
         "the message is empty: nothing was asked",
+        "the question is as it was: nothing was asked; /retry asks it again",
     ]
-    assert lines[4].endswith("an editor ended with the code 3: nothing was asked")
-    assert lines[5] == "there is no editor '/no/such/editor': set the environment variable EDITOR to one"
+    assert lines[5].endswith("an editor ended with the code 3: nothing was asked")
+    assert lines[6] == "there is no editor '/no/such/editor': set the environment variable EDITOR to one"

@@ -97,6 +97,13 @@ def test_a_name_like_no_other_suggests_none(name: str) -> None:
     assert "did you mean" not in str(raised.value)
 
 
+def test_a_model_that_is_a_slice_has_no_published_one() -> None:
+    base = TextConfig.from_dict(E4B)
+    sliced = TextConfig.from_dict(slice_config(E4B, plan_slice(base, find_slice("e1.96b-layer", read_slices()))))
+    with pytest.raises(ValueError, match="none of the table can be taken from this model: it is a slice itself"):
+        find_slice("half", read_slices(), sliced)
+
+
 def test_own_table(tmp_path: Path) -> None:
     path = tmp_path / "mine.csv"
     path.write_text(HEADER + 'My slice,3,,,"[1_0 * 2, 3 ,4_0*2 * 1]","[ 1,2 ]"\n\n"Other, one",1,0.5,50.00%,[7],\n')
